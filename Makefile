@@ -1,0 +1,75 @@
+# One line per door; `make` alone lists them. Everything happens in .venv, which each target sets up itself.
+#
+#   PYTHON=python3.12   the interpreter .venv is made from
+#   PIP_EXTRA=...       more options for pip, e.g. PIP_EXTRA="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+SHELL := /bin/bash
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.setup-done
+TOOLS := hypothesis import-linter mypy pytest pytest-timeout ruff
+PYPROJECTS := $(sort core/pyproject.toml $(wildcard plugins/*/pyproject.toml demo/checkpoints/*/pyproject.toml))
+PACKAGES := $(patsubst %/pyproject.toml,%,$(PYPROJECTS))
+SOURCES := $(wildcard core/src plugins/*/src)
+FORMATTED := $(wildcard core plugins demo tests benchmarks examples docs tools)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo check format test test-full bench docs clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+setup: $(STAMP) ## make .venv and install core, plugins, demo checkpoints and tools into it
+
+$(VENV)/bin/python:
+	@python="$(PYTHON)"; \
+	if [ -z "$$python" ]; then \
+	  for candidate in python3 python3.13 python3.12 python3.11; do \
+	    if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	      python=$$candidate; break; \
+	    fi; \
+	  done; \
+	fi; \
+	if [ -z "$$python" ]; then \
+	  echo "make: no Python >= 3.11 found (constraints.txt needs it); install one, or say PYTHON=/path/to/python" >&2; \
+	  exit 1; \
+	fi; \
+	echo "== $(VENV): made with $$($$python --version)"; \
+	$$python -m venv $(VENV) || { \
+	  rm -rf $(VENV); \
+	  echo "make: $$python -m venv failed; on Debian and Ubuntu: apt install python3-venv" >&2; \
+	  exit 1; }
+
+$(STAMP): $(PYPROJECTS) constraints.txt | $(VENV)/bin/python
+	@echo "== $(VENV): installing $(PACKAGES)"
+	@$(PY) -m pip install --disable-pip-version-check -c constraints.txt $(PIP_EXTRA) \
+	  $(addprefix -e ./,$(PACKAGES)) $(TOOLS)
+	@touch $@
+
+demo: $(STAMP) ## ask the demonstration model about fresh pictures (family=NAME seed=NUMBER)
+	@$(PY) demo/run.py $(if $(family),--family $(family)) $(if $(seed),--seed $(seed))
+
+check: $(STAMP) ## format, lint, types and import contracts
+	@echo "== ruff format"; $(PY) -m ruff format --check $(FORMATTED)
+	@echo "== ruff check"; $(PY) -m ruff check $(FORMATTED)
+	@echo "== mypy --strict"; $(PY) -m mypy $(SOURCES)
+	@echo "== import contracts"; $(PY) tools/lint_imports.py
+
+format: $(STAMP) ## rewrite the sources as `make check` wants them
+	@$(PY) -m ruff check --fix $(FORMATTED); $(PY) -m ruff format $(FORMATTED)
+
+test: $(STAMP) ## the tests, without those that take minutes
+	@$(PY) -m pytest
+
+test-full: $(STAMP) ## all tests
+	@$(PY) -m pytest -m "not bench"
+
+bench: $(STAMP) ## measure against transformers, write a Markdown table
+	@$(PY) benchmarks/run.py
+
+docs: $(STAMP) ## check that the documentation says what the code does
+	@$(PY) -m pytest -m "" tests/docs
+
+clean: ## remove the environment, caches and outputs
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-output benchmarks/output
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
