@@ -1,0 +1,302 @@
+"""What a user may set: `SamplingParams`, `PoolingParams`, `EngineConfig`; and `resolve`, a pure function.
+
+All three are frozen; unknown names and impossible values are errors when they are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from opsin.api import Capabilities
+from opsin.errors import ConfigError
+
+MAX_LOGPROBS = 20
+INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen and when a request ends. Field names and meanings are vLLM's.
+
+    Attributes:
+        n: samples per prompt.
+        temperature: 0 means greedy.
+        top_p, top_k, min_p: nucleus, k-best (0: all) and relative-probability cuts.
+        seed: makes this request's samples reproducible, whatever else runs beside it.
+        stop: end when the text contains one of these; it is cut off unless ``include_stop_str_in_output``.
+        stop_token_ids: end after one of these ids; its text is not part of the output.
+        ignore_eos: go on after the model's end-of-sequence ids.
+        max_tokens: None: up to the context's end.
+        min_tokens: no end-of-sequence or stop token before this many.
+        presence_penalty, frequency_penalty: subtracted per generated token present / per occurrence.
+        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output.
+        logit_bias: token id -> added to its logit.
+        logprobs: return the log-probabilities of this many best tokens, and of the chosen one.
+        prompt_logprobs: the same for every prompt token.
+        skip_special_tokens: leave special tokens out of the text.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        stop = self.stop
+        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop or ()))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        if self.top_k == -1:  # vLLM's older spelling of "all"
+            object.__setattr__(self, "top_k", 0)
+        bias = {int(token): float(value) for token, value in (self.logit_bias or {}).items()}
+        object.__setattr__(self, "logit_bias", bias)
+        checks = {
+            "n": (self.n >= 1, "at least 1"),
+            "temperature": (0 <= self.temperature < float("inf"), "a finite number, 0 or more"),
+            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
+            "top_k": (self.top_k >= 0, "0 (all) or more"),
+            "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
+            "seed": (self.seed is None or INT64_MIN <= self.seed <= INT64_MAX, "a 64-bit integer"),
+            "stop": (all(self.stop_strings), "non-empty strings"),
+            "max_tokens": (self.max_tokens is None or self.max_tokens >= 1, "at least 1, or None"),
+            "min_tokens": (
+                0 <= self.min_tokens <= (INT64_MAX if self.max_tokens is None else self.max_tokens),
+                "between 0 and max_tokens",
+            ),
+            "presence_penalty": (-2 <= self.presence_penalty <= 2, "in [-2, 2]"),
+            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "in [-2, 2]"),
+            "repetition_penalty": (0 < self.repetition_penalty <= 100, "in (0, 100]"),
+            "logit_bias": (all(-100 <= b <= 100 for b in bias.values()), "values in [-100, 100]"),
+            "logprobs": (self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),
+            "prompt_logprobs": (
+                self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= MAX_LOGPROBS,
+                f"0 to {MAX_LOGPROBS}",
+            ),
+        }
+        for name, (fine, expected) in checks.items():
+            if not fine:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected {expected}")
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """``stop`` as a tuple."""
+        return tuple(self.stop or ())
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the best token is always taken (temperature 0, or only one candidate left)."""
+        return self.temperature == 0 or self.top_k == 1
+
+    @classmethod
+    def from_generation_config(cls, defaults: Mapping[str, Any], **changes: Any) -> SamplingParams:
+        """The checkpoint's generation_config.json as defaults, overridden by ``changes``.
+
+        ``do_sample: false`` means greedy; a missing max_new_tokens leaves opsin's default.
+        """
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        taken = {name: defaults[name] for name in names if defaults.get(name) is not None}
+        if defaults.get("do_sample") is False:
+            taken["temperature"] = 0.0
+        if defaults.get("max_new_tokens") is not None:
+            taken["max_tokens"] = defaults["max_new_tokens"]
+        return cls(**{**taken, **changes})
+
+
+@dataclass(frozen=True)
+class BeamSearchParams:
+    """Beam search: keep the ``beam_width`` most probable continuations at every step.
+
+    Attributes:
+        beam_width: beams kept, and sequences returned.
+        max_tokens: longest continuation.
+        ignore_eos: beams do not end at an end-of-sequence id.
+        length_penalty: a finished beam's score is its log-probability / length ** length_penalty.
+    """
+
+    beam_width: int
+    max_tokens: int = 16
+    ignore_eos: bool = False
+    length_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.beam_width <= MAX_LOGPROBS // 2:
+            raise ConfigError(f"beam_width={self.beam_width}: expected 1 to {MAX_LOGPROBS // 2}")
+        if self.max_tokens < 1:
+            raise ConfigError(f"max_tokens={self.max_tokens}: expected at least 1")
+
+
+@dataclass(frozen=True)
+class PoolingParams:
+    """Settings of an embedding request.
+
+    Attributes:
+        dimensions: cut the embedding to this many leading dimensions (before normalising).
+    """
+
+    dimensions: int | None = None
+
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Settings of an engine, as asked for.
+
+    Attributes:
+        model: folder, installed checkpoint name, or hub id.
+        tokenizer: another folder or id for the tokenizer.
+        revision: hub revision.
+        device: ``"auto"``, a device name, or ``"name:index"``.
+        dtype: ``"auto"`` runs in what the device prefers for the checkpoint's dtype.
+        max_model_len: longest prompt plus output, in tokens; None: what the model allows.
+        max_num_seqs: most sequences computed in one step.
+        max_num_batched_tokens: most tokens computed in one step (longer prompts are chunked).
+        max_encoder_tokens: most media embeddings computed in one step (one larger item still runs alone).
+        enable_prefix_caching: reuse the KV blocks of equal prefixes.
+        kv_cache_memory: bytes; None: a share of the device's free memory.
+        encoder_cache_memory: bytes for encoder outputs kept by digest.
+        media_cache_memory: host bytes for mapped media kept by digest.
+        limit_mm_per_prompt: modality -> most items in one prompt; None: the family's defaults.
+        mm_processor_kwargs: options of the family's input mapper, for every request.
+        seed: of requests that bring none; None: not reproducible.
+        trust_remote_code: accepted for compatibility. Code from a model repository is never run.
+        preprocess_threads: threads that decode, map and hash media.
+        prefer: plugin-conflict key -> plugin name that wins it.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    revision: str | None = None
+    device: str = "auto"
+    dtype: DType = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    max_encoder_tokens: int = 8192
+    enable_prefix_caching: bool = True
+    kv_cache_memory: int | None = None
+    encoder_cache_memory: int = 512 * 2**20
+    media_cache_memory: int = 512 * 2**20
+    limit_mm_per_prompt: Mapping[str, int] | None = None
+    mm_processor_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    trust_remote_code: bool = False
+    preprocess_threads: int = 2
+    prefer: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_encoder_tokens", "preprocess_threads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: expected at least 1")
+        for name in ("max_model_len", "kv_cache_memory"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: expected at least 1, or None")
+        for modality, limit in (self.limit_mm_per_prompt or {}).items():
+            if not isinstance(limit, int) or limit < 0:
+                raise ConfigError(f"limit_mm_per_prompt[{modality!r}]={limit!r}: expected 0 or more")
+        object.__setattr__(self, "mm_processor_kwargs", dict(self.mm_processor_kwargs or {}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """What was asked for, made definite against device and checkpoint. See `resolve`."""
+
+    config: EngineConfig
+    dtype: str
+    block_size: int
+    num_blocks: int
+    max_model_len: int
+    explanation: str
+
+
+KV_SHARE = 0.3
+"""Share of free device memory taken for the KV cache by default: weights are already loaded when it is
+measured, the rest stays for activations, caches and everything else on a shared host."""
+
+KV_DEFAULT_CEILING = 4 * 2**30
+"""Without ``kv_cache_memory`` a host is not asked for more than this."""
+
+
+def resolve_dtype(requested: str, checkpoint: str, capabilities: Capabilities) -> str:
+    """The dtype to run in.
+
+    Raises:
+        ConfigError: the device does not support what was asked for; the message says what to pass.
+    """
+    dtype = capabilities.dtype_for.get(checkpoint, checkpoint) if requested == "auto" else requested
+    if dtype not in capabilities.dtypes:
+        advice = capabilities.advice.get(dtype, f"pass one of {', '.join(capabilities.dtypes)}")
+        raise ConfigError(f"dtype {dtype} is not supported by this device: {advice}")
+    return dtype
+
+
+def resolve(
+    config: EngineConfig,
+    capabilities: Capabilities,
+    *,
+    dtype: str,
+    model_max_len: int,
+    kv_bytes_per_token: int,
+    free_bytes: int,
+) -> Resolved:
+    """Fix the sizes of a running engine. Pure: equal arguments give equal results.
+
+    Raises:
+        ConfigError: the context asked for is longer than the model's, or the memory holds no block.
+    """
+    asked = config.max_model_len
+    if asked is not None and asked > model_max_len:
+        raise ConfigError(
+            f"max_model_len={asked} is more than the {model_max_len} tokens this model was made for; "
+            f"pass at most {model_max_len}"
+        )
+    wanted_len = asked or model_max_len
+    size = capabilities.kv_block_size
+    budget = config.kv_cache_memory
+    if budget is None:
+        budget = min(int(free_bytes * KV_SHARE), KV_DEFAULT_CEILING)
+        # More than every sequence at full length can never be used.
+        budget = min(budget, (config.max_num_seqs * (wanted_len + size)) * kv_bytes_per_token)
+    num_blocks = budget // (kv_bytes_per_token * size)
+    if num_blocks < 1:
+        raise ConfigError(
+            f"kv_cache_memory={budget} bytes hold no block of {size} tokens "
+            f"({kv_bytes_per_token * size} bytes); pass more"
+        )
+    capacity = num_blocks * size
+    max_len = min(wanted_len, capacity)
+    if asked is not None and max_len < asked:
+        raise ConfigError(
+            f"max_model_len={asked} needs {asked * kv_bytes_per_token} bytes of KV cache, "
+            f"{budget} are given; pass max_model_len={max_len} or a larger kv_cache_memory"
+        )
+    explanation = (
+        f"KV cache: {num_blocks} blocks x {size} tokens x {kv_bytes_per_token} B = "
+        f"{num_blocks * size * kv_bytes_per_token / 2**20:.0f} MiB = {capacity} tokens; "
+        f"context {max_len} tokens, {capacity / max_len:.1f} full-length sequences at once"
+    )
+    return Resolved(
+        config=replace(config),
+        dtype=dtype,
+        block_size=size,
+        num_blocks=num_blocks,
+        max_model_len=max_len,
+        explanation=explanation,
+    )

@@ -1,0 +1,74 @@
+"""The error tree.
+
+    OpsinError
+    ├── PluginError            a plugin is broken, missing or in conflict
+    │   ├── MissingPluginError nobody provides what was asked for
+    │   └── PluginConflictError two plugins claim one key
+    ├── ConfigError            a setting cannot be (also a ValueError)
+    ├── CheckpointError        a checkpoint is incomplete or does not fit its architecture
+    ├── RequestError           one request is bad; all others go on (also a ValueError)
+    │   ├── MediaError         its media
+    │   └── PromptTooLongError it does not fit the context
+    ├── RequestsFailed         some requests of a batch failed; `.outputs` has all results
+    └── DeviceLostError        the device is gone; the only fatal error of a running engine
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from opsin.output import RequestOutput
+
+
+class OpsinError(Exception):
+    """Root of all errors raised on purpose."""
+
+
+class PluginError(OpsinError):
+    """A plugin is broken, missing or in conflict."""
+
+
+class MissingPluginError(PluginError):
+    """No installed plugin provides what was asked for; the message names who would."""
+
+
+class PluginConflictError(PluginError):
+    """Two plugins claim one key; the message names both and the setting that decides."""
+
+
+class ConfigError(OpsinError, ValueError):
+    """A setting is out of range, unknown, or not possible on this device."""
+
+
+class CheckpointError(OpsinError):
+    """A checkpoint is missing files or tensors, or has tensors nobody expects."""
+
+
+class RequestError(OpsinError, ValueError):
+    """This request cannot be served. It fails alone."""
+
+
+class MediaError(RequestError):
+    """A media item cannot be used: undecodable, too large, too many, wrong shape."""
+
+
+class PromptTooLongError(RequestError):
+    """The expanded prompt does not fit into the context."""
+
+
+class RequestsFailed(OpsinError):
+    """Some requests of one call failed.
+
+    Attributes:
+        outputs: the outputs of all requests, in order; failed ones have ``error`` set.
+    """
+
+    def __init__(self, message: str, outputs: Sequence[RequestOutput]) -> None:
+        super().__init__(message)
+        self.outputs = list(outputs)
+
+
+class DeviceLostError(OpsinError):
+    """The device stopped answering; the engine cannot go on."""

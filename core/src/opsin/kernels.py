@@ -1,0 +1,284 @@
+"""The op table, and the reference implementation of every op in plain torch.
+
+The references are slow and obvious on purpose: they define what an op means, serve devices that have no
+kernel of their own, and judge those that do (`opsin.testing.kernels`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from opsin.api import (
+    Activation,
+    AttentionBatch,
+    DenseAttention,
+    GatedAct,
+    KernelQuery,
+    KernelSpec,
+    KVLayer,
+    LayerNorm,
+    LinearFn,
+    OpName,
+    PagedAttention,
+    PlanAttention,
+    PrepareLinear,
+    RMSNorm,
+    Rotary,
+    WriteKV,
+)
+from opsin.errors import PluginError
+
+logger = logging.getLogger(__name__)
+
+ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# References
+# --------------------------------------------------------------------------------------------------
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Reference of `opsin.api.RMSNorm`."""
+    h = x if residual is None else x + residual
+    wide = h.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return normed.to(h.dtype) * weight, h
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """Reference of `opsin.api.LayerNorm`."""
+    wide_bias = None if bias is None else bias.float()
+    return F.layer_norm(x.float(), (x.shape[-1],), weight.float(), wide_bias, eps).to(x.dtype)
+
+
+def gated_act(x: Tensor, activation: Activation) -> Tensor:
+    """Reference of `opsin.api.GatedAct`."""
+    gate, up = x.chunk(2, dim=-1)
+    return ACTIVATIONS[activation](gate) * up
+
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Reference of `opsin.api.Rotary`."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    width = cos.shape[-1]
+
+    def rotate(x: Tensor) -> Tensor:
+        turned, rest = x[..., :width].float(), x[..., width:]
+        first, second = turned.chunk(2, dim=-1)
+        half = torch.cat((-second, first), dim=-1)
+        return torch.cat(((turned * cos + half * sin).to(x.dtype), rest), dim=-1)
+
+    return rotate(q), rotate(k)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferencePlan:
+    """What the reference attention needs once a step.
+
+    Attributes:
+        query_lens, context_lens: per sequence, as in `AttentionBatch`.
+        block_ids: per sequence, int64 (blocks,) of the context.
+        slots: int64 (T,).
+        block_size: tokens per block.
+    """
+
+    query_lens: Sequence[int]
+    context_lens: Sequence[int]
+    block_ids: Sequence[Tensor]
+    slots: Tensor
+    block_size: int
+
+
+def plan_attention(batch: AttentionBatch) -> ReferencePlan:
+    """Reference of `opsin.api.PlanAttention`."""
+    size = batch.block_size
+    tables = [
+        torch.tensor(table[: -(-length // size)], dtype=torch.int64, device=batch.device)
+        for table, length in zip(batch.block_tables, batch.context_lens)
+    ]
+    slots = torch.tensor(batch.slots, dtype=torch.int64, device=batch.device)
+    return ReferencePlan(
+        query_lens=batch.query_lens,
+        context_lens=batch.context_lens,
+        block_ids=tables,
+        slots=slots,
+        block_size=size,
+    )
+
+
+def write_kv(k: Tensor, v: Tensor, layer: KVLayer, plan: ReferencePlan) -> None:
+    """Reference of `opsin.api.WriteKV`."""
+    block, offset = plan.slots // plan.block_size, plan.slots % plan.block_size
+    layer.k[block, offset] = k
+    layer.v[block, offset] = v
+
+
+def paged_attention(q: Tensor, layer: KVLayer, plan: ReferencePlan, scale: float) -> Tensor:
+    """Reference of `opsin.api.PagedAttention`."""
+    outputs = []
+    for chunk, length, blocks in zip(q.split(list(plan.query_lens)), plan.context_lens, plan.block_ids):
+        groups = q.shape[1] // layer.k.shape[2]
+        k = layer.k[blocks].flatten(0, 1)[:length].repeat_interleave(groups, dim=1).float()
+        v = layer.v[blocks].flatten(0, 1)[:length].repeat_interleave(groups, dim=1).float()
+        scores = torch.einsum("qnd,knd->nqk", chunk.float(), k) * scale
+        first = length - chunk.shape[0]
+        seen = torch.arange(length, device=q.device) <= first + torch.arange(
+            chunk.shape[0], device=q.device
+        ).unsqueeze(1)
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        outputs.append(torch.einsum("nqk,knd->qnd", weights, v))
+    return torch.cat(outputs).to(q.dtype)
+
+
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_lens: Sequence[int],
+    k_lens: Sequence[int] | None,
+    scale: float,
+) -> Tensor:
+    """Reference of `opsin.api.DenseAttention`."""
+    lens = list(k_lens if k_lens is not None else q_lens)
+    outputs = []
+    for qs, ks, vs in zip(q.split(list(q_lens)), k.split(lens), v.split(lens)):
+        weights = (torch.einsum("qnd,knd->nqk", qs.float(), ks.float()) * scale).softmax(-1)
+        outputs.append(torch.einsum("nqk,knd->qnd", weights, vs.float()))
+    return torch.cat(outputs).to(q.dtype)
+
+
+def prepare_linear(
+    weight: Tensor, bias: Tensor | None, activation: Activation | None, *, keep_weight: bool
+) -> LinearFn:
+    """Reference of `opsin.api.PrepareLinear`."""
+    act = None if activation is None else ACTIVATIONS[activation]
+
+    def linear(x: Tensor) -> Tensor:
+        y = F.linear(x, weight, bias)
+        return y if act is None else act(y)
+
+    return linear
+
+
+REFERENCES: Mapping[OpName, Callable[..., Any]] = {
+    "rms_norm": rms_norm,
+    "layer_norm": layer_norm,
+    "gated_act": gated_act,
+    "rotary": rotary,
+    "plan_attention": plan_attention,
+    "write_kv": write_kv,
+    "paged_attention": paged_attention,
+    "dense_attention": dense_attention,
+    "prepare_linear": prepare_linear,
+}
+
+_KV_OPS: frozenset[OpName] = frozenset({"plan_attention", "write_kv", "paged_attention"})
+
+
+# --------------------------------------------------------------------------------------------------
+# The table
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Who serves a query: a device's kernel or the reference."""
+
+    op: OpName
+    provider: str
+
+
+class Kernels:
+    """Binds ops for one device. Layers bind at construction; nothing is looked up while running.
+
+    `plan_attention`, `write_kv` and `paged_attention` come from one provider: if the device declines or
+    lacks one of them, all three are the reference's.
+    """
+
+    def __init__(self, device: str = "reference", specs: Sequence[KernelSpec] = ()) -> None:
+        self._device = device
+        self._specs = {spec.op: spec for spec in specs if spec.device == device}
+        self._loaded: dict[OpName, Callable[..., Any]] = {}
+        self._plan: PlanAttention | None = None
+        self.choices: Counter[Choice] = Counter()
+        """How often each (op, provider) was bound: shown at start-up and by ``opsin doctor``."""
+
+    def rms_norm(self, query: KernelQuery) -> RMSNorm:
+        """Bind `RMSNorm`."""
+        return cast(RMSNorm, self._bind(query))
+
+    def layer_norm(self, query: KernelQuery) -> LayerNorm:
+        """Bind `LayerNorm`."""
+        return cast(LayerNorm, self._bind(query))
+
+    def gated_act(self, query: KernelQuery) -> GatedAct:
+        """Bind `GatedAct`."""
+        return cast(GatedAct, self._bind(query))
+
+    def rotary(self, query: KernelQuery) -> Rotary:
+        """Bind `Rotary`."""
+        return cast(Rotary, self._bind(query))
+
+    def dense_attention(self, query: KernelQuery) -> DenseAttention:
+        """Bind `DenseAttention`."""
+        return cast(DenseAttention, self._bind(query))
+
+    def prepare_linear(self, query: KernelQuery) -> PrepareLinear:
+        """Bind `PrepareLinear`."""
+        return cast(PrepareLinear, self._bind(query))
+
+    def paged(self, query: KernelQuery) -> tuple[WriteKV, PagedAttention]:
+        """Bind the ops around the KV cache. With `plan_attention` they share a plan: one provider for all."""
+        ops: tuple[OpName, ...] = ("plan_attention", "write_kv", "paged_attention")
+        queries = [replace(query, op=op) for op in ops]
+        own = all(op in self._specs and self._specs[op].supports(q) for op, q in zip(ops, queries))
+        plan, write, attend = (self._take(op, own) for op in ops)
+        if self._plan not in (None, plan):
+            raise PluginError(
+                f"device {self._device} supports paged attention for some layers of this model and declines "
+                f"it for {query}; all layers of a model share one plan: support all of them or none"
+            )
+        self._plan = cast(PlanAttention, plan)
+        return cast(WriteKV, write), cast(PagedAttention, attend)
+
+    @property
+    def plan_attention(self) -> PlanAttention:
+        """The planning op that belongs to the attention the model's layers have bound."""
+        assert self._plan is not None, "no layer has bound paged attention"
+        return self._plan
+
+    def report(self) -> str:
+        """One line: which ops run on the device's kernels and which on the reference."""
+        own = sorted({choice.op for choice in self.choices if choice.provider != "reference"})
+        fallback = sorted({choice.op for choice in self.choices if choice.provider == "reference"})
+        return f"kernels of {self._device}: {', '.join(own) or 'none'}; reference: {', '.join(fallback) or 'none'}"
+
+    def _bind(self, query: KernelQuery) -> Callable[..., Any]:
+        assert query.op not in _KV_OPS, "bind the KV ops together, with paged()"
+        spec = self._specs.get(query.op)
+        return self._take(query.op, spec is not None and spec.supports(query))
+
+    def _take(self, op: OpName, own: bool) -> Callable[..., Any]:
+        self.choices[Choice(op, self._device if own else "reference")] += 1
+        if not own:
+            return REFERENCES[op]
+        if op not in self._loaded:
+            self._loaded[op] = self._specs[op].load()
+        return self._loaded[op]
+

@@ -1,0 +1,231 @@
+"""Step -> tensors -> model -> logits -> tokens."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opsin.api import AttentionBatch, Device, ForwardStep, KVLayer, Model, PlacedMedia, PlanAttention
+from opsin.cache import EncoderCache
+from opsin.errors import DeviceLostError, RequestError
+from opsin.sampler import SampledToken, prompt_logprobs, sample
+from opsin.scheduler import Chunk, Step
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class StepTokens:
+    """What a step gave.
+
+    Attributes:
+        sampled: sequence id -> its new token.
+        prompt_logprobs: sequence id -> (index of the first prompt token described, one per token).
+        errors: sequence id -> why this sequence, and only this one, could not be computed.
+    """
+
+    sampled: dict[int, SampledToken] = field(default_factory=dict)
+    prompt_logprobs: dict[int, tuple[int, list[SampledToken]]] = field(default_factory=dict)
+    errors: dict[int, RequestError] = field(default_factory=dict)
+
+
+class Runner:
+    """Runs steps on one device."""
+
+    def __init__(
+        self,
+        *,
+        model: Model,
+        device: Device,
+        kv: SequenceOf[KVLayer],
+        plan_attention: PlanAttention,
+        encoder_cache: EncoderCache,
+        block_size: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self._model = model
+        self._device = device
+        self._kv = kv
+        self._plan_attention = plan_attention
+        self._encoder_cache = encoder_cache
+        self._block_size = block_size
+        self._dtype = dtype
+        self.num_encoded = 0
+        """Media items encoded so far."""
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> StepTokens:
+        """Compute a step. An item or a sequence that cannot be computed fails alone.
+
+        Raises:
+            DeviceLostError: the device is gone.
+        """
+        result = StepTokens()
+        failed = self._encode(step.encode)
+        chunks = []
+        for chunk in step.chunks:
+            error = next((failed[item.key] for item in chunk.media() if item.key in failed), None)
+            if error is None:
+                chunks.append(chunk)
+            else:
+                result.errors[chunk.sequence.seq_id] = error
+        self._compute(chunks, result)
+        return result
+
+    # ---- media --------------------------------------------------------------------------------
+
+    def _encode(self, items: SequenceOf[PlacedMedia]) -> dict[str, RequestError]:
+        failed: dict[str, RequestError] = {}
+        for modality in dict.fromkeys(item.modality for item in items):
+            group = [item for item in items if item.modality == modality]
+            try:
+                self._encode_group(modality, group)
+            except DeviceLostError:
+                raise
+            except Exception:
+                logger.exception("encoding %d %s item(s) failed; trying one by one", len(group), modality)
+                for item in group:
+                    try:
+                        self._encode_group(modality, [item])
+                    except DeviceLostError:
+                        raise
+                    except Exception as error:
+                        logger.exception("encoding one %s failed", modality)
+                        failed[item.key] = RequestError(f"the {modality} could not be encoded: {error}")
+        return failed
+
+    def _encode_group(self, modality: str, items: SequenceOf[PlacedMedia]) -> None:
+        outputs = self._model.encode(modality, [item.mapped for item in items])
+        for item, output in zip(items, outputs, strict=True):
+            expected = (item.mapped.num_embeds, self._model.hidden_size)
+            if tuple(output.shape) != expected:
+                raise RequestError(
+                    f"the encoder gave {tuple(output.shape)} for one {modality}, its placeholder has {expected}"
+                )
+            # A copy of its own: a view would keep the whole group's output alive.
+            self._encoder_cache.store(item.key, output.clone() if len(items) > 1 else output)
+            self.num_encoded += 1
+
+    # ---- tokens -------------------------------------------------------------------------------
+
+    def _compute(self, chunks: SequenceOf[Chunk], result: StepTokens) -> None:
+        if not chunks:
+            return
+        try:
+            self._compute_batch(chunks, result)
+        except DeviceLostError:
+            raise
+        except Exception as error:
+            if len(chunks) == 1:
+                logger.exception("a step of one sequence failed")
+                message = f"computing this request failed: {type(error).__name__}: {error}"
+                result.errors[chunks[0].sequence.seq_id] = (
+                    error if isinstance(error, RequestError) else RequestError(message)
+                )
+                return
+            # Writing keys and values again is harmless, so the culprit can be found one by one.
+            logger.exception("a step of %d sequences failed; computing them one by one", len(chunks))
+            for chunk in chunks:
+                self._compute([chunk], result)
+
+    def _compute_batch(self, chunks: SequenceOf[Chunk], result: StepTokens) -> None:
+        embeds = self._embeds(chunks)
+        positions = torch.from_numpy(np.concatenate([_positions(chunk) for chunk in chunks], axis=1))
+        batch = AttentionBatch(
+            query_lens=[chunk.length for chunk in chunks],
+            context_lens=[chunk.end for chunk in chunks],
+            block_tables=[chunk.sequence.block_ids for chunk in chunks],
+            slots=self._slots(chunks),
+            block_size=self._block_size,
+            device=self._device.torch_device,
+        )
+        hidden = self._model.forward(
+            ForwardStep(
+                embeds=embeds,
+                positions=positions.to(self._device.torch_device),
+                kv=self._kv,
+                plan=self._plan_attention(batch),
+            )
+        )
+        self._read_prompt_logprobs(chunks, hidden, result)
+        self._sample(chunks, hidden, result)
+
+    def _embeds(self, chunks: SequenceOf[Chunk]) -> Tensor:
+        """(T, H): token embeddings, with media embeddings in their places."""
+        ids = [token for chunk in chunks for token in chunk.sequence.token_ids[chunk.start : chunk.end]]
+        target = self._device.torch_device
+        embeds = self._model.embed(torch.tensor(ids, dtype=torch.int64, device=target))
+        first_row = 0
+        for chunk in chunks:
+            for item in chunk.media():
+                features = item.mapped.embeds
+                if features is None:
+                    features = self._encoder_cache.get(item.key)
+                    assert features is not None, "media are encoded before their tokens are computed"
+                flags = np.asarray(item.is_embed, dtype=bool)
+                begin, end = max(chunk.start, item.start), min(chunk.end, item.end)
+                inside = flags[begin - item.start : end - item.start]
+                seen = int(flags[: begin - item.start].sum())
+                rows = torch.from_numpy(np.flatnonzero(inside) + first_row + begin - chunk.start)
+                embeds[rows.to(target)] = features[seen : seen + len(rows)].to(
+                    device=target, dtype=self._dtype
+                )
+            first_row += chunk.length
+        return embeds
+
+    def _slots(self, chunks: SequenceOf[Chunk]) -> list[int]:
+        size = self._block_size
+        slots = []
+        for chunk in chunks:
+            blocks = chunk.sequence.block_ids
+            slots.extend(blocks[i // size] * size + i % size for i in range(chunk.start, chunk.end))
+        return slots
+
+    def _sample(self, chunks: SequenceOf[Chunk], hidden: Tensor, result: StepTokens) -> None:
+        rows, sequences, row = [], [], -1
+        for chunk in chunks:
+            row += chunk.length
+            if chunk.samples:
+                rows.append(row)
+                sequences.append(chunk.sequence)
+        if not rows:
+            return
+        last = hidden.index_select(0, torch.tensor(rows, device=hidden.device))
+        for sequence, token in zip(sequences, sample(self._model.logits(last), sequences), strict=True):
+            result.sampled[sequence.seq_id] = token
+
+    def _read_prompt_logprobs(
+        self, chunks: SequenceOf[Chunk], hidden: Tensor, result: StepTokens
+    ) -> None:
+        row = 0
+        for chunk in chunks:
+            sequence = chunk.sequence
+            wanted = sequence.params.prompt_logprobs
+            # The row of token i predicts token i + 1; the prompt's first token is predicted by nothing.
+            end = min(chunk.end, sequence.num_prompt - 1)
+            if wanted is not None and sequence.index == 0 and chunk.start < end:
+                targets = sequence.token_ids[chunk.start + 1 : end + 1]
+                logits = self._model.logits(hidden[row : row + end - chunk.start])
+                result.prompt_logprobs[sequence.seq_id] = (
+                    chunk.start + 1,
+                    prompt_logprobs(logits, targets, wanted),
+                )
+            row += chunk.length
+
+
+def _positions(chunk: Chunk) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+    """int64 (A, length): the prompt's own positions, then counting on."""
+    positions = chunk.sequence.positions
+    if positions is None:
+        return np.arange(chunk.start, chunk.end, dtype=np.int64)[None]
+    axes, known = positions.prompt.shape
+    inside = positions.prompt[:, chunk.start : min(chunk.end, known)]
+    if chunk.end <= known:
+        return inside
+    beyond = np.arange(max(chunk.start, known), chunk.end, dtype=np.int64) + positions.delta
+    return np.concatenate([inside, np.broadcast_to(beyond, (axes, len(beyond)))], axis=1)

@@ -1,0 +1,99 @@
+"""The state of one sequence: its tokens, how far they are computed, where they are cached."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from opsin.api import PlacedMedia, Positions, ProcessedPrompt
+from opsin.config import SamplingParams
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Status(enum.Enum):
+    """Where a sequence stands. There is no prefill or decode status: only tokens not yet computed."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One sequence of tokens being computed (a request with n samples has n of them).
+
+    Attributes:
+        seq_id: unique in the engine.
+        request_id: the request it belongs to; index: which of its samples.
+        prompt: the processed prompt.
+        params: sampling settings.
+        eos_token_ids: ids at which the model ends.
+        max_len: most tokens, prompt and output together.
+        token_ids: prompt, then output.
+        num_computed: leading tokens whose keys and values are in the cache.
+        num_cached: how many of them the prefix cache supplied when the sequence was admitted.
+        block_ids: the cache blocks holding them, in order.
+        block_keys: prefix-cache keys of the leading full blocks, as far as worked out.
+        generator: this sequence's own random source, None for greedy.
+        sampler_state: the sampler's incremental token counts.
+    """
+
+    seq_id: int
+    request_id: str
+    index: int
+    prompt: ProcessedPrompt
+    params: SamplingParams
+    max_len: int
+    eos_token_ids: frozenset[int] = frozenset()
+    status: Status = Status.WAITING
+    token_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_cached: int = 0
+    num_preemptions: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)
+    generator: torch.Generator | None = None
+    sampler_state: Any = None
+
+    def __post_init__(self) -> None:
+        if not self.token_ids:
+            self.token_ids = list(self.prompt.token_ids)
+
+    @property
+    def num_prompt(self) -> int:
+        """Prompt tokens, after expansion."""
+        return len(self.prompt.token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens."""
+        return len(self.token_ids)
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens not yet computed; 1 in steady decoding."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def output_ids(self) -> list[int]:
+        """Generated tokens (a copy)."""
+        return self.token_ids[self.num_prompt :]
+
+    @property
+    def num_output(self) -> int:
+        """Number of generated tokens."""
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def media(self) -> SequenceOf[PlacedMedia]:
+        """Media of the prompt, in order of their start."""
+        return self.prompt.media
+
+    @property
+    def positions(self) -> Positions | None:
+        """Rotary positions of the prompt."""
+        return self.prompt.positions

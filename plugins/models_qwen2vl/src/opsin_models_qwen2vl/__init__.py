@@ -1,0 +1,1 @@
+"""Qwen2-VL for opsin: images, videos, M-RoPE, embeddings as input."""
