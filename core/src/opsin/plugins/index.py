@@ -1,0 +1,177 @@
+"""What the installed plugins provide, by key; and what to say when a key is missing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from opsin.api import DeviceSpec, InputMapperSpec, KernelSpec, ModelSpec, PlaceholderSpec, Probe
+from opsin.errors import ConfigError, MissingPluginError
+from opsin.known_packages import known_packages
+from opsin.plugins.claims import Claim, Failure, Owner, Plugin, reason_of
+from opsin.plugins.contract import DENY_VARIABLE, HOOKS
+
+ALLOW_VARIABLE = "OPSIN_PLUGINS"
+
+
+class Plugins:
+    """Everything the installed plugins provide. Made by `load_plugins`.
+
+    Attributes:
+        loaded: plugins in use, by name.
+        failures: plugins that could not be used, by name.
+        disabled: plugins left out by the allow or deny list, by name; they were not imported.
+    """
+
+    def __init__(
+        self,
+        claims: Iterable[Claim],
+        *,
+        loaded: Sequence[Plugin],
+        failures: Sequence[Failure],
+        disabled: Sequence[Plugin],
+    ) -> None:
+        self._claims = {(claim.kind, claim.key): claim for claim in claims}
+        self.loaded = tuple(sorted(loaded, key=lambda plugin: plugin.name))
+        self.failures = tuple(sorted(failures, key=lambda failure: failure.plugin.name))
+        self.disabled = tuple(sorted(disabled, key=lambda plugin: plugin.name))
+
+    def owners(self) -> tuple[Owner, ...]:
+        """Every claim, sorted by kind (in the order of the hooks) and key."""
+        kinds = [hook.kind for hook in HOOKS.values()]
+        claims = sorted(self._claims.values(), key=lambda claim: (kinds.index(claim.kind), claim.key))
+        return tuple(Owner(kind=c.kind, key="/".join(c.key), plugin=c.plugin) for c in claims)
+
+    def model(self, architecture: str) -> ModelSpec:
+        """The model of an architecture.
+
+        Raises:
+            MissingPluginError: no plugin has it; the message says which package does.
+        """
+        claim = self._claims.get(("model", (architecture,)))
+        if claim is None:
+            package = known_packages().architectures.get(architecture)
+            raise MissingPluginError(self._missing("model", "architecture", architecture, package))
+        spec: ModelSpec = claim.spec
+        return spec
+
+    def input_mappers(self, architecture: str) -> Mapping[str, InputMapperSpec]:
+        """Modality -> input mapper of an architecture; empty for a model of text only."""
+        return self._by_last_part("input_mapper", architecture)
+
+    def placeholders(self, architecture: str) -> Mapping[str, PlaceholderSpec]:
+        """Modality -> placeholder of an architecture; empty for a model of text only."""
+        return self._by_last_part("placeholder", architecture)
+
+    def kernel_specs(self, device: str) -> Sequence[KernelSpec]:
+        """The kernels all plugins together bring for a device, by op."""
+        return tuple(self._by_last_part("kernel", device).values())
+
+    def devices(self) -> Sequence[DeviceSpec]:
+        """All devices, by name."""
+        claims = sorted(claim for claim in self._claims if claim[0] == "device")
+        return tuple(self._claims[claim].spec for claim in claims)
+
+    def device_spec(self, name: str) -> DeviceSpec:
+        """The device of a name.
+
+        Raises:
+            MissingPluginError: no plugin has it; the message says which package does.
+        """
+        claim = self._claims.get(("device", (name,)))
+        if claim is None:
+            package = known_packages().devices.get(name)
+            raise MissingPluginError(self._missing("device", "device", name, package))
+        spec: DeviceSpec = claim.spec
+        return spec
+
+    def probe(self, spec: DeviceSpec) -> Probe:
+        """Ask a device whether it can be used. Never raises: a probe that does scores 0."""
+        try:
+            probe: object = spec.probe()
+        except (Exception, SystemExit) as error:
+            reason = f"its probe failed: {reason_of(error)}"
+            return Probe(score=0, reason=reason, next_step=self._report_to(spec))
+        if isinstance(probe, Probe):
+            return probe
+        reason = f"its probe returned {probe!r:.80}, expected a Probe"
+        return Probe(score=0, reason=reason, next_step=self._report_to(spec))
+
+    def select_device(self, device: str = "auto") -> tuple[DeviceSpec, int, Probe]:
+        """Choose a device: ``"auto"``, a name, or ``"name:index"`` -> its spec, index and probe.
+
+        ``"auto"`` takes the highest score, the first name among equals, index 0.
+
+        Raises:
+            MissingPluginError: no plugin has it.
+            ConfigError: it cannot be used here, or its name cannot be read.
+        """
+        if device == "auto":
+            return self._best_device()
+        found = re.fullmatch(r"(?P<name>[^:]+)(:(?P<index>\d+))?", device)
+        if found is None:
+            raise ConfigError(f'device={device!r}: expected "auto", a name, or "name:index" such as "cpu:0"')
+        spec = self.device_spec(found["name"])
+        probe = self.probe(spec)
+        if probe.score <= 0:
+            raise ConfigError(f"device {spec.name!r} cannot be used: {_probe_text(probe)}")
+        return spec, int(found["index"] or 0), probe
+
+    def _best_device(self) -> tuple[DeviceSpec, int, Probe]:
+        probed = [(self.probe(spec), spec) for spec in self.devices()]
+        if not probed:
+            names = ", ".join(sorted(known_packages().devices.values()))
+            raise MissingPluginError(f"no device plugin: install one ({names}). {self._situation()}")
+        probe, spec = min(probed, key=lambda pair: (-pair[0].score, pair[1].name))
+        if probe.score <= 0:
+            reasons = "; ".join(f"{spec.name}: {_probe_text(probe)}" for probe, spec in probed)
+            raise ConfigError(f"no device can be used here: {reasons}")
+        return spec, 0, probe
+
+    def _by_last_part(self, kind: str, first: str) -> dict[str, Any]:
+        claims = sorted(claim for claim in self._claims if claim[0] == kind and claim[1][0] == first)
+        return {claim[1][1]: self._claims[claim].spec for claim in claims}
+
+    def _report_to(self, spec: DeviceSpec) -> str:
+        return f"report this to the maker of {self._claims['device', (spec.name,)].plugin}"
+
+    def _missing(self, kind: str, noun: str, key: str, package: str | None) -> str:
+        """The message for a key nobody provides: who would, and what is installed instead."""
+        names = sorted(claim[1][0] for claim in self._claims if claim[0] == kind)
+        message = f"no plugin provides the {noun} {key!r}"
+        near = get_close_matches(key, names, n=1)
+        if near:
+            message += f", did you mean {near[0]!r}?"
+        elif package is not None:
+            message += f"; {self._cure(package)}"
+        message += f". Provided {noun}s: {', '.join(names) or 'none'}. {self._situation()}"
+        return message
+
+    def _cure(self, package: str) -> str:
+        """What to do to have a package's plugin: repair, enable or install it."""
+        for failure in self.failures:
+            if failure.plugin.distribution.split(" ")[0] == package:
+                return f"{package} is installed and provides it, but its plugin failed: {failure.reason}"
+        for plugin in self.disabled:
+            if plugin.distribution.split(" ")[0] == package:
+                return (
+                    f"{package} is installed and provides it, but its plugin {plugin.name!r} is switched off "
+                    f"by the allow or deny list ({ALLOW_VARIABLE}, {DENY_VARIABLE})"
+                )
+        return f"the package {package} does: pip install {package}"
+
+    def _situation(self) -> str:
+        """What is installed, and what of it failed."""
+        text = f"Plugins: {', '.join(map(str, self.loaded)) or 'none'}."
+        if self.failures:
+            failed = "; ".join(f"{failure.plugin}: {failure.reason}" for failure in self.failures)
+            text += f" Failed: {failed}."
+        if self.disabled:
+            text += f" Switched off: {', '.join(map(str, self.disabled))}."
+        return text
+
+
+def _probe_text(probe: Probe) -> str:
+    return f"{probe.reason}; {probe.next_step}" if probe.next_step else probe.reason
