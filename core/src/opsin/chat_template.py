@@ -1,0 +1,207 @@
+"""Chat templates: which one, what content it wants, and rendering it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import jinja2
+from jinja2 import ext, nodes
+from jinja2.parser import Parser
+
+from opsin.api import Tokenizer
+from opsin.errors import ConfigError, RequestError
+
+ContentFormat = Literal["openai", "string"]
+
+
+class ChatTokenizer(Tokenizer, Protocol):
+    """The part of a transformers tokenizer that renders chats, in transformers' own sandbox."""
+
+    chat_template: Any
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+
+
+_OPTIONS = frozenset(
+    {"chat_template", "tokenize", "tools", "add_generation_prompt", "continue_final_message"}
+)
+
+
+@dataclass(frozen=True)
+class TemplateTraits:
+    """What a template does with ``message["content"]``.
+
+    Attributes:
+        format: ``"openai"`` if it walks over content parts, ``"string"`` if it wants text.
+        takes_strings: whether a template that walks over parts also tests for plain text.
+    """
+
+    format: ContentFormat
+    takes_strings: bool
+
+
+class ChatTemplate:
+    """A Jinja chat template bound to a tokenizer."""
+
+    def __init__(self, source: str, tokenizer: ChatTokenizer, content_format: ContentFormat | None = None):
+        """Parse the template.
+
+        Args:
+            source: Jinja text.
+            tokenizer: renders it, and provides ``bos_token`` and the like.
+            content_format: None: found out from the template.
+
+        Raises:
+            ConfigError: the template is not valid Jinja.
+        """
+        self._source = source
+        self._tokenizer = tokenizer
+        self.traits = template_traits(source, content_format)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any],
+    ) -> str:
+        """Messages as the template wants them -> prompt text.
+
+        Raises:
+            RequestError: the template refuses these messages.
+        """
+        taken = sorted(_OPTIONS & set(variables))
+        if taken:
+            raise RequestError(
+                f"chat_template_kwargs cannot set {', '.join(taken)}; it is for the template's own"
+            )
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(messages),
+                tools=None if tools is None else list(tools),
+                chat_template=self._source,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tokenize=False,
+                **variables,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise RequestError(f"the chat template refused these messages: {error}") from None
+        return str(text)
+
+
+def resolve_chat_template(
+    given: str | Path | None,
+    *,
+    folder: Path | None = None,
+    tokenizer: ChatTokenizer | None = None,
+    default: str | None = None,
+) -> str | None:
+    """The chat template to use.
+
+    Args:
+        given: the user's: a file, or Jinja text.
+        folder: the checkpoint, which may hold chat_template.jinja or chat_template.json.
+        tokenizer: may have one of its own.
+        default: the model plugin's.
+
+    Returns:
+        The first there is, in this order; None if there is none.
+
+    Raises:
+        ConfigError: ``given`` is neither a file nor Jinja text.
+    """
+    if given is not None:
+        return _given_template(given)
+    if folder is not None:
+        plain, packed = folder / "chat_template.jinja", folder / "chat_template.json"
+        if plain.is_file():
+            return plain.read_text(encoding="utf-8")
+        if packed.is_file():
+            return str(json.loads(packed.read_text(encoding="utf-8"))["chat_template"])
+    own = getattr(tokenizer, "chat_template", None)
+    if isinstance(own, Mapping):  # several, by purpose
+        own = own.get("default")
+    return own or default
+
+
+def _given_template(given: str | Path) -> str:
+    if isinstance(given, str) and ("{%" in given or "{{" in given or "\n" in given):
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"chat_template={str(given)!r} is neither a readable file ({type(error).__name__}) nor Jinja text"
+        ) from None
+
+
+class _GenerationTag(ext.Extension):
+    """transformers' ``{% generation %}...{% endgeneration %}``, which only marks what the assistant said."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it a set)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def template_traits(source: str, content_format: ContentFormat | None = None) -> TemplateTraits:
+    """Find out, from its syntax tree, what a template does with ``message["content"]``.
+
+    It wants parts if it loops over the content: directly, through filters, under another name
+    (``{% set content = message.content %}``), or in a macro that it hands the content to.
+
+    Raises:
+        ConfigError: the template is not valid Jinja.
+    """
+    environment = jinja2.Environment(extensions=[_GenerationTag, ext.loopcontrols])  # parses, never renders
+    try:
+        tree = environment.parse(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigError(
+            f"the chat template is not valid Jinja: line {error.lineno}: {error.message}"
+        ) from None
+    names = _content_names(tree)
+    loops = any(_is_content(loop.iter, names) for loop in tree.find_all(nodes.For))
+    tests = any(test.name == "string" and _is_content(test.node, names) for test in tree.find_all(nodes.Test))
+    return TemplateTraits(content_format or ("openai" if loops else "string"), takes_strings=tests)
+
+
+def _content_names(tree: nodes.Template) -> set[str]:
+    """Names of variables and macro parameters that hold a message's content."""
+    macros = {macro.name: macro for macro in tree.find_all(nodes.Macro)}
+    names: set[str] = set()
+    while True:
+        more = {
+            assign.target.name
+            for assign in tree.find_all(nodes.Assign)
+            if isinstance(assign.target, nodes.Name) and _is_content(assign.node, names)
+        }
+        for call in tree.find_all(nodes.Call):
+            if isinstance(call.node, nodes.Name) and call.node.name in macros:
+                parameters = macros[call.node.name].args
+                pairs = [(p.name, arg) for p, arg in zip(parameters, call.args)]
+                pairs += [(keyword.key, keyword.value) for keyword in call.kwargs]
+                more |= {name for name, value in pairs if _is_content(value, names)}
+        if more <= names:
+            return names
+        names |= more
+
+
+def _is_content(node: nodes.Node | None, names: set[str]) -> bool:
+    while isinstance(node, nodes.Filter):
+        node = node.node
+    if isinstance(node, nodes.Name):
+        return node.name in names
+    if isinstance(node, nodes.Getattr):
+        return node.attr == "content"
+    return (
+        isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) and node.arg.value == "content"
+    )

@@ -1,0 +1,173 @@
+"""Where the media of a prompt stand: a prompt -> token ids with `Marker`s between them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+from opsin.api import Modality, Placeholder, Tokenizer
+from opsin.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Marker:
+    """The place of one media item.
+
+    Attributes:
+        modality: of the item.
+        number: which item of that modality, counted from 1.
+    """
+
+    modality: Modality
+    number: int
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A placeholder as it stands in the prompt; ``text`` None: as the token id that stands for it."""
+
+    modality: Modality
+    text: str | None
+
+
+class PlaceholderFinder:
+    """Finds placeholders in text and in token ids, tokenizing what stands between them. Thread-safe.
+
+    A placeholder that is a single token is found after tokenizing the text as a whole. For others the text
+    is cut at the placeholders and the pieces are tokenized (see `Placeholder.special_tokens_per_chunk`).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, placeholders: Mapping[Modality, Placeholder]) -> None:
+        self._tokenizer = tokenizer
+        self._placeholders = placeholders
+        self._by_token = {p.token_id: m for m, p in placeholders.items() if p.token_id is not None}
+        self._cut = [modality for modality, p in placeholders.items() if p.token_id is None]
+        self._cut_pattern = re.compile("|".join(f"({text_pattern(placeholders[m])})" for m in self._cut))
+        self._every_chunk = any(placeholders[m].special_tokens_per_chunk for m in self._cut)
+        self._bos: str | None = getattr(tokenizer, "bos_token", None)
+
+    def in_text(self, text: str, counts: Mapping[Modality, int]) -> list[int | Marker]:
+        """Token ids of a text, with a marker for each of ``counts[modality]`` items.
+
+        Special tokens are added at the front (a BOS), unless the text brings its BOS along.
+
+        Raises:
+            RequestError: the placeholders in the text are not one for each item.
+        """
+        parts: list[int | _Found] = []
+        start = 0
+        for match in self._cut_pattern.finditer(text) if self._cut else ():
+            parts += self._tokenize(text[start : match.start()], first=start == 0)
+            parts.append(_Found(self._cut[(match.lastindex or 1) - 1], match[0]))
+            start = match.end()
+        parts += self._tokenize(text[start:], first=start == 0)
+        return self._number(parts, counts)
+
+    def in_ids(self, ids: Sequence[int], counts: Mapping[Modality, int]) -> list[int | Marker]:
+        """The same for a prompt given as token ids, in which nothing is expanded yet.
+
+        Raises:
+            RequestError: the placeholders among the ids are not one for each item.
+        """
+        written = {
+            sequence: _Found(modality, text)
+            for modality in self._cut
+            for number in range(1, counts.get(modality, 0) + 1)
+            for text in [self._placeholders[modality].text(number)]
+            for sequence in self._id_sequences(text)
+        }
+        parts: list[int | _Found] = []
+        position = 0
+        while position < len(ids):
+            for sequence, found in written.items():
+                if tuple(ids[position : position + len(sequence)]) == sequence:
+                    parts.append(found)
+                    position += len(sequence)
+                    break
+            else:
+                parts.append(self._found_token(ids[position]))
+                position += 1
+        return self._number(parts, counts)
+
+    def _tokenize(self, text: str, *, first: bool) -> Iterator[int | _Found]:
+        special = (first or self._every_chunk) and not (self._bos and text.startswith(self._bos))
+        ids = self._tokenizer.encode(text, add_special_tokens=special) if text or special else []
+        return map(self._found_token, ids)
+
+    def _found_token(self, token: int) -> int | _Found:
+        modality = self._by_token.get(token)
+        return token if modality is None else _Found(modality, None)
+
+    def _id_sequences(self, text: str) -> set[tuple[int, ...]]:
+        """How a placeholder's text may look as ids: at the start of a text, and after a line break.
+
+        A sentencepiece tokenizer writes the two differently.
+        """
+        alone = self._tokenizer.encode(text, add_special_tokens=False)
+        line_break = self._tokenizer.encode("\n", add_special_tokens=False)
+        later = self._tokenizer.encode("\n" + text, add_special_tokens=False)
+        sequences = {tuple(alone)}
+        if later[: len(line_break)] == line_break:
+            sequences.add(tuple(later[len(line_break) :]))
+        return sequences
+
+    def _number(self, parts: Sequence[int | _Found], counts: Mapping[Modality, int]) -> list[int | Marker]:
+        """Give every found placeholder its item: the one its text names, or else the next one."""
+        found: dict[Modality, list[str | None]] = {modality: [] for modality in self._placeholders}
+        numbered: list[int | Marker] = []
+        for part in parts:
+            if isinstance(part, int):
+                numbered.append(part)
+                continue
+            found[part.modality].append(part.text)
+            number = len(found[part.modality])
+            if part.text is not None and is_numbered(self._placeholders[part.modality]):
+                number = self._named(part.modality, part.text, counts.get(part.modality, 0))
+            numbered.append(Marker(part.modality, number))
+        for modality, texts in found.items():
+            given = counts.get(modality, 0)
+            if len(texts) != given or (None not in texts and self._repeats(modality, texts)):
+                raise RequestError(self._mismatch(modality, len(texts), given))
+        return numbered
+
+    def _named(self, modality: Modality, text: str, given: int) -> int:
+        for number in range(1, given + 1):
+            if self._placeholders[modality].text(number) == text:
+                return number
+        raise RequestError(f"the prompt has {text!r}, but {given} {modality} item(s) were given")
+
+    def _repeats(self, modality: Modality, texts: Sequence[str | None]) -> bool:
+        return is_numbered(self._placeholders[modality]) and len(set(texts)) < len(texts)
+
+    def _mismatch(self, modality: Modality, found: int, given: int) -> str:
+        placeholder = self._placeholders[modality]
+        wanted = [placeholder.text(number) for number in range(1, min(given, 3) + 1)] or [placeholder.text(1)]
+        if not given:
+            advice = f"{wanted[0]!r} stands for an item; remove it, or pass the item in multi_modal_data"
+        elif is_numbered(placeholder):
+            advice = f"write each of {', '.join(map(repr, wanted))}{', ...' if given > 3 else ''} once"
+        else:
+            advice = f"write {wanted[0]!r} once for each"
+        return f"the prompt has {found} {modality} placeholder(s) for {given} {modality} item(s); {advice}"
+
+
+def is_numbered(placeholder: Placeholder) -> bool:
+    """Whether the placeholder's text names the item (``<|image_1|>``) or is always the same (``<image>``)."""
+    return placeholder.text(1) != placeholder.text(2)
+
+
+def text_pattern(placeholder: Placeholder) -> str:
+    """A regular expression, without groups, for the placeholder's text with any number."""
+    first, second = placeholder.text(1), placeholder.text(2)
+    if first == second:
+        return re.escape(first)
+    prefix = first[: _num_equal(first, second)]
+    suffix = first[len(first) - _num_equal(reversed(first), reversed(second)) :]
+    return rf"{re.escape(prefix)}\d+{re.escape(suffix)}"
+
+
+def _num_equal(first: Iterable[str], second: Iterable[str]) -> int:
+    """How many leading characters agree."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second)))
