@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from opsin.config import BeamSearchParams, EngineConfig, PoolingParams, SamplingParams
-    from opsin.engine import AsyncEngine, Engine
+    from opsin.async_engine import AsyncEngine
+    from opsin.engine import Engine
     from opsin.hookspecs import hookimpl
     from opsin.llm import LLM
     from opsin.output import CompletionOutput, RequestOutput
@@ -33,7 +34,7 @@ __all__ = [
 
 _HOME = {
     "LLM": "opsin.llm",
-    "AsyncEngine": "opsin.engine",
+    "AsyncEngine": "opsin.async_engine",
     "BeamSearchParams": "opsin.config",
     "CompletionOutput": "opsin.output",
     "Engine": "opsin.engine",

@@ -530,6 +530,7 @@ class Model(Protocol):
 
     kv_geometry: KVGeometry
     hidden_size: int
+    vocab_size: int
 
     def weight_name(self, key: str) -> str | None:
         """Checkpoint key -> name in this model's tree; None for a tensor that is not used."""

@@ -173,6 +173,8 @@ class EngineConfig:
         kv_cache_memory: bytes; None: a share of the device's free memory.
         encoder_cache_memory: bytes for encoder outputs kept by digest.
         media_cache_memory: host bytes for mapped media kept by digest.
+        chat_template: file or Jinja text used instead of the checkpoint's own.
+        local_media: whether chat messages may name files of this machine.
         limit_mm_per_prompt: modality -> most items in one prompt; None: the family's defaults.
         mm_processor_kwargs: options of the family's input mapper, for every request.
         seed: of requests that bring none; None: not reproducible.
@@ -194,6 +196,8 @@ class EngineConfig:
     kv_cache_memory: int | None = None
     encoder_cache_memory: int = 512 * 2**20
     media_cache_memory: int = 512 * 2**20
+    chat_template: str | None = None
+    local_media: bool = False
     limit_mm_per_prompt: Mapping[str, int] | None = None
     mm_processor_kwargs: Mapping[str, Any] = field(default_factory=dict)
     seed: int | None = None

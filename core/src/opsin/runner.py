@@ -197,7 +197,10 @@ class Runner:
             return
         last = hidden.index_select(0, torch.tensor(rows, device=hidden.device))
         for sequence, token in zip(sequences, sample(self._model.logits(last), sequences), strict=True):
-            result.sampled[sequence.seq_id] = token
+            if isinstance(token, RequestError):
+                result.errors[sequence.seq_id] = token
+            else:
+                result.sampled[sequence.seq_id] = token
 
     def _read_prompt_logprobs(
         self, chunks: SequenceOf[Chunk], hidden: Tensor, result: StepTokens

@@ -19,7 +19,7 @@ class Qwen2VL(nn.Module):
         super().__init__()
         config = context.config
         decoder = DecoderConfig.from_config(config, qkv_bias=True)
-        self.hidden_size = decoder.hidden_size
+        self.hidden_size, self.vocab_size = decoder.hidden_size, decoder.vocab_size
         self.kv_geometry = kv_geometry(decoder, context.parallel.world_size)
         rotary = RotaryTable(
             decoder.head_size,

@@ -1,0 +1,174 @@
+"""`Engine` on a thread of its own, for asyncio: streams, cancellation, media work off the loop."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from opsin.api import ProcessedPrompt
+from opsin.config import EngineConfig, SamplingParams
+from opsin.engine import Engine
+from opsin.errors import OpsinError, RequestError
+from opsin.output import RequestOutput
+from opsin.plugins import Plugins
+
+logger = logging.getLogger(__name__)
+
+_Result = RequestOutput | BaseException
+
+
+class _Stream:
+    """The way of one request's outputs from the engine's thread to its consumer's event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._queue: asyncio.Queue[_Result] = asyncio.Queue()
+
+    def put(self, result: _Result) -> None:
+        """Called on the engine's thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, result)
+        except RuntimeError:  # the consumer's loop is closed: nobody listens any more
+            logger.debug("an output came after its event loop had closed")
+
+    async def get(self) -> RequestOutput:
+        """The next output; raises what the engine's thread put instead."""
+        result = await self._queue.get()
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+
+class AsyncEngine:
+    """Runs an `Engine` on its own thread; any number of coroutines stream from it.
+
+    All engine state belongs to that thread; the outside talks to it through a queue of commands.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._pool = ThreadPoolExecutor(engine.config.preprocess_threads, thread_name_prefix="opsin-media")
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._streams: dict[str, _Stream] = {}
+        self._ids = itertools.count()
+        self._death: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="opsin-engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def from_config(cls, config: EngineConfig, plugins: Plugins | None = None) -> AsyncEngine:
+        """Load a model and start the thread."""
+        return cls(Engine(config, plugins))
+
+    async def process(self, prompt: str | Sequence[int] | Mapping[str, Any]) -> ProcessedPrompt:
+        """Decode, map and tokenize a prompt in the pool; the event loop stays free.
+
+        Raises:
+            RequestError: the prompt cannot be used.
+        """
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._pool, self.engine.processor.process, prompt)
+
+    async def generate(
+        self,
+        prompt: str | Sequence[int] | Mapping[str, Any] | ProcessedPrompt,
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+    ) -> AsyncIterator[RequestOutput]:
+        """Stream a request's outputs, each with all there is so far.
+
+        Leaving the iteration early (a break, a cancelled task, a closed client) aborts the request.
+
+        Raises:
+            RequestError: this request cannot be served.
+            DeviceLostError: the engine has stopped.
+        """
+        processed = prompt if isinstance(prompt, ProcessedPrompt) else await self.process(prompt)
+        request_id = request_id if request_id is not None else f"async-{next(self._ids)}"
+        params = params if params is not None else self.engine.default_params()
+        stream = _Stream(asyncio.get_running_loop())
+        self._submit(lambda: self._add(request_id, processed, params, stream))
+        finished = False
+        try:
+            while not finished:
+                output = await stream.get()
+                finished = output.finished
+                if output.error is not None:
+                    raise output.error
+                yield output
+        finally:
+            if not finished:
+                self._commands.put(lambda: self._abort(request_id))
+
+    async def abort(self, request_id: str) -> None:
+        """End a request; its stream gets a last output with what there is."""
+        self._submit(lambda: self._abort(request_id))
+
+    def close(self) -> None:
+        """Stop the thread, aborting what runs."""
+        self._commands.put(None)
+        self._thread.join()
+        self._pool.shutdown(cancel_futures=True)
+
+    # ---- on the engine's thread ---------------------------------------------------------------
+
+    def _submit(self, command: Callable[[], None]) -> None:
+        if self._death is not None:
+            raise OpsinError("the engine has stopped; restart the process") from self._death
+        self._commands.put(command)
+
+    def _run(self) -> None:
+        try:
+            while self._take_commands():
+                if self.engine.has_unfinished():
+                    for output in self.engine.step():
+                        self._deliver(output)
+            self._end(OpsinError("the engine was closed"))
+        except BaseException as error:
+            logger.exception("the engine's thread died")
+            self._end(error)
+
+    def _take_commands(self) -> bool:
+        """Run what was asked for; sleeps while there is nothing to do. False: stop."""
+        while True:
+            try:
+                command = self._commands.get(block=not self.engine.has_unfinished())
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command()
+
+    def _add(self, request_id: str, prompt: ProcessedPrompt, params: SamplingParams, stream: _Stream) -> None:
+        try:
+            self.engine.add(request_id, prompt, params)
+        except RequestError as error:
+            stream.put(error)
+        else:
+            self._streams[request_id] = stream
+
+    def _abort(self, request_id: str) -> None:
+        output = self.engine.abort(request_id)
+        if output is not None:
+            self._deliver(output)
+
+    def _deliver(self, output: RequestOutput) -> None:
+        stream = self._streams.get(output.request_id)
+        if stream is None:
+            return
+        if output.finished:
+            del self._streams[output.request_id]
+        stream.put(output)
+
+    def _end(self, error: BaseException) -> None:
+        self._death = error
+        for stream in self._streams.values():
+            stream.put(error)
+        self._streams.clear()
+        self.engine.close()

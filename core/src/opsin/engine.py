@@ -1,0 +1,307 @@
+"""The engine: requests in, steps, outputs out. Synchronous and single-threaded; `AsyncEngine` wraps it."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from dataclasses import dataclass
+
+from opsin.api import InputContext, ModelSpec, ProcessedPrompt, Tokenizer
+from opsin.cache import BlockPool
+from opsin.chat import ChatRenderer
+from opsin.chat_template import resolve_chat_template
+from opsin.checkpoint import Checkpoint, load, load_tokenizer
+from opsin.config import EngineConfig, Resolved, SamplingParams
+from opsin.errors import RequestError
+from opsin.executor import LocalExecutor
+from opsin.output import RequestOutput, RequestState
+from opsin.plugins import Plugins, load_plugins
+from opsin.prompt import PromptProcessor
+from opsin.runner import StepTokens
+from opsin.sampler import SampledToken, make_generator
+from opsin.scheduler import Scheduler, Step
+from opsin.sequence import Sequence
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """Counters and gauges at one moment.
+
+    Attributes:
+        num_running, num_waiting: sequences.
+        kv_blocks, kv_blocks_used: of the pool.
+        prefix_queries, prefix_hits: blocks looked up and found when sequences were admitted.
+        encoder_queries, encoder_hits: media items that steps needed, and found encoded.
+        encoder_cache_bytes: held now.
+        num_encoded: media items run through the encoder.
+        num_preemptions: sequences pushed out for want of blocks, so far.
+    """
+
+    num_running: int
+    num_waiting: int
+    kv_blocks: int
+    kv_blocks_used: int
+    prefix_queries: int
+    prefix_hits: int
+    encoder_queries: int
+    encoder_hits: int
+    encoder_cache_bytes: int
+    num_encoded: int
+    num_preemptions: int
+
+
+@dataclass
+class _Request:
+    """A request and its sequences, one per sample."""
+
+    state: RequestState
+    sequences: dict[int, Sequence]  # live ones, by sample index
+    prompt_logprobs: list[SampledToken]  # of the prompt tokens described so far, from the second on
+
+    def take_prompt_logprobs(self, first: int, tokens: list[SampledToken]) -> None:
+        """Add what a step described, ``first`` being a token index; computing anew repeats some."""
+        self.prompt_logprobs += tokens[len(self.prompt_logprobs) + 1 - first :]
+        if len(self.prompt_logprobs) == len(self.state.prompt.token_ids) - 1:
+            self.state.set_prompt_logprobs(self.prompt_logprobs)
+
+
+class Engine:
+    """Runs requests through one model on one device.
+
+    `processor` turns prompts into what `add` takes and may be called from any thread; all other methods
+    belong to one thread.
+    """
+
+    def __init__(self, config: EngineConfig, plugins: Plugins | None = None) -> None:
+        """Load plugins, checkpoint, tokenizer and weights.
+
+        Raises:
+            MissingPluginError: no plugin has the model's architecture or the device.
+            ConfigError, CheckpointError: see `LocalExecutor`.
+        """
+        self.config = config
+        self.plugins = plugins if plugins is not None else load_plugins(prefer=config.prefer)
+        self.checkpoint: Checkpoint = load(config.model, config.revision)
+        self.model_spec: ModelSpec = self.plugins.model(self.checkpoint.architecture)
+        device_spec, device_index, _ = self.plugins.select_device(config.device)
+        self.tokenizer: Tokenizer = load_tokenizer(
+            load(config.tokenizer, None).path if config.tokenizer else self.checkpoint.path
+        )
+        self.executor = LocalExecutor(
+            config,
+            self.checkpoint,
+            model_spec=self.model_spec,
+            device_spec=device_spec,
+            device_index=device_index,
+            kernel_specs=self.plugins.kernel_specs(device_spec.name),
+        )
+        self.resolved: Resolved = self.executor.resolved
+        self.processor, self.renderer = self._build_inputs()
+        self.scheduler = Scheduler(
+            blocks=BlockPool(self.resolved.num_blocks),
+            encoder_cache=self.executor.encoder_cache,
+            block_size=self.resolved.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_encoder_tokens=config.max_encoder_tokens,
+            embed_bytes=self.executor.embed_bytes,
+            prefix_caching=config.enable_prefix_caching,
+            root_key=f"{self.checkpoint.revision_key}|{self.resolved.dtype}".encode(),
+        )
+        self._requests: dict[str, _Request] = {}
+        self._num_sequences = 0
+        self._seeds = random.Random(config.seed) if config.seed is not None else random.SystemRandom()
+
+    def _build_inputs(self) -> tuple[PromptProcessor, ChatRenderer]:
+        architecture = self.checkpoint.architecture
+        context = InputContext(
+            config=self.checkpoint.config,
+            preprocessor=self.checkpoint.preprocessor,
+            tokenizer=self.tokenizer,
+            options=self.config.mm_processor_kwargs,
+        )
+        mappers = {
+            modality: spec.build(context)
+            for modality, spec in self.plugins.input_mappers(architecture).items()
+        }
+        placeholders = {
+            modality: spec.build(context)
+            for modality, spec in self.plugins.placeholders(architecture).items()
+        }
+        processor = PromptProcessor(
+            model_spec=self.model_spec,
+            mappers=mappers,
+            placeholders=placeholders,
+            tokenizer=self.tokenizer,
+            config=self.checkpoint.config,
+            limits=self.config.limit_mm_per_prompt,
+            options=self.config.mm_processor_kwargs,
+            max_model_len=self.resolved.max_model_len,
+            vocab_size=self.executor.model.vocab_size,
+            hidden_size=self.executor.model.hidden_size,
+            media_cache_bytes=self.config.media_cache_memory,
+        )
+        renderer = ChatRenderer(
+            tokenizer=self.tokenizer,
+            chat_template=resolve_chat_template(
+                self.config.chat_template,
+                folder=self.checkpoint.path,
+                tokenizer=self.tokenizer,
+                default=self.model_spec.default_chat_template,
+            ),
+            placeholders=placeholders,
+            limits=processor.limits,
+            local_files=self.config.local_media,
+        )
+        return processor, renderer
+
+    # ---- requests -----------------------------------------------------------------------------
+
+    def default_params(self, **changes: object) -> SamplingParams:
+        """Sampling defaults of the checkpoint (generation_config.json), overridden by ``changes``."""
+        return SamplingParams.from_generation_config(self.checkpoint.generation_config, **changes)
+
+    def add(self, request_id: str, prompt: ProcessedPrompt, params: SamplingParams) -> None:
+        """Queue a request of ``params.n`` samples.
+
+        Raises:
+            RequestError: the id is in use, or the prompt is not what this engine can run.
+        """
+        if request_id in self._requests:
+            raise RequestError(f"request id {request_id!r} is already in use")
+        length = len(prompt.token_ids)
+        if not 0 < length < self.resolved.max_model_len:
+            raise RequestError(
+                f"the prompt has {length} tokens; at least 1 and, with room for one new token, at most "
+                f"{self.resolved.max_model_len - 1} are possible"
+            )
+        eos = frozenset(self.checkpoint.eos_token_ids)
+        most = self.resolved.max_model_len
+        max_len = most if params.max_tokens is None else min(most, length + params.max_tokens)
+        state = RequestState(
+            request_id=request_id,
+            prompt=prompt,
+            params=params,
+            tokenizer=self.tokenizer,
+            eos_token_ids=eos,
+            max_len=max_len,
+            arrival_time=time.monotonic(),
+        )
+        sequences = {}
+        for index in range(params.n):
+            sequence = Sequence(
+                seq_id=self._num_sequences,
+                request_id=request_id,
+                index=index,
+                prompt=prompt,
+                params=params,
+                max_len=max_len,
+                eos_token_ids=eos,
+            )
+            if not params.greedy:
+                seed = self._seeds.getrandbits(63) if params.seed is None else params.seed + index
+                sequence.generator = make_generator(seed)
+            self._num_sequences += 1
+            sequences[index] = sequence
+            self.scheduler.add(sequence)
+        self._requests[request_id] = _Request(state, sequences, [])
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request now; returns what it has so far, None if the id is unknown (or done)."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        for index in list(request.sequences):
+            request.state.finish(index, "abort")
+            self._drop(request, index)
+        return self._close(request_id)
+
+    def has_unfinished(self) -> bool:
+        """Whether `step` has work to do."""
+        return bool(self._requests)
+
+    # ---- a step -------------------------------------------------------------------------------
+
+    def step(self) -> list[RequestOutput]:
+        """Compute one batch; returns the requests that changed, each with all it has so far.
+
+        Raises:
+            DeviceLostError: nothing can be computed any more.
+        """
+        started = time.monotonic()
+        step = self.scheduler.schedule()
+        tokens = self.executor.run(step)
+        failed = [self._fail(step, seq_id, error) for seq_id, error in tokens.errors.items()]
+        self.scheduler.commit(step, {seq_id: token.token_id for seq_id, token in tokens.sampled.items()})
+        return [output for output in failed if output is not None] + self._deliver(step, tokens, started)
+
+    def _deliver(self, step: Step, tokens: StepTokens, started: float) -> list[RequestOutput]:
+        changed: dict[str, None] = {}
+        for chunk in step.chunks:
+            sequence = chunk.sequence
+            request = self._requests.get(sequence.request_id)
+            if request is None:
+                continue
+            if request.state.first_scheduled_time is None:
+                request.state.first_scheduled_time = started
+                request.state.num_cached_tokens = sequence.num_cached
+            described = tokens.prompt_logprobs.get(sequence.seq_id)
+            if described is not None:
+                request.take_prompt_logprobs(*described)
+            token = tokens.sampled.get(sequence.seq_id)
+            if token is None:
+                continue
+            changed[sequence.request_id] = None
+            request.state.num_preemptions = max(request.state.num_preemptions, sequence.num_preemptions)
+            if request.state.append(sequence.index, token) is not None:
+                self._drop(request, sequence.index)
+        return [self._output(request_id) for request_id in changed]
+
+    def _fail(self, step: Step, seq_id: int, error: RequestError) -> RequestOutput | None:
+        """Fail the request of one sequence, with its other samples."""
+        request_id = next(c.sequence.request_id for c in step.chunks if c.sequence.seq_id == seq_id)
+        request = self._requests.get(request_id)
+        if request is None:  # another of its samples has failed already
+            return None
+        for index in list(request.sequences):
+            self._drop(request, index)
+        request.state.fail(error)
+        return self._close(request_id)
+
+    def _output(self, request_id: str) -> RequestOutput:
+        request = self._requests[request_id]
+        return request.state.output() if request.sequences else self._close(request_id)
+
+    def _drop(self, request: _Request, index: int) -> None:
+        self.scheduler.remove(request.sequences.pop(index))
+
+    def _close(self, request_id: str) -> RequestOutput:
+        return self._requests.pop(request_id).state.output()
+
+    # ---- around -------------------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        """Where the engine stands."""
+        blocks, encoder = self.scheduler.blocks, self.scheduler.encoder_cache
+        return EngineStats(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            kv_blocks=blocks.num_blocks,
+            kv_blocks_used=blocks.num_used,
+            prefix_queries=blocks.queries,
+            prefix_hits=blocks.hits,
+            encoder_queries=encoder.queries,
+            encoder_hits=encoder.hits,
+            encoder_cache_bytes=encoder.used_bytes,
+            num_encoded=self.executor.num_encoded,
+            num_preemptions=self.scheduler.num_preemptions,
+        )
+
+    def close(self) -> None:
+        """Abort everything and let go of the model."""
+        for request_id in list(self._requests):
+            self.abort(request_id)
+        self.executor.close()

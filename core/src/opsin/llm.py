@@ -1,0 +1,306 @@
+"""`LLM`: the offline door. Batches of prompts or conversations in, finished outputs back in order."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING, Any, Literal
+
+from tqdm import tqdm
+
+from opsin.api import ProcessedPrompt, Tokenizer
+from opsin.config import BeamSearchParams, DType, EngineConfig, SamplingParams
+from opsin.engine import Engine
+from opsin.errors import ConfigError, RequestError, RequestsFailed
+from opsin.output import RequestMetrics, RequestOutput
+from opsin.plugins import Plugins
+
+if TYPE_CHECKING:
+    from opsin.beam import BeamSearchOutput
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""Text, token ids, or ``{"prompt" | "prompt_token_ids", "multi_modal_data", "mm_processor_kwargs"}``."""
+
+Message = Mapping[str, Any]
+OnError = Literal["raise", "return"]
+
+_FILL_WAIT_S = 0.05
+"""How long a batch with room waits for prompts that are being prepared before it starts without them."""
+
+
+class LLM:
+    """A vision-language model, ready to answer.
+
+    Example:
+        >>> llm = LLM("opsin/tiny-qwen2vl")
+        >>> llm.chat([{"role": "user", "content": [
+        ...     {"type": "image_pil", "image_pil": picture}, {"type": "text", "text": "What colour is it?"}]}])
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        tokenizer: str | None = None,
+        revision: str | None = None,
+        device: str = "auto",
+        dtype: DType = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 2048,
+        limit_mm_per_prompt: Mapping[str, int] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+        enable_prefix_caching: bool = True,
+        kv_cache_memory: int | None = None,
+        seed: int | None = None,
+        trust_remote_code: bool = False,
+        plugins: Plugins | None = None,
+        **settings: Any,
+    ) -> None:
+        """Load a model.
+
+        Args:
+            model: a folder, an installed checkpoint (``"opsin/tiny-qwen2vl"``) or a hub id.
+            plugins: already loaded plugins; None: those installed.
+            settings: further fields of `EngineConfig`, where the others are described too.
+
+        Raises:
+            ConfigError: a setting is unknown or impossible.
+            MissingPluginError: no plugin provides the model's architecture or the device.
+            CheckpointError: the checkpoint cannot be found or is not complete.
+        """
+        known = EngineConfig.__dataclass_fields__
+        for name in settings:
+            if name not in known:
+                raise ConfigError(f"unknown setting {name!r}; settings are: {', '.join(sorted(known))}")
+        config = EngineConfig(
+            model=str(model),
+            tokenizer=tokenizer,
+            revision=revision,
+            device=device,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            limit_mm_per_prompt=limit_mm_per_prompt,
+            mm_processor_kwargs=mm_processor_kwargs or {},
+            enable_prefix_caching=enable_prefix_caching,
+            kv_cache_memory=kv_cache_memory,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+            # The caller is this machine's user: naming files is no privilege.
+            **{"local_media": True, **settings},
+        )
+        self.engine = Engine(config, plugins)
+        self._ids = itertools.count()
+
+    # ---- batches ------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        on_error: OnError = "raise",
+    ) -> list[RequestOutput]:
+        """Answer prompts as one batch.
+
+        Args:
+            prompts: one or a list; see `Prompt`.
+            sampling_params: for all, or one each; None: the checkpoint's generation_config.
+            use_tqdm: show progress.
+            on_error: ``"raise"``: if requests failed, raise `RequestsFailed` once all others are done
+                (a single prompt raises its own error). ``"return"``: give their outputs with ``error`` set.
+
+        Returns:
+            Outputs in the order of the prompts.
+        """
+        many = [prompts] if _is_one(prompts) else list(prompts)
+        process = self.engine.processor.process
+        return self._run([lambda p=p: process(p) for p in many], sampling_params, use_tqdm, on_error)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        on_error: OnError = "raise",
+        **render: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or a list of them as one batch.
+
+        Args:
+            messages: OpenAI-style messages; content parts ``text``, ``image_url`` (``data:`` URLs too),
+                ``image_pil``, ``video``.
+            sampling_params, use_tqdm, on_error: as in `generate`.
+            render: ``add_generation_prompt``, ``continue_final_message``, ``tools``,
+                ``chat_template_kwargs``; see `opsin.chat.ChatRenderer.render`.
+        """
+        many = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        return self._run(
+            [lambda m=m: self._process_chat(m, render) for m in many], sampling_params, use_tqdm, on_error
+        )
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams
+    ) -> list[BeamSearchOutput]:
+        """The ``params.beam_width`` most probable continuations of each prompt, best first."""
+        from opsin.beam import beam_search
+
+        many = [prompts] if _is_one(prompts) else list(prompts)
+        return beam_search(self.engine, [self.engine.processor.process(prompt) for prompt in many], params)
+
+    # ---- streams ------------------------------------------------------------------------------
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Answer one prompt, giving the output so far after every step."""
+        return self._stream(self.engine.processor.process(prompt), sampling_params)
+
+    def stream_chat(
+        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, **render: Any
+    ) -> Iterator[RequestOutput]:
+        """Answer one conversation, giving the output so far after every step."""
+        return self._stream(self._process_chat(messages, render), sampling_params)
+
+    # ---- around -------------------------------------------------------------------------------
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self.engine.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The checkpoint's generation_config as sampling parameters."""
+        return self.engine.default_params()
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # ---- how ----------------------------------------------------------------------------------
+
+    def _process_chat(self, messages: Sequence[Message], render: Mapping[str, Any]) -> ProcessedPrompt:
+        return self.engine.processor.process(self.engine.renderer.render(messages, **render))
+
+    def _stream(self, prompt: ProcessedPrompt, params: SamplingParams | None) -> Iterator[RequestOutput]:
+        request_id = f"stream-{next(self._ids)}"
+        self.engine.add(request_id, prompt, params if params is not None else self.engine.default_params())
+        try:
+            while self.engine.has_unfinished():
+                for output in self.engine.step():
+                    if output.request_id == request_id:
+                        if output.error is not None:
+                            raise output.error
+                        yield output
+        finally:
+            self.engine.abort(request_id)
+
+    def _run(
+        self,
+        jobs: Sequence[Callable[[], ProcessedPrompt]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool,
+        on_error: OnError,
+    ) -> list[RequestOutput]:
+        params = self._params_for(len(jobs), sampling_params)
+        batch = next(self._ids)
+        ids = [f"{batch}-{index}" for index in range(len(jobs))]
+        results: dict[str, RequestOutput] = {}
+        pool = ThreadPoolExecutor(self.engine.config.preprocess_threads, thread_name_prefix="opsin-media")
+        coming = deque(zip(ids, (pool.submit(job) for job in jobs), params))
+        try:
+            with tqdm(total=len(jobs), desc="answers", unit="req", disable=not use_tqdm) as progress:
+                tokens = 0
+                while coming or self.engine.has_unfinished():
+                    finished = self._take_ready(coming)
+                    finished += [output for output in self.engine.step() if output.finished]
+                    for output in finished:
+                        if output.request_id in ids:
+                            results[output.request_id] = output
+                            tokens += sum(len(sample.token_ids) for sample in output.outputs)
+                            progress.update()
+                    elapsed = progress.format_dict["elapsed"] or 1e-9
+                    progress.set_postfix_str(f"{tokens / elapsed:.1f} tok/s", refresh=False)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for request_id in ids:
+                self.engine.abort(request_id)  # only after an interruption is there anything to abort
+        outputs = [results[request_id] for request_id in ids]
+        if on_error == "raise":
+            _raise_failures(outputs)
+        return outputs
+
+    def _take_ready(
+        self, coming: deque[tuple[str, Future[ProcessedPrompt], SamplingParams]]
+    ) -> list[RequestOutput]:
+        """Add the prompts that are prepared, in order; returns outputs of those that cannot be used."""
+        failed = []
+        room = self.engine.config.max_num_batched_tokens
+        while coming:
+            request_id, future, params = coming[0]
+            if not future.done():
+                # An idle engine has to wait; one whose next batch is full need not, any other does briefly:
+                # one more prompt in a batch is cheaper than one more batch.
+                busy = self.engine.has_unfinished()
+                if busy and room <= 0:
+                    break
+                wait([future], timeout=_FILL_WAIT_S if busy else None)
+                if not future.done():
+                    break
+            coming.popleft()
+            try:
+                prompt = future.result()
+                self.engine.add(request_id, prompt, params)
+                room -= len(prompt.token_ids)
+            except RequestError as error:
+                failed.append(_refused(request_id, error))
+        return failed
+
+    def _params_for(
+        self, count: int, given: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[SamplingParams]:
+        if given is None:
+            return [self.engine.default_params()] * count
+        if isinstance(given, SamplingParams):
+            return [given] * count
+        if len(given) != count:
+            raise ConfigError(f"{len(given)} sampling_params for {count} prompts; pass one, or one for each")
+        return list(given)
+
+
+def _is_one(prompts: Any) -> bool:
+    if isinstance(prompts, (str, Mapping)):
+        return True
+    return bool(prompts) and all(isinstance(item, int) for item in prompts)
+
+
+def _refused(request_id: str, error: RequestError) -> RequestOutput:
+    """The output of a prompt that never reached the engine."""
+    return RequestOutput(
+        request_id, None, [], None, [], finished=True, metrics=RequestMetrics(time.monotonic()), error=error
+    )
+
+
+def _raise_failures(outputs: Iterable[RequestOutput]) -> None:
+    outputs = list(outputs)
+    failures = [(index, output.error) for index, output in enumerate(outputs) if output.error is not None]
+    if not failures:
+        return
+    if len(outputs) == 1:
+        raise failures[0][1]
+    lines = "\n".join(f"  request {index}: {error}" for index, error in failures)
+    raise RequestsFailed(
+        f"{len(failures)} of {len(outputs)} requests failed; the others are in this error's .outputs "
+        f'(or pass on_error="return"):\n{lines}',
+        outputs,
+    )

@@ -1,0 +1,296 @@
+"""The scheduler and the caches against a simulated device memory that knows what each slot should hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opsin.api import MappedMedia, PlacedMedia, ProcessedPrompt
+from opsin.cache import BlockPool, EncoderCache
+from opsin.config import SamplingParams
+from opsin.scheduler import Scheduler, Step
+from opsin.sequence import Sequence, Status
+
+BLOCK = 4
+EMBED_BYTES = 8
+
+
+def media_item(key: str, start: int, length: int) -> PlacedMedia:
+    return PlacedMedia(
+        modality="image",
+        key=key,
+        mapped=MappedMedia(num_embeds=length),
+        start=start,
+        is_embed=[True] * length,
+    )
+
+
+def make_sequence(
+    seq_id: int,
+    token_ids: list[int],
+    *,
+    max_tokens: int = 3,
+    media: tuple[PlacedMedia, ...] = (),
+    salt: str = "",
+    params: SamplingParams | None = None,
+) -> Sequence:
+    return Sequence(
+        seq_id=seq_id,
+        request_id=str(seq_id),
+        index=0,
+        prompt=ProcessedPrompt(token_ids=token_ids, media=media, salt=salt),
+        params=params or SamplingParams(max_tokens=max_tokens),
+        max_len=len(token_ids) + max_tokens,
+    )
+
+
+def content(sequence: Sequence, position: int) -> tuple[object, ...]:
+    """What the cache must hold for a token: everything its keys and values depend on."""
+    media = tuple(
+        (item.key, item.start) for item in sequence.media if item.start <= position
+    )
+    return (sequence.prompt.salt, tuple(sequence.token_ids[: position + 1]), media)
+
+
+@dataclass
+class Machine:
+    """Runs steps on simulated memory and checks every promise of the scheduler."""
+
+    num_blocks: int
+    max_num_seqs: int = 4
+    max_tokens: int = 16
+    max_encoder_tokens: int = 16
+    encoder_bytes: int = 16 * EMBED_BYTES
+    prefix_caching: bool = True
+    memory: dict[int, tuple[object, ...]] = field(default_factory=dict)
+    num_computed: int = 0
+    num_encoded: int = 0
+
+    def __post_init__(self) -> None:
+        self.scheduler = Scheduler(
+            blocks=BlockPool(self.num_blocks),
+            encoder_cache=EncoderCache(self.encoder_bytes),
+            block_size=BLOCK,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_tokens,
+            max_encoder_tokens=self.max_encoder_tokens,
+            embed_bytes=EMBED_BYTES,
+            prefix_caching=self.prefix_caching,
+        )
+
+    def step(self) -> Step:
+        scheduler = self.scheduler
+        step = scheduler.schedule()
+        assert sum(chunk.length for chunk in step.chunks) <= self.max_tokens
+        assert len(scheduler.running) <= self.max_num_seqs
+        assert len({chunk.sequence.seq_id for chunk in step.chunks}) == len(step.chunks)
+        self._encode(step)
+        held: dict[int, int] = {}
+        for sequence in scheduler.running:
+            assert len(set(sequence.block_ids)) == len(sequence.block_ids)
+            for block in sequence.block_ids:
+                held[block] = held.get(block, 0) + 1
+        assert len(held) == scheduler.blocks.num_used
+        for chunk in step.chunks:
+            sequence = chunk.sequence
+            assert chunk.length > 0 and chunk.start == sequence.num_computed
+            slots = [
+                sequence.block_ids[i // BLOCK] * BLOCK + i % BLOCK for i in range(chunk.end)
+            ]
+            for position in range(chunk.start):
+                assert self.memory[slots[position]] == content(sequence, position), "a wrong cached block"
+            for position in range(chunk.start, chunk.end):
+                assert held[slots[position] // BLOCK] == 1, "a shared block is written"
+                self.memory[slots[position]] = content(sequence, position)
+            self.num_computed += chunk.length
+            for item in chunk.media():
+                assert scheduler.encoder_cache.get(item.key) is not None, "media are not encoded in time"
+        sampled = {
+            chunk.sequence.seq_id: 1000 + chunk.sequence.num_tokens
+            for chunk in step.chunks
+            if chunk.samples
+        }
+        scheduler.commit(step, sampled)
+        for chunk in step.chunks:
+            if chunk.sequence.num_tokens >= chunk.sequence.max_len:
+                scheduler.remove(chunk.sequence)
+        return step
+
+    def _encode(self, step: Step) -> None:
+        cache = self.scheduler.encoder_cache
+        sizes = [item.mapped.num_embeds for item in step.encode]
+        assert len({item.key for item in step.encode}) == len(step.encode)
+        assert sum(sizes) <= self.max_encoder_tokens or len(sizes) == 1
+        for item in step.encode:
+            assert cache.get(item.key) is None, "encoded twice"
+            cache.store(item.key, torch.zeros(1))
+            self.num_encoded += 1
+        assert cache.used_bytes <= self.encoder_bytes or len(cache._sizes) == 1
+
+    def finish(self, limit: int = 10_000) -> None:
+        for _ in range(limit):
+            if not self.scheduler.has_unfinished():
+                break
+            self.step()
+        assert not self.scheduler.has_unfinished(), "not all requests end"
+        assert self.scheduler.blocks.num_used == 0, "blocks leak"
+        assert not self.scheduler._in_flight, "a finished sequence is waited for"
+        assert not any(self.scheduler.encoder_cache._pins.values()), "pins leak"
+
+
+@st.composite
+def prompts(draw: st.DrawFn) -> tuple[list[int], tuple[PlacedMedia, ...], str]:
+    """Prompts from few pieces, so that prefixes and pictures repeat."""
+    token_ids: list[int] = []
+    media = []
+    for piece in draw(st.lists(st.sampled_from(["a", "bb", "ccc", "image", "IMAGE"]), min_size=1, max_size=6)):
+        if piece.lower() == "image":
+            length = 5 if piece == "image" else 13
+            key = draw(st.sampled_from(["cat", "dog"])) + str(length)
+            media.append(media_item(key, len(token_ids), length))
+            token_ids += [7] * length
+        else:
+            token_ids += [ord(piece[0])] * (len(piece) * 3)
+    return token_ids, tuple(media), draw(st.sampled_from(["", "", "salt"]))
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_random_loads_keep_every_promise(data: st.DataObject) -> None:
+    longest = 6 * 13 + 6
+    machine = Machine(
+        num_blocks=data.draw(st.integers(-(-longest // BLOCK), 60), "blocks"),
+        max_num_seqs=data.draw(st.integers(1, 6), "seqs"),
+        max_tokens=data.draw(st.integers(1, 40), "tokens"),
+        max_encoder_tokens=data.draw(st.integers(1, 40), "encoder tokens"),
+        encoder_bytes=data.draw(st.integers(1, 40), "encoder room") * EMBED_BYTES,
+        prefix_caching=data.draw(st.booleans(), "prefix caching"),
+    )
+    sequences: list[Sequence] = []
+    for _ in range(data.draw(st.integers(1, 30), "events")):
+        event = data.draw(st.sampled_from(["add", "add", "step", "step", "abort"]))
+        if event == "add":
+            token_ids, media, salt = data.draw(prompts())
+            sequence = make_sequence(
+                len(sequences),
+                token_ids,
+                media=media,
+                salt=salt,
+                max_tokens=data.draw(st.integers(1, 6)),
+            )
+            sequences.append(sequence)
+            machine.scheduler.add(sequence)
+        elif event == "step":
+            machine.step()
+        elif sequences:
+            victim = data.draw(st.sampled_from(sequences))
+            machine.scheduler.remove(victim)
+    machine.finish()
+    assert all(sequence.status is Status.FINISHED for sequence in sequences)
+
+
+def test_long_prompts_are_computed_in_chunks_beside_decodes() -> None:
+    machine = Machine(num_blocks=40, max_tokens=8)
+    first = make_sequence(0, list(range(4)), max_tokens=8)
+    machine.scheduler.add(first)
+    machine.step()
+    machine.scheduler.add(make_sequence(1, list(range(100, 130)), max_tokens=1))
+    step = machine.step()
+    assert [(chunk.sequence.seq_id, chunk.length) for chunk in step.chunks] == [(0, 1), (1, 7)]
+    machine.finish()
+
+
+def test_a_finished_prefix_is_not_computed_again() -> None:
+    machine = Machine(num_blocks=40, max_tokens=64)
+    prompt = list(range(20))
+    machine.scheduler.add(make_sequence(0, prompt, max_tokens=1))
+    machine.finish()
+    machine.num_computed = 0
+    machine.scheduler.add(make_sequence(1, [*prompt[:17], 99, 98], max_tokens=1))
+    machine.finish()
+    assert machine.num_computed == 3, "16 of 19 tokens come from the cache"
+
+
+def test_the_last_token_of_a_known_prompt_is_computed() -> None:
+    machine = Machine(num_blocks=40, max_tokens=64)
+    for seq_id in range(2):
+        machine.num_computed = 0
+        machine.scheduler.add(make_sequence(seq_id, list(range(16)), max_tokens=1))
+        machine.finish()
+    assert machine.num_computed == 4, "the last block, for the logits of its last token"
+
+
+def test_requests_wait_for_a_long_prefix_that_is_being_computed() -> None:
+    machine = Machine(num_blocks=400, max_tokens=50, max_num_seqs=8)
+    shared = list(range(100))
+    for seq_id in range(8):
+        machine.scheduler.add(make_sequence(seq_id, [*shared, 200 + seq_id, 7], max_tokens=2))
+    machine.finish()
+    alone = 102 + 1
+    others = 7 * (2 + 1)
+    assert machine.num_computed == alone + others, "the prefix is computed once, in flight"
+
+
+def test_a_waiting_request_goes_on_when_the_one_it_waits_for_is_aborted() -> None:
+    machine = Machine(num_blocks=400, max_tokens=20)
+    shared = list(range(100))
+    owner = make_sequence(0, shared, max_tokens=1)
+    machine.scheduler.add(owner)
+    machine.scheduler.add(make_sequence(1, [*shared, 5], max_tokens=1))
+    machine.step()
+    assert [s.seq_id for s in machine.scheduler.running] == [0]
+    machine.scheduler.remove(owner)
+    machine.finish()
+
+
+def test_equal_tokens_with_other_pictures_share_nothing() -> None:
+    machine = Machine(num_blocks=40, max_tokens=64, encoder_bytes=1000)
+    for seq_id, key in enumerate(["cat", "dog"]):
+        machine.num_computed = 0
+        media = (media_item(key, 2, 8),)
+        machine.scheduler.add(make_sequence(seq_id, [1, 2, *[7] * 8, 3, 4], media=media, max_tokens=1))
+        machine.finish()
+        assert machine.num_computed == 12
+    assert machine.num_encoded == 2
+
+
+def test_one_picture_of_many_requests_is_encoded_once() -> None:
+    machine = Machine(num_blocks=100, max_tokens=64, max_num_seqs=8, encoder_bytes=1000)
+    for seq_id in range(6):
+        media = (media_item("cat", 1, 8),)
+        machine.scheduler.add(make_sequence(seq_id, [50 + seq_id, *[7] * 8, 3], media=media, max_tokens=2))
+    machine.finish()
+    assert machine.num_encoded == 1
+
+
+def test_salt_separates() -> None:
+    machine = Machine(num_blocks=40, max_tokens=64)
+    for seq_id, salt in enumerate(["", "mine"]):
+        machine.num_computed = 0
+        machine.scheduler.add(make_sequence(seq_id, list(range(12)), salt=salt, max_tokens=1))
+        machine.finish()
+        assert machine.num_computed == 12
+
+
+def test_without_room_the_latest_sequence_is_preempted_and_still_ends() -> None:
+    machine = Machine(num_blocks=6, max_tokens=64, prefix_caching=False)
+    early, late = (make_sequence(i, [i] * 8, max_tokens=14) for i in range(2))
+    machine.scheduler.add(early)
+    machine.scheduler.add(late)
+    machine.finish()
+    assert early.num_preemptions == 0
+    assert late.num_preemptions > 0
+    assert early.num_tokens == late.num_tokens == 22
+
+
+def test_prompt_logprobs_need_the_whole_prompt_computed() -> None:
+    machine = Machine(num_blocks=40, max_tokens=64)
+    for seq_id in range(2):
+        machine.num_computed = 0
+        params = SamplingParams(max_tokens=1, prompt_logprobs=1)
+        machine.scheduler.add(make_sequence(seq_id, list(range(16)), params=params, max_tokens=1))
+        machine.finish()
+        assert machine.num_computed == 16

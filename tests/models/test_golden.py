@@ -1,0 +1,90 @@
+"""Recorded cases of independent implementations, through the public `LLM`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from opsin import LLM, SamplingParams
+from opsin.api import InputContext, MediaItem
+from tests.models.golden import GOLDEN, Case, cases, largest_difference, picture, recorded_logits
+
+FAMILIES = ["qwen2vl"]
+CASES = [case for family in FAMILIES for case in cases(family)]
+NUM_STEPS = 16
+
+
+@pytest.fixture(scope="module")
+def llms() -> Iterator[dict[str, LLM]]:
+    loaded = {
+        family: LLM(str(GOLDEN / family / "model"), dtype="float32", kv_cache_memory=2**22)
+        for family in FAMILIES
+    }
+    yield loaded
+    for llm in loaded.values():
+        llm.close()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_prompt_tokens_and_logits_are_the_recorded_ones(llms: dict[str, LLM], case: Case) -> None:
+    llm = llms[case.family]
+    params = SamplingParams(temperature=0, max_tokens=NUM_STEPS, ignore_eos=True)
+    with recorded_logits(llm) as logits:
+        [output] = llm.generate(case.prompt(), params, use_tqdm=False)
+    assert output.prompt_token_ids == case.data["prompt_token_ids"]
+    safe = case.data["greedy_safe_len"]
+    assert output.outputs[0].token_ids[:safe] == case.data["greedy_token_ids"][:safe]
+    # The recorded logits follow the recorded tokens: comparable as far as the tokens agree.
+    expected = case.tensors["step_logits"]
+    agreed = next(
+        (i for i, pair in enumerate(zip(output.outputs[0].token_ids, case.data["greedy_token_ids"]))
+         if pair[0] != pair[1]),
+        NUM_STEPS - 1,
+    )
+    given = torch.cat(logits)
+    assert given.shape == expected.shape
+    assert largest_difference(given[: agreed + 1], expected[: agreed + 1]) < 1e-4
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_prompt_logprobs_are_the_recorded_ones(llms: dict[str, LLM], case: Case) -> None:
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    [output] = llms[case.family].generate(case.prompt(), params, use_tqdm=False)
+    assert output.prompt_logprobs is not None and output.prompt_logprobs[0] is None
+    ids = output.prompt_token_ids
+    given = [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], ids[1:]) if entry]
+    assert largest_difference(torch.tensor(given), case.tensors["prompt_logprobs"]) < 1e-4
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.data["messages"]], ids=str)
+def test_messages_render_to_the_recorded_prompt(llms: dict[str, LLM], case: Case) -> None:
+    media = {kind: iter(items) for kind, items in case.media().items()}
+    messages = []
+    for message in case.data["messages"]:
+        content = message["content"]
+        if not isinstance(content, str):
+            content = [
+                {"type": part["type"], part["type"]: next(media[part["type"]])} if part["type"] in media else part
+                for part in content
+            ]
+        messages.append({**message, "content": content})
+    llm = llms[case.family]
+    rendered = llm.engine.renderer.render(messages)["prompt"]
+    assert rendered + case.data["prompt"].removeprefix(rendered) == case.data["prompt"]
+    params = SamplingParams(temperature=0, max_tokens=1)
+    if rendered == case.data["prompt"]:
+        [output] = llm.chat(messages, params, use_tqdm=False)
+        assert output.prompt_token_ids == case.data["prompt_token_ids"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_cases_at_once_give_the_same_tokens(llms: dict[str, LLM], family: str) -> None:
+    mine = [case for case in CASES if case.family == family]
+    params = SamplingParams(temperature=0, max_tokens=NUM_STEPS, ignore_eos=True)
+    outputs = llms[family].generate([case.prompt() for case in mine], params, use_tqdm=False)
+    for case, output in zip(mine, outputs, strict=True):
+        safe = case.data["greedy_safe_len"]
+        assert output.outputs[0].token_ids[:safe] == case.data["greedy_token_ids"][:safe]
