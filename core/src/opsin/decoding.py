@@ -63,6 +63,15 @@ class MediaLimits:
                 f"at most {self.max_video_pixels} pixels in all are accepted"
             )
 
+    def check_num_frames(self, num_frames: int) -> None:
+        """Refuse a video given as no frames, or as too many.
+
+        Raises:
+            MediaError: it is.
+        """
+        if not 1 <= num_frames <= self.max_frames:
+            raise MediaError(f"got a video of {num_frames} frames; expected 1 to {self.max_frames}")
+
 
 def rgb_array(image: Image.Image, limits: MediaLimits) -> Array:
     """A PIL image of any mode -> uint8 (height, width, 3).
@@ -151,7 +160,8 @@ def _open_image(data: bytes, limits: MediaLimits, what: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Exception:
-        raise MediaError(f"the {what} cannot be read; expected one of {', '.join(FORMATS)}") from None
+        formats = ", ".join(FORMATS) + (", MP4, MOV, WebM, MKV, AVI" if what == "video" else "")
+        raise MediaError(f"the {what} cannot be read; expected one of {formats}") from None
     limits.check_size(*image.size)
     return image
 

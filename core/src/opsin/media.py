@@ -82,26 +82,26 @@ def video_item(
         value = _frame_files(Path(value))
     if isinstance(value, (str, Path, bytes, bytearray, memoryview)):
         return _pixels_item("video", decode_frames(_content(value, limits, fetch, local_files), limits))
-    num_frames = len(value) if isinstance(value, (Sequence, np.ndarray, Tensor)) else None
-    if num_frames is None:
+    if isinstance(value, (np.ndarray, Tensor)):
+        pixels = _channels_last(value, 4).numpy() if isinstance(value, Tensor) else value
+        if pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.dtype != np.uint8:
+            raise MediaError(
+                f"got a video as {_described(pixels)}; expected uint8 (frames, height, width, 3)"
+            )
+        limits.check_num_frames(len(pixels))
+        limits.check_size(pixels.shape[2], pixels.shape[1], frames=len(pixels))
+        return _pixels_item("video", pixels)
+    if not isinstance(value, Sequence):
         raise MediaError(f"got a {type(value).__name__} as a video; expected frames, bytes, a path or a URL")
-    if num_frames == 0 or num_frames > limits.max_frames:
-        raise MediaError(f"got a video of {num_frames} frames; expected 1 to {limits.max_frames}")
-    if isinstance(value, Tensor):
-        value = _channels_last(value, 4).numpy()
-    if isinstance(value, np.ndarray):
-        if value.ndim != 4 or value.shape[3] != 3 or value.dtype != np.uint8:
-            raise MediaError(f"got a video as {_described(value)}; expected uint8 (frames, height, width, 3)")
-        limits.check_size(value.shape[2], value.shape[1], frames=num_frames)
-        return _pixels_item("video", value)
+    limits.check_num_frames(len(value))
     frames: list[Array] = []
     for number, frame in enumerate(value, 1):
         with errors_at(f"frame {number}"):
-            pixels = image_item(frame, limits, fetch=fetch, local_files=local_files).pixels
-            if pixels is None:
+            decoded = image_item(frame, limits, fetch=fetch, local_files=local_files).pixels
+            if decoded is None:
                 raise MediaError("got embeddings; expected a picture")
-        limits.check_size(pixels.shape[1], pixels.shape[0], frames=num_frames)
-        frames.append(pixels)
+        limits.check_size(decoded.shape[1], decoded.shape[0], frames=len(value))
+        frames.append(decoded)
     return _pixels_item("video", stack_frames(frames))
 
 
