@@ -153,7 +153,14 @@ class LLM:
         from opsin.beam import beam_search
 
         many = [prompts] if _is_one(prompts) else list(prompts)
-        return beam_search(self.engine, [self.engine.processor.process(prompt) for prompt in many], params)
+        return beam_search(
+            self.engine,
+            [self.engine.processor.process(prompt) for prompt in many],
+            params,
+            tokenizer=self.engine.tokenizer,
+            eos_token_ids=self.engine.checkpoint.eos_token_ids,
+            max_len=self.engine.resolved.max_model_len,
+        )
 
     # ---- streams ------------------------------------------------------------------------------
 
