@@ -1,0 +1,56 @@
+"""What the tests must know of each family to run the same checks over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opsin import LLM
+from opsin.api import ProcessedPrompt
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family under test.
+
+    Attributes:
+        name: its folder in tests/golden.
+        image_text: the placeholder a user writes for the n-th image.
+        embeds_input: (embeddings of each item, their geometries) -> what ``multi_modal_data["image"]``
+            takes instead of pictures.
+        has_video: whether it takes videos.
+    """
+
+    name: str
+    image_text: Callable[[int], str]
+    embeds_input: Callable[[Sequence[Tensor], Sequence[Any]], Any]
+    has_video: bool = False
+
+
+FAMILIES = {
+    family.name: family
+    for family in [
+        Family(
+            name="qwen2vl",
+            image_text=lambda number: "<|vision_start|><|image_pad|><|vision_end|>",
+            embeds_input=lambda embeds, grids: {
+                "image_embeds": torch.cat(list(embeds)),
+                "image_grid_thw": torch.tensor(list(grids)),
+            },
+            has_video=True,
+        ),
+    ]
+}
+
+
+def encoded(llm: LLM, prompt: ProcessedPrompt) -> list[Tensor]:
+    """The embeddings of each medium of a processed prompt, by the model itself."""
+    with torch.inference_mode():
+        return [
+            llm.engine.executor.model.encode(item.modality, [item.mapped])[0].clone()
+            for item in prompt.media
+        ]
