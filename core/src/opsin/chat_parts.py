@@ -18,13 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 from opsin.api import Modality
 from opsin.decoding import MediaLimits
 from opsin.errors import RequestError
 from opsin.media import Fetch, errors_at, image_item, video_item
+from opsin.prompt_dict import require_known
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,8 @@ def _parse_part(where: str, part: Any) -> Part:
     if not isinstance(part, Mapping):
         raise RequestError(f"{where} is a {type(part).__name__}; expected a dict with a type")
     kind = part.get("type")
-    if not isinstance(kind, str) or kind not in _PARSERS:
-        close = get_close_matches(str(kind), _PARSERS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise RequestError(f"{where}.type is {str(kind)[:50]!r}{hint} Accepted: {', '.join(_PARSERS)}")
-    return _PARSERS[kind](where, part)
+    require_known(f"{where}.type", [kind], _PARSERS, RequestError)
+    return _PARSERS[str(kind)](where, part)
 
 
 def _text(where: str, part: Mapping[str, Any]) -> str:

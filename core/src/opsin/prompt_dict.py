@@ -46,6 +46,8 @@ def parse_prompt(prompt: Any) -> ParsedPrompt:
     text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
     if text is None and ids is None:
         raise RequestError('the prompt has neither "prompt" nor "prompt_token_ids"; expected one of them')
+    if ids is None and text == "":
+        raise RequestError("the prompt is empty; expected text")
     if not isinstance(text, str | None):
         raise RequestError(f'"prompt" is a {type(text).__name__}; expected a string')
     salt = prompt.get("cache_salt") or ""
@@ -70,8 +72,9 @@ def require_known(where: str, names: Iterable[Any], known: Iterable[str], error:
     for name in names:
         if name not in accepted:
             close = get_close_matches(str(name), accepted, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise error(f"{where}: unknown {name!r}{hint} Accepted: {', '.join(accepted) or 'none'}")
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            listed = ", ".join(accepted) or "none"
+            raise error(f"{where}: unknown {str(name)[:50]!r}{hint}; accepted: {listed}")
 
 
 def _mapping(prompt: Mapping[str, Any], key: str) -> Mapping[str, Any]:

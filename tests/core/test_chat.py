@@ -1,0 +1,363 @@
+"""`opsin.chat`: messages become the family's prompt, media in their places; malformed ones are named."""
+
+import base64
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoTokenizer
+
+from opsin.api import Expansion, InputContext, MappedMedia, MediaItem, Placeholder
+from opsin.chat import ChatRenderer
+from opsin.chat_template import TemplateTraits, resolve_chat_template, template_traits
+from opsin.errors import ConfigError, MediaError, RequestError
+from opsin.prompt import PromptProcessor
+from opsin_models_qwen2vl import plugin as qwen2vl
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+MODEL = GOLDEN / "qwen2vl" / "model"
+CASES = [
+    case
+    for path in sorted((GOLDEN / "qwen2vl" / "cases").glob("*/case.json"))
+    if "messages" in (case := json.loads(path.read_text()))
+]
+TOKENIZER: Any = AutoTokenizer.from_pretrained(MODEL, trust_remote_code=False)
+PICTURE = GOLDEN / "images" / "astronaut_96x96.png"
+DATA_URL = "data:image/png;base64," + base64.b64encode(PICTURE.read_bytes()).decode()
+
+
+def expand(mapped: MappedMedia, number: int) -> Expansion:
+    raise AssertionError("rendering never expands")
+
+
+FIXED = {m: Placeholder(text=lambda n, m=m: f"<{m}>", expand=expand) for m in ("image", "video")}
+NUMBERED = {"image": Placeholder(text=lambda n: f"<|image_{n}|>", expand=expand)}
+
+STRING_TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+PARTS_TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{% for part in m.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% else %}<{{ part.type }}>{% endif %}{% endfor %}{% endfor %}"
+)
+
+
+def renderer(template: str | None = STRING_TEMPLATE, **settings: Any) -> ChatRenderer:
+    arguments = {"tokenizer": TOKENIZER, "placeholders": FIXED, "local_files": True, **settings}
+    return ChatRenderer(chat_template=template, **arguments)
+
+
+def user(*parts: Any) -> dict[str, Any]:
+    content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+    return {"role": "user", "content": content}
+
+
+def image(value: Any = PICTURE) -> dict[str, Any]:
+    return {"type": "image", "image": value}
+
+
+# --- recorded cases -------------------------------------------------------------------------------
+
+
+def with_media(case: dict[str, Any]) -> list[dict[str, Any]]:
+    """The case's messages, its files put into the parts."""
+    images, videos = iter(case["images"]), iter(case["videos"])
+    messages: list[dict[str, Any]] = json.loads(json.dumps(case["messages"]))
+    for message in messages:
+        for part in message["content"] if isinstance(message["content"], list) else []:
+            if part["type"] == "image":
+                part["image"] = GOLDEN / "images" / next(images)
+            elif part["type"] == "video":
+                part["video"] = [GOLDEN / "images" / name for name in next(videos)]
+    return messages
+
+
+def qwen2vl_inputs() -> tuple[ChatRenderer, PromptProcessor]:
+    config = json.loads((MODEL / "config.json").read_text())
+    context = InputContext(
+        config=config,
+        preprocessor=json.loads((MODEL / "preprocessor_config.json").read_text()),
+        tokenizer=TOKENIZER,
+    )
+    placeholders = {s.modality: s.build(context) for s in qwen2vl.opsin_register_placeholders()}
+    processor = PromptProcessor(
+        model_spec=qwen2vl.opsin_register_models()[0],
+        mappers={s.modality: s.build(context) for s in qwen2vl.opsin_register_input_mappers()},
+        placeholders=placeholders,
+        tokenizer=TOKENIZER,
+        config=config,
+        max_model_len=2048,
+        vocab_size=config["vocab_size"],
+    )
+    template = resolve_chat_template(None, folder=MODEL, tokenizer=TOKENIZER)
+    return renderer(template, placeholders=placeholders), processor
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["case"])
+def test_recorded_messages_become_the_recorded_prompt_and_ids(case: dict[str, Any]) -> None:
+    chat, processor = qwen2vl_inputs()
+    prompt = chat.render(with_media(case))
+    if case["case"].startswith("embed"):
+        prompt["prompt"] += "<|endoftext|>"  # the embedding model's own template adds it
+    assert prompt["prompt"] == case["prompt"]
+    result = processor.process(prompt)
+    assert list(result.token_ids) == case["prompt_token_ids"]
+    assert result.positions is not None
+    assert result.positions.delta == case["mrope_position_delta"]
+    counts = {"image": case["num_image_tokens"], "video": case["num_video_tokens"]}
+    for modality, expected in counts.items():
+        assert [m.mapped.num_embeds for m in result.media if m.modality == modality] == expected
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["case"])
+def test_the_plugins_own_template_renders_as_the_checkpoints(case: dict[str, Any]) -> None:
+    own = renderer(qwen2vl.CHAT_TEMPLATE).render(with_media(case))["prompt"]
+    assert own == case["prompt"].removesuffix("<|endoftext|>")
+
+
+def test_a_placeholder_smuggled_into_text_is_refused_not_mixed_up() -> None:
+    chat, processor = qwen2vl_inputs()
+    prompt = chat.render([user(image(), "What is <|image_pad|> here?")])
+    with pytest.raises(RequestError, match=r"2 image placeholder\(s\) for 1 image item"):
+        processor.process(prompt)
+
+
+# --- placing media --------------------------------------------------------------------------------
+
+
+def test_placeholders_are_written_where_the_parts_stand() -> None:
+    messages = [
+        user(image(), "one", image(), "two"),
+        {"role": "assistant", "content": "yes"},
+        user("three", image()),
+    ]
+    fixed = renderer().render(messages)
+    assert fixed["prompt"] == "[user]<image>\none\n<image>\ntwo[assistant]yes[user]three\n<image>"
+    numbered = renderer(placeholders=NUMBERED).render(messages)["prompt"]
+    assert re.findall(r"\d", numbered) == ["1", "2", "3"]
+    parts = renderer(PARTS_TEMPLATE).render(messages)["prompt"]
+    assert parts == "[user]<image>one<image>two[assistant]yes[user]three<image>"
+    assert len(fixed["multi_modal_data"]["image"]) == 3
+
+
+@pytest.mark.parametrize("template", [STRING_TEMPLATE, PARTS_TEMPLATE])
+def test_placeholders_the_user_wrote_are_not_doubled(template: str) -> None:
+    prompt = renderer(template).render([user(image(), "what is <image>?")])
+    assert prompt["prompt"] == "[user]what is <image>?"
+    assert len(prompt["multi_modal_data"]["image"]) == 1
+
+
+def test_numbered_placeholders_the_user_wrote_keep_their_numbers() -> None:
+    chat = renderer(placeholders=NUMBERED)
+    messages = [user(image(), "a"), user(image(), image(), "b <|image_3|>")]
+    assert chat.render(messages)["prompt"] == "[user]<|image_1|>\na[user]<|image_2|>\nb <|image_3|>"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        user("look: <image>"),
+        user(image(), image(), "<image>"),
+        user(image(), "<image> <image>"),
+    ],
+)
+def test_a_guess_which_item_a_placeholder_means_is_never_made(message: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="write none"):
+        renderer().render([user(image(), "fine"), message])
+
+
+@pytest.mark.parametrize("text", ["<|image_2|>", "<|image_1|><|image_1|>"])
+def test_a_numbered_placeholder_must_belong_to_its_message(text: str) -> None:
+    with pytest.raises(RequestError, match="write none"):
+        renderer(placeholders=NUMBERED).render([user(image(), text), user(image())])
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def test_every_spelling_of_a_picture_is_the_same_picture() -> None:
+    with Image.open(PICTURE) as opened:
+        parts = [
+            {"type": "image_url", "image_url": {"url": DATA_URL, "detail": "high"}},
+            {"type": "image_url", "image_url": {"url": PICTURE.as_uri()}},
+            {"type": "image_url", "image_url": {"url": "https://host/a.png"}},
+            {"type": "input_image", "image_url": DATA_URL},
+            {"type": "image_pil", "image_pil": opened},
+            image(opened),
+            image(str(PICTURE)),
+            image(np.asarray(opened)),
+        ]
+        data = renderer().render([user(*parts)], fetch=lambda url: PICTURE.read_bytes())["multi_modal_data"]
+    assert len(data["image"]) == len(parts)
+    assert len({item.digest for item in data["image"]}) == 1
+
+
+def test_videos_and_embeddings_are_parts_too() -> None:
+    frames = [GOLDEN / "images" / f"video_{index}_112x84.png" for index in range(3)]
+    rows = torch.rand(1, 2, 4)
+    gif = Path(PICTURE).read_bytes()  # one frame is a video as well
+    video_url = {"type": "video_url", "video_url": {"url": "data:;base64," + base64.b64encode(gif).decode()}}
+    message = user(
+        {"type": "video", "video": frames},
+        video_url,
+        {"type": "image_embeds", "image_embeds": rows},
+        {"type": "video_embeds", "video_embeds": {"rows": rows}},
+        {"type": "input_text", "text": "?"},
+    )
+    prompt = renderer().render([message])
+    assert prompt["prompt"] == "[user]<video>\n<video>\n<image>\n<video>\n?"
+    videos = prompt["multi_modal_data"]["video"]
+    assert [video.pixels.shape for video in videos[:2]] == [(3, 84, 112, 3), (1, 96, 96, 3)]
+    assert videos[2] == {"rows": rows}
+    assert prompt["multi_modal_data"]["image"][0] is rows
+
+
+@pytest.mark.parametrize(
+    ("messages", "complaint"),
+    [
+        ([], "messages is empty"),
+        ("hello", "messages is a str"),
+        (["hello"], "messages[0] is a str"),
+        ([{"role": "king", "content": "x"}], "messages[0].role is 'king'; expected one of system,"),
+        ([{"content": "x"}], "messages[0].role"),
+        ([{"role": "user"}], "messages[0] has no content"),
+        ([{"role": "user", "content": 3}], "messages[0].content is a int"),
+        ([user("a"), user(["b"])], "messages[1].content[0] is a list"),
+        ([user({"type": "imge", "image": 1})], "(did you mean 'image'?)"),
+        ([user({"text": "x"})], "messages[0].content[0].type: unknown 'None'"),
+        ([user({"type": "text", "text": None})], "messages[0].content[0].text is a NoneType"),
+        (
+            [user({"type": "image_url", "image_url": DATA_URL})],
+            "messages[0].content[0].image_url must be a dict",
+        ),
+        ([user({"type": "input_image", "image_url": {"url": DATA_URL}})], "expected the URL as a string"),
+        ([user("a", {"type": "image"})], "messages[0].content[1] has no 'image'"),
+        ([user("a", image(b"x"))], "messages[0].content[1]: the image cannot be read"),
+        ([user({"type": "video", "video": []})], "messages[0].content[0]: got a video of 0 frames"),
+    ],
+)
+def test_malformed_messages_are_refused_by_name(messages: Any, complaint: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(complaint)):
+        renderer().render(messages)
+
+
+def test_files_are_read_only_for_trusted_callers() -> None:
+    chat = renderer(local_files=False)
+    for part in (image(str(PICTURE)), {"type": "image_url", "image_url": {"url": PICTURE.as_uri()}}):
+        with pytest.raises(MediaError, match=re.escape("messages[0].content[0]: local files are not read")):
+            chat.render([user(part)])
+    assert chat.render([user({"type": "image_url", "image_url": {"url": DATA_URL}})])["multi_modal_data"]
+
+
+def test_limits_are_checked_before_anything_is_decoded() -> None:
+    with pytest.raises(MediaError, match=r"At most 1 image\(s\)"):
+        renderer(limits={"image": 1}).render([user(image(b"x"), image(b"y"))])
+    with pytest.raises(
+        RequestError, match=r"content\[0\]: this model does not take video \(it takes image\)"
+    ):
+        renderer(placeholders=NUMBERED).render([user({"type": "video", "video": []})])
+
+
+# --- templates ------------------------------------------------------------------------------------
+
+
+def test_options_reach_the_template() -> None:
+    template = (
+        "{{ flavour }}|{% for m in messages %}{{ m.content }}{% endfor %}"
+        "{% if tools %}{{ tools | length }}{% endif %}{% if add_generation_prompt %}>{% endif %}"
+    )
+    chat = renderer(template)
+    messages = [user("hi"), {"role": "assistant", "content": None, "name": "x"}]
+    assert chat.render([user("hi")], chat_template_kwargs={"flavour": "mild"})["prompt"] == "mild|hi>"
+    assert chat.render(messages[:1], add_generation_prompt=False, tools=[{"a": 1}])["prompt"] == "|hi1"
+    assert chat.render(messages)["prompt"] == "|hi>"
+    with pytest.raises(RequestError, match="cannot set chat_template"):
+        chat.render(messages, chat_template_kwargs={"chat_template": "x"})
+
+
+def test_the_final_message_can_be_left_open() -> None:
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<end>{% endfor %}"
+    messages = [user("hi"), {"role": "assistant", "content": "It is"}]
+    chat = renderer(template)
+    opened = chat.render(messages, add_generation_prompt=False, continue_final_message=True)
+    assert opened["prompt"] == "[user]hi<end>[assistant]It is"
+    with pytest.raises(RequestError, match="set only one"):
+        chat.render(messages, continue_final_message=True)
+
+
+def test_templates_are_sandboxed_and_their_refusals_are_request_errors() -> None:
+    refusing = renderer("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(RequestError, match="roles must alternate"):
+        refusing.render([user("x")])
+    escaping = renderer("{{ messages.__class__.__mro__[1].__subclasses__() }}")
+    with pytest.raises(RequestError, match="template refused"):
+        escaping.render([user("x")])
+    with pytest.raises(RequestError, match=r"no chat template; pass chat_template .*--chat-template"):
+        renderer(None).render([user("x")])
+    with pytest.raises(ConfigError, match="line 2"):
+        renderer("fine\n{% for %}")
+
+
+@pytest.mark.parametrize(
+    ("template", "traits"),
+    [
+        (STRING_TEMPLATE, ("string", False)),
+        (PARTS_TEMPLATE, ("openai", False)),
+        (
+            "{% for m in messages %}{% for p in m['content'] | selectattr('type') %}{% endfor %}{% endfor %}",
+            ("openai", False),
+        ),
+        (
+            "{% for m in messages %}{% set c = m.content %}{% if c is string %}{{ c }}{% else %}"
+            "{% for p in c %}{{ p.text }}{% endfor %}{% endif %}{% endfor %}",
+            ("openai", True),
+        ),
+        (
+            "{% macro show(body) %}{% for p in body %}{{ p.text }}{% endfor %}{% endmacro %}"
+            "{% for m in messages %}{{ show(m.content) }}{% endfor %}",
+            ("openai", False),
+        ),
+        (
+            "{% macro show(body) %}{% for p in body %}{{ p.text }}{% endfor %}{% endmacro %}"
+            "{% for m in messages %}{{ show(body=m.content) }}{% endfor %}",
+            ("openai", False),
+        ),
+        (
+            "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}",
+            ("string", False),
+        ),
+    ],
+)
+def test_what_a_template_wants_is_read_from_its_syntax(template: str, traits: tuple[Any, bool]) -> None:
+    assert template_traits(template) == TemplateTraits(*traits)
+    assert template_traits(template, "string").format == "string"
+
+
+def test_generation_tags_render() -> None:
+    chat = renderer("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}")
+    assert chat.render([user("x")])["prompt"] == "x"
+
+
+def test_the_users_template_comes_first_then_the_checkpoints_then_the_plugins(tmp_path: Path) -> None:
+    given = tmp_path / "given.jinja"
+    given.write_text("given")
+    tokenizer: Any = SimpleNamespace(chat_template={"default": "tokenizer's", "rag": "other"})
+    found = [resolve_chat_template(None), resolve_chat_template(None, folder=tmp_path, default="plugin's")]
+    found.append(resolve_chat_template(None, folder=tmp_path, tokenizer=tokenizer, default="plugin's"))
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "packed"}))
+    found.append(resolve_chat_template(None, folder=tmp_path, tokenizer=tokenizer))
+    (tmp_path / "chat_template.jinja").write_text("plain")
+    found.append(resolve_chat_template(None, folder=tmp_path, tokenizer=tokenizer))
+    found += [resolve_chat_template(way, folder=tmp_path) for way in (given, str(given), "{{ inline }}")]
+    assert found == [None, "plugin's", "tokenizer's", "packed", "plain", "given", "given", "{{ inline }}"]
+    with pytest.raises(ConfigError, match="neither a readable file"):
+        resolve_chat_template("no-such-file.jinja")
+
+
+def test_a_ready_made_item_passes_as_it_is() -> None:
+    item = MediaItem(modality="image", digest="d", pixels=np.zeros((2, 2, 3), np.uint8))
+    assert renderer().render([user(image(item))])["multi_modal_data"]["image"] == [item]
