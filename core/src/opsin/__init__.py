@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from opsin.config import BeamSearchParams, EngineConfig, PoolingParams, SamplingParams
     from opsin.async_engine import AsyncEngine
+    from opsin.config import BeamSearchParams, EngineConfig, PoolingParams, SamplingParams
     from opsin.engine import Engine
     from opsin.hookspecs import hookimpl
     from opsin.llm import LLM

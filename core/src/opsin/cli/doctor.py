@@ -1,0 +1,152 @@
+"""``opsin doctor``: what works on this machine, and what to do about the rest."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any, get_args
+
+import typer
+
+import opsin
+from opsin.cli.errors import Debug
+from opsin.cli.plugins import AsJson, describe_plugins, print_plugins
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "huggingface_hub",
+    "numpy",
+    "pillow",
+    "pluggy",
+)
+
+
+def doctor(
+    as_json: AsJson = False,
+    device: Annotated[
+        str | None, typer.Option(help="Open this device too (NAME or NAME:INDEX), and show its details.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Probe devices and plugins; say why something does not work and what to do next.
+
+    The exit status is 1 when something needs attention: a plugin failed, no model or device is there, or the
+    device asked for cannot be used.
+    """
+    report = examine(device)
+    if as_json:
+        print(json.dumps(report, indent=2, default=str))
+    else:
+        print_report(report)
+    if report["advice"]:
+        sys.exit(1)
+
+
+def examine(device: str | None) -> dict[str, Any]:
+    """Everything ``opsin doctor`` has to say, as plain data."""
+    from opsin.errors import OpsinError, PluginError
+    from opsin.plugins import load_plugins
+
+    report: dict[str, Any] = {
+        "opsin": opsin.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version_of(name) for name in PACKAGES},
+    }
+    try:
+        found = load_plugins()
+    except PluginError as error:
+        return {**report, "advice": [str(error)]}
+    report |= describe_plugins(found)
+    report["devices"] = [_describe_device(found, spec) for spec in found.devices()]
+    report["kernels"] = _kernels(report)
+    report["advice"] = [
+        *report["advice"],
+        *(f"plugin {f['name']} ({f['distribution']}) failed: {f['reason']}" for f in report["failures"]),
+    ]
+    if report["devices"]:
+        try:
+            chosen, index, _ = found.select_device(device or "auto")
+            report["device"] = f"{chosen.name}:{index}"
+            if device is not None:
+                report["opened"] = _describe_opened(chosen.open(index))
+        except OpsinError as error:
+            report["advice"].append(str(error))
+    return report
+
+
+def _version_of(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _describe_device(found: Any, spec: Any) -> dict[str, Any]:
+    probe = found.probe(spec)
+    return {
+        "name": spec.name,
+        "score": probe.score,
+        "reason": probe.reason,
+        "next_step": probe.next_step,
+        "details": dict(probe.details),
+    }
+
+
+def _describe_opened(device: Any) -> dict[str, Any]:
+    memory = device.memory()
+    return {
+        "torch device": device.torch_device,
+        "free memory": f"{memory.free_bytes / 2**30:.1f} GiB of {memory.total_bytes / 2**30:.1f} GiB",
+        "dtypes": ", ".join(device.capabilities.dtypes),
+        **device.details,
+    }
+
+
+def _kernels(report: Mapping[str, Any]) -> list[dict[str, str]]:
+    """For each device, which plugin brings an op; the others run on the reference."""
+    from opsin.api import OpName
+
+    owners = {p["key"]: p["plugin"] for p in report["provides"] if p["kind"] == "kernel"}
+    return [
+        {"device": device["name"], "op": op, "from": owners.get(f"{device['name']}/{op}", "reference")}
+        for device in report["devices"]
+        for op in get_args(OpName)
+    ]
+
+
+def print_report(report: Mapping[str, Any]) -> None:
+    """The tables of ``opsin doctor``, for people."""
+    from opsin.cli.table import print_table
+
+    versions = [[name, number or "not installed"] for name, number in report["packages"].items()]
+    about = [["opsin", report["opsin"]], ["python", report["python"]], ["platform", report["platform"]]]
+    print_table("Versions", ("what", "version"), about + versions)
+    if "plugins" in report:
+        provides = [p for p in report["provides"] if p["kind"] != "kernel"]
+        print_plugins({**report, "provides": provides, "advice": []})
+        devices = [[d["name"], str(d["score"]), d["reason"], d["next_step"]] for d in report["devices"]]
+        print_table("Devices", ("name", "score", "reason", "next step"), devices)
+        for device in report["devices"]:
+            _print_details(f"Details of {device['name']}", device["details"])
+        kernels = [[k["device"], k["op"], k["from"]] for k in report["kernels"]]
+        print_table("Kernels", ("device", "op", "from"), kernels)
+    _print_details(f"Opened {report.get('device')}", report.get("opened", {}))
+    if "device" in report:
+        print(f"device={report['device']} is what a model would run on.")
+    print("Everything is in order." if not report["advice"] else "To do:")
+    for line in report["advice"]:
+        print(f"- {line}")
+
+
+def _print_details(title: str, details: Mapping[str, Any]) -> None:
+    from opsin.cli.table import print_table
+
+    if details:
+        print_table(title, ("what", "value"), [[str(name), str(value)] for name, value in details.items()])

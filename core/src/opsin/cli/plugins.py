@@ -1,0 +1,82 @@
+"""``opsin plugins``: what is installed, and who provides what."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import entry_points
+from typing import Annotated, Any
+
+import typer
+
+from opsin.cli.errors import Debug
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+
+
+def plugins(as_json: AsJson = False, debug: Debug = False) -> None:
+    """Show the installed plugins, what they provide, and which of them failed.
+
+    OPSIN_PLUGINS and OPSIN_DISABLE_PLUGINS name plugins to use and to leave out. Two plugins that claim the
+    same are an error; OPSIN_PREFER (KIND:KEY=PLUGIN) decides.
+    """
+    from opsin.plugins import load_plugins
+
+    found = load_plugins()
+    report = describe_plugins(found)
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    print_plugins(report)
+
+
+def describe_plugins(found: Any) -> dict[str, Any]:
+    """`opsin.plugins.Plugins` and the installed checkpoints as plain data."""
+    from opsin.api import API_MAJOR, API_MINOR, CHECKPOINT_GROUP
+
+    return {
+        "api": f"{API_MAJOR}.{API_MINOR}",
+        "plugins": [{"name": p.name, "distribution": p.distribution} for p in found.loaded],
+        "failures": [
+            {"name": f.plugin.name, "distribution": f.plugin.distribution, "reason": f.reason}
+            for f in found.failures
+        ],
+        "disabled": [{"name": p.name, "distribution": p.distribution} for p in found.disabled],
+        "provides": [{"kind": o.kind, "key": o.key, "plugin": o.plugin.name} for o in found.owners()],
+        "checkpoints": sorted({entry.name for entry in entry_points(group=CHECKPOINT_GROUP)}),
+        "advice": missing_kinds(found),
+    }
+
+
+def missing_kinds(found: Any) -> list[str]:
+    """What to install where no plugin provides any model, or any device."""
+    from opsin.known_packages import known_packages
+
+    kinds = {owner.kind for owner in found.owners()}
+    known = known_packages()
+    advice = []
+    if "model" not in kinds:
+        packages = sorted(set(known.architectures.values()))
+        advice.append(f"no plugin provides a model; install one: pip install {' | '.join(packages)}")
+    if "device" not in kinds:
+        packages = sorted(set(known.devices.values()))
+        advice.append(f"no plugin provides a device; install one: pip install {' | '.join(packages)}")
+    return advice
+
+
+def print_plugins(report: dict[str, Any]) -> None:
+    """The tables of ``opsin plugins``, for people."""
+    from opsin.cli.table import print_table
+
+    names = ("name", "distribution")
+    print_table("Plugins", names, [[p[n] for n in names] for p in report["plugins"]])
+    kinds = ("kind", "key", "plugin")
+    print_table("Provided", kinds, [[p[n] for n in kinds] for p in report["provides"]])
+    if report["checkpoints"]:
+        print_table("Installed checkpoints", ("model",), [[name] for name in report["checkpoints"]])
+    if report["failures"]:
+        columns = ("name", "distribution", "reason")
+        print_table("Failed", columns, [[f[n] for n in columns] for f in report["failures"]])
+    if report["disabled"]:
+        print_table("Switched off", names, [[p[n] for n in names] for p in report["disabled"]])
+    for line in report["advice"]:
+        print(f"- {line}")
