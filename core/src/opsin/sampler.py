@@ -54,8 +54,10 @@ class SampledToken(NamedTuple):
 
 
 def make_generator(seed: int) -> torch.Generator:
-    """A sequence's own random source, on the CPU. Any integer will do; it counts modulo 2**64."""
-    return torch.Generator().manual_seed(seed % 2**64)
+    """A sequence's own random source, on the CPU. Any 64-bit integer will do, negative ones too."""
+    low, high = seed % 2**32, (seed >> 32) % 2**32
+    # torch's CPU generator looks at 32 bits only: fold the upper half in, or -1 and 2**32 - 1 are one seed.
+    return torch.Generator().manual_seed((low + high * 0x9E3779B9) % 2**32)
 
 
 def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[SampledToken | RequestError]:
