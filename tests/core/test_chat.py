@@ -42,7 +42,8 @@ NUMBERED = {"image": Placeholder(text=lambda n: f"<|image_{n}|>", expand=expand)
 STRING_TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
 PARTS_TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{% for part in m.content %}"
-    "{% if part.type == 'text' %}{{ part.text }}{% else %}<{{ part.type }}>{% endif %}{% endfor %}{% endfor %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% else %}<{{ part.type }}>{% endif %}"
+    "{% endfor %}{% endfor %}"
 )
 
 
@@ -133,7 +134,7 @@ def test_placeholders_are_written_where_the_parts_stand() -> None:
     messages = [
         user(image(), "one", image(), "two"),
         {"role": "assistant", "content": "yes"},
-        user("three", image()),
+        {"role": "user", "content": ["three", image()]},
     ]
     fixed = renderer().render(messages)
     assert fixed["prompt"] == "[user]<image>\none\n<image>\ntwo[assistant]yes[user]three\n<image>"
@@ -327,7 +328,8 @@ def test_templates_are_sandboxed_and_their_refusals_are_request_errors() -> None
             ("openai", False),
         ),
         (
-            "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}",
+            "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}"
+            "{% endfor %}",
             ("string", False),
         ),
     ],

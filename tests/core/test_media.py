@@ -310,6 +310,8 @@ def test_sampling_is_even_and_never_repeats(num_frames: int, most: int) -> None:
         ([PIXELS, PIXELS[:10]], "one size, got 30x10, 30x20"),
         ([PIXELS, b"nonsense"], "frame 2: the image cannot be read"),
         ([video_item(PIXELS[None])], "frame 1: got an item of modality video"),
+        ([embeds_item("image", {"rows": torch.ones(1, 2)})], "frame 1: got embeddings"),
+        ("bad\0name", "cannot read the file"),
         ([PIXELS] * 8, "8 frames of 30x20 pixels are too many"),
         (FRAMES.astype(np.float64), "float64"),
         (FRAMES[0], r"uint8 \(12, 16, 3\); expected uint8 \(frames"),

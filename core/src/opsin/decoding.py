@@ -204,6 +204,4 @@ def _decode_video(data: bytes, container: str, limits: MediaLimits) -> Array:
                     frames.append(frame.to_ndarray(format="rgb24"))
                 if index >= wanted[-1]:
                     break
-        if not frames:
-            raise MediaError("the video file has no frames")
         return stack_frames(frames)
