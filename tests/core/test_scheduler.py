@@ -49,9 +49,7 @@ def make_sequence(
 
 def content(sequence: Sequence, position: int) -> tuple[object, ...]:
     """What the cache must hold for a token: everything its keys and values depend on."""
-    media = tuple(
-        (item.key, item.start) for item in sequence.media if item.start <= position
-    )
+    media = tuple((item.key, item.start) for item in sequence.media if item.start <= position)
     return (sequence.prompt.salt, tuple(sequence.token_ids[: position + 1]), media)
 
 
@@ -97,9 +95,7 @@ class Machine:
         for chunk in step.chunks:
             sequence = chunk.sequence
             assert chunk.length > 0 and chunk.start == sequence.num_computed
-            slots = [
-                sequence.block_ids[i // BLOCK] * BLOCK + i % BLOCK for i in range(chunk.end)
-            ]
+            slots = [sequence.block_ids[i // BLOCK] * BLOCK + i % BLOCK for i in range(chunk.end)]
             for position in range(chunk.start):
                 assert self.memory[slots[position]] == content(sequence, position), "a wrong cached block"
             for position in range(chunk.start, chunk.end):
@@ -109,9 +105,7 @@ class Machine:
             for item in chunk.media():
                 assert scheduler.encoder_cache.get(item.key) is not None, "media are not encoded in time"
         sampled = {
-            chunk.sequence.seq_id: 1000 + chunk.sequence.num_tokens
-            for chunk in step.chunks
-            if chunk.samples
+            chunk.sequence.seq_id: 1000 + chunk.sequence.num_tokens for chunk in step.chunks if chunk.samples
         }
         scheduler.commit(step, sampled)
         for chunk in step.chunks:
@@ -146,7 +140,9 @@ def prompts(draw: st.DrawFn) -> tuple[list[int], tuple[PlacedMedia, ...], str]:
     """Prompts from few pieces, so that prefixes and pictures repeat."""
     token_ids: list[int] = []
     media = []
-    for piece in draw(st.lists(st.sampled_from(["a", "bb", "ccc", "image", "IMAGE"]), min_size=1, max_size=6)):
+    for piece in draw(
+        st.lists(st.sampled_from(["a", "bb", "ccc", "image", "IMAGE"]), min_size=1, max_size=6)
+    ):
         if piece.lower() == "image":
             length = 5 if piece == "image" else 13
             key = draw(st.sampled_from(["cat", "dog"])) + str(length)

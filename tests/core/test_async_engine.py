@@ -1,0 +1,125 @@
+"""The engine on its own thread: many streams, cancellation, errors."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from opsin import AsyncEngine, EngineConfig, SamplingParams
+from opsin.errors import OpsinError, RequestError
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+MARK = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+@pytest.fixture
+def engine() -> Iterator[AsyncEngine]:
+    config = EngineConfig(model=str(GOLDEN / "qwen2vl" / "model"), dtype="float32", kv_cache_memory=2**23)
+    running = AsyncEngine.from_config(config)
+    yield running
+    running.close()
+
+
+def params(max_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+
+
+async def collect(engine: AsyncEngine, prompt: object, max_tokens: int = 12) -> list[int]:
+    """The tokens of a whole stream."""
+    last = None
+    async for output in engine.generate(prompt, params(max_tokens)):  # type: ignore[arg-type]
+        last = output
+    assert last is not None and last.finished
+    return last.outputs[0].token_ids
+
+
+async def wait_idle(engine: AsyncEngine) -> None:
+    """Until the engine's thread has nothing left."""
+    while engine.engine.has_unfinished():
+        await asyncio.sleep(0.01)
+
+
+def test_streams_side_by_side_are_streams_alone(engine: AsyncEngine) -> None:
+    picture = Image.open(GOLDEN / "images" / "cat_150x240.png")
+    prompts: list[object] = ["Hello", "and you", {"prompt": MARK, "multi_modal_data": {"image": picture}}]
+
+    async def main() -> None:
+        alone = [await collect(engine, prompt) for prompt in prompts]
+        together = await asyncio.gather(*(collect(engine, prompt) for prompt in prompts * 3))
+        assert together == alone * 3
+
+    asyncio.run(main())
+
+
+def test_leaving_a_stream_aborts_its_request(engine: AsyncEngine) -> None:
+    async def main() -> None:
+        stream = engine.generate("Hello", params(1500))
+        async for output in stream:
+            if len(output.outputs[0].token_ids) >= 3:
+                break
+        await stream.aclose()  # type: ignore[attr-defined]
+        await wait_idle(engine)
+        assert engine.engine.stats().kv_blocks_used == 0
+
+    asyncio.run(main())
+
+
+def test_cancelled_tasks_abort_and_the_others_go_on(engine: AsyncEngine) -> None:
+    async def main() -> None:
+        expected = await collect(engine, "Hello", 40)
+        tasks = [asyncio.create_task(collect(engine, "Hello", 1500)) for _ in range(4)]
+        kept = asyncio.create_task(collect(engine, "Hello", 40))
+        await asyncio.sleep(0.1)
+        for task in tasks:
+            task.cancel()
+        assert await kept == expected
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(result, asyncio.CancelledError) for result in results)
+        await wait_idle(engine)
+        assert engine.engine.stats().kv_blocks_used == 0
+
+    asyncio.run(main())
+
+
+def test_abort_gives_what_there_is(engine: AsyncEngine) -> None:
+    async def main() -> None:
+        last = None
+        async for output in engine.generate("Hello", params(1500), request_id="mine"):
+            last = output
+            if len(output.outputs[0].token_ids) == 3:
+                await engine.abort("mine")
+        assert last is not None and last.finished
+        assert last.outputs[0].finish_reason == "abort"
+        assert 3 <= len(last.outputs[0].token_ids) < 1500
+
+    asyncio.run(main())
+
+
+def test_bad_requests_raise_and_harm_nobody(engine: AsyncEngine) -> None:
+    async def main() -> None:
+        good = asyncio.create_task(collect(engine, "Hello", 40))
+        with pytest.raises(RequestError):
+            await collect(engine, {"prompt": MARK})
+        with pytest.raises(RequestError):
+            await collect(engine, [1] * 5000)
+        assert len(await good) == 40
+
+    asyncio.run(main())
+
+
+def test_a_dead_engine_says_so_to_everyone(engine: AsyncEngine) -> None:
+    def broken(step: object) -> object:
+        raise OpsinError("the device is gone")
+
+    async def main() -> None:
+        engine.engine.executor.run = broken  # type: ignore[method-assign, assignment]
+        with pytest.raises(OpsinError, match="gone"):
+            await collect(engine, "Hello")
+        with pytest.raises(OpsinError, match="stopped"):
+            await collect(engine, "Hello")
+
+    asyncio.run(main())
