@@ -1,1 +1,1 @@
-"""The CPU as an opsin device."""
+"""The CPU as a device of opsin."""

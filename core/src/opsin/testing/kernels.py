@@ -1,0 +1,455 @@
+"""PUBLIC: the contract of the op table. A device plugin runs it on its kernels:
+
+    DEVICE = open_device(0)
+    SPECS = opsin_register_kernels()
+
+    @pytest.mark.parametrize("case", kernel_cases(DEVICE.capabilities.dtypes), ids=str)
+    def test_kernel(case):
+        assert check_kernel(case, DEVICE, SPECS) == "mydevice"
+
+Every case draws inputs from a seed of its own, computes the result with the reference in float32 on the
+host, and compares the device's. What a layer may hand to a kernel is what the cases hand to it: views with
+strides (parts of a fused projection), blocks in any order, cache slots that were never written (they hold
+NaN: a kernel must not let them through).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from opsin.api import (
+    Activation,
+    AttentionBatch,
+    Device,
+    KernelQuery,
+    KernelSpec,
+    KVGeometry,
+    KVLayer,
+)
+from opsin.kernels import Choice, Kernels
+from opsin.kernels import dense_attention as reference_dense_attention
+from opsin.kernels import gated_act as reference_gated_act
+from opsin.kernels import layer_norm as reference_layer_norm
+from opsin.kernels import paged_attention as reference_paged_attention
+from opsin.kernels import plan_attention as reference_plan_attention
+from opsin.kernels import prepare_linear as reference_prepare_linear
+from opsin.kernels import rms_norm as reference_rms_norm
+from opsin.kernels import rotary as reference_rotary
+from opsin.kernels import write_kv as reference_write_kv
+
+TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+"""Largest error, relative to the largest magnitude of the expected result."""
+
+ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "quick_gelu")
+
+
+@dataclass(frozen=True)
+class KernelCase:
+    """One thing a kernel must do. Its string is its name, stable across runs."""
+
+    name: str
+    query: KernelQuery
+    check: Callable[[Bench], None] = field(repr=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Bench:
+    """A device under test, with inputs that depend on the case's name only."""
+
+    def __init__(self, case: KernelCase, device: Device, kernels: Kernels) -> None:
+        self.device, self.kernels, self.query = device, kernels, case.query
+        self.dtype: torch.dtype = getattr(torch, case.query.dtype)
+        self._generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
+
+    def draw(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """Normal numbers that the run dtype holds exactly, as float32 on the host."""
+        drawn = torch.randn(shape, generator=self._generator) * scale
+        return drawn.to(self.dtype).float()
+
+    def shuffled(self, count: int) -> list[int]:
+        """0 .. count - 1 in some order."""
+        order: list[int] = torch.randperm(count, generator=self._generator).tolist()
+        return order
+
+    def put(self, x: Tensor) -> Tensor:
+        """A copy on the device in the run dtype, as compact as x is not: see `fused`."""
+        return x.to(self.dtype, copy=True).to(self.device.torch_device)
+
+    def fused(self, *parts: Tensor) -> list[Tensor]:
+        """(T, heads, D) tensors on the device as a fused projection leaves them: views into its rows."""
+        rows = self.put(torch.cat([part.flatten(1) for part in parts], dim=-1))
+        sizes = [part.shape[1] * part.shape[2] for part in parts]
+        views = rows.split(sizes, dim=-1)
+        return [view.unflatten(-1, part.shape[1:]) for view, part in zip(views, parts)]
+
+    def compare(self, got: Tensor, expected: Tensor, what: str) -> None:
+        """Raise AssertionError where the result is not the expected one.
+
+        Args:
+            got: on the device, of the run dtype.
+            expected: float32, on the host.
+        """
+        assert got.dtype == self.dtype, f"{what}: got {got.dtype}, expected {self.dtype}"
+        assert got.shape == expected.shape, (
+            f"{what}: got {tuple(got.shape)}, expected {tuple(expected.shape)}"
+        )
+        largest = expected.abs().max().item() if expected.numel() else 0.0
+        limit = TOLERANCE[self.dtype] * max(1.0, largest)
+        torch.testing.assert_close(
+            got.to("cpu").float(), expected, rtol=0.0, atol=limit, msg=lambda text: f"{what}: {text}"
+        )
+
+
+def kernel_cases(dtypes: Sequence[str] = ("float32", "bfloat16")) -> list[KernelCase]:
+    """All cases, for each of a device's dtypes."""
+    makers = (_norms, _gated_acts, _rotaries, _linears, _paged_attentions, _dense_attentions)
+    return [case for dtype in dtypes for maker in makers for case in maker(dtype)]
+
+
+def check_kernel(case: KernelCase, device: Device, specs: Sequence[KernelSpec]) -> str:
+    """Run one case.
+
+    Args:
+        case: from `kernel_cases`.
+        device: an opened device.
+        specs: its kernels.
+
+    Returns:
+        Who served the case: the device's name, or ``"reference"`` if its specs decline it. A plugin's
+        tests compare this with what they expect, so that a kernel is not passed over unnoticed.
+
+    Raises:
+        AssertionError: the result is wrong; the message says where.
+    """
+    kernels = Kernels(device.name, specs)
+    with torch.inference_mode():
+        case.check(Bench(case, device, kernels))
+        if device.synchronize is not None:
+            device.synchronize()
+    providers = {choice.provider for choice in kernels.choices}
+    assert kernels.choices[Choice(case.query.op, next(iter(providers)))], case
+    return providers.pop()
+
+
+# --------------------------------------------------------------------------------------------------
+# Norms, activations, rotary
+# --------------------------------------------------------------------------------------------------
+
+
+def _norms(dtype: str) -> Iterator[KernelCase]:
+    for rows, size in itertools.product((1, 2, 33), (8, 96, 896)):
+        query = KernelQuery(op="rms_norm", dtype=dtype, size=size)
+        for residual in (False, True):
+            name = f"rms_norm-{dtype}-{rows}x{size}{'-residual' if residual else ''}"
+            yield KernelCase(name, query, partial(_check_rms_norm, rows=rows, residual=residual))
+        for bias in (False, True):
+            query = KernelQuery(op="layer_norm", dtype=dtype, size=size, bias=bias)
+            name = f"layer_norm-{dtype}-{rows}x{size}{'-bias' if bias else ''}"
+            yield KernelCase(name, query, partial(_check_layer_norm, shape=(rows, size), bias=bias))
+    query = KernelQuery(op="layer_norm", dtype=dtype, size=24, bias=True)
+    yield KernelCase(
+        f"layer_norm-{dtype}-2x5x24-bias", query, partial(_check_layer_norm, shape=(2, 5, 24), bias=True)
+    )
+
+
+def _check_rms_norm(bench: Bench, *, rows: int, residual: bool) -> None:
+    size = bench.query.size or 0
+    x, weight = bench.draw(rows, size, scale=3.0), bench.draw(size)
+    before = bench.draw(rows, size) if residual else None
+    expected = reference_rms_norm(x, weight, 1e-6, before)
+    put_before = None if before is None else bench.put(before)
+    got = bench.kernels.rms_norm(bench.query)(bench.put(x), bench.put(weight), 1e-6, put_before)
+    bench.compare(got[0], expected[0], "normed")
+    bench.compare(got[1], expected[1], "residual stream")
+
+
+def _check_layer_norm(bench: Bench, *, shape: tuple[int, ...], bias: bool) -> None:
+    x, weight = bench.draw(*shape, scale=3.0) + 1, bench.draw(shape[-1])
+    x = x.to(bench.dtype).float()
+    shift = bench.draw(shape[-1]) if bias else None
+    expected = reference_layer_norm(x, weight, shift, 1e-5)
+    put_shift = None if shift is None else bench.put(shift)
+    got = bench.kernels.layer_norm(bench.query)(bench.put(x), bench.put(weight), put_shift, 1e-5)
+    bench.compare(got, expected, "normed")
+
+
+def _gated_acts(dtype: str) -> Iterator[KernelCase]:
+    for rows, size, activation in itertools.product((1, 3, 40), (16, 344), ACTIVATIONS):
+        query = KernelQuery(op="gated_act", dtype=dtype, size=size, activation=activation)
+        yield KernelCase(
+            f"gated_act-{dtype}-{rows}x{size}-{activation}", query, partial(_check_gated_act, rows=rows)
+        )
+
+
+def _check_gated_act(bench: Bench, *, rows: int) -> None:
+    size, activation = bench.query.size, bench.query.activation
+    assert size is not None
+    assert activation is not None
+    x = bench.draw(rows, 2 * size, scale=2.0)
+    got = bench.kernels.gated_act(bench.query)(bench.put(x), activation)
+    bench.compare(got, reference_gated_act(x, activation), "gated")
+
+
+def _rotaries(dtype: str) -> Iterator[KernelCase]:
+    heads = ((4, 4, 16, 16), (14, 2, 64, 64), (8, 4, 72, 72), (4, 1, 80, 80), (3, 3, 96, 96), (8, 2, 128, 64))
+    for rows, (num_heads, num_kv_heads, head_size, width) in itertools.product((1, 2, 19), heads):
+        query = KernelQuery(
+            op="rotary", dtype=dtype, num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=head_size
+        )
+        name = f"rotary-{dtype}-{rows}x{num_heads}:{num_kv_heads}x{head_size}-of-{width}"
+        yield KernelCase(name, query, partial(_check_rotary, rows=rows, width=width))
+
+
+def _check_rotary(bench: Bench, *, rows: int, width: int) -> None:
+    heads, kv_heads, size = _heads(bench.query)
+    q, k, v = (bench.draw(rows, n, size) for n in (heads, kv_heads, kv_heads))
+    angles = torch.rand(rows, width // 2, generator=torch.Generator().manual_seed(rows)) * 100
+    cos, sin = torch.cat((angles, angles), -1).cos(), torch.cat((angles, angles), -1).sin()
+    expected_q, expected_k = reference_rotary(q, k, cos, sin)
+    put_q, put_k, put_v = bench.fused(q, k, v)
+    tables = [table.to(bench.device.torch_device) for table in (cos, sin)]
+    got_q, got_k = bench.kernels.rotary(bench.query)(put_q, put_k, *tables)
+    bench.compare(got_q, expected_q, "q")
+    bench.compare(got_k, expected_k, "k")
+    bench.compare(put_v, v, "v, which stands beside q and k in memory")
+
+
+# --------------------------------------------------------------------------------------------------
+# Linear layers
+# --------------------------------------------------------------------------------------------------
+
+
+def _linears(dtype: str) -> Iterator[KernelCase]:
+    small, large = (24, 40), (640, 896)
+    for (wide, out), rows in itertools.product((small, large), (0, 1, 2, 3, 4, 17, 70)):
+        for bias, activation, keep in (
+            (False, None, False),
+            (True, None, False),
+            (False, None, True),
+            (True, None, True),
+        ):
+            yield _linear(dtype, wide, out, (rows, wide), bias, activation, keep)
+    for (wide, out), bias, activation in itertools.product((small, large), (False, True), ACTIVATIONS):
+        for rows, keep in itertools.product((1, 9), (False, True)):
+            yield _linear(dtype, wide, out, (rows, wide), bias, activation, keep)
+    yield _linear(dtype, *large, (2, 5, 640), True, "gelu", False)
+    yield _linear(dtype, *large, (640,), True, None, True)
+
+
+def _linear(
+    dtype: str,
+    wide: int,
+    out: int,
+    shape: tuple[int, ...],
+    bias: bool,
+    activation: Activation | None,
+    keep: bool,
+) -> KernelCase:
+    query = KernelQuery(
+        op="prepare_linear",
+        dtype=dtype,
+        in_features=wide,
+        out_features=out,
+        activation=activation,
+        bias=bias,
+    )
+    marks = [mark for mark, there in (("bias", bias), ("kept", keep)) if there]
+    name = "-".join(
+        ["linear", dtype, f"{'x'.join(map(str, shape))}-to-{out}", *marks, *filter(None, [activation])]
+    )
+    return KernelCase(name, query, partial(_check_linear, shape=shape, keep=keep))
+
+
+def _check_linear(bench: Bench, *, shape: tuple[int, ...], keep: bool) -> None:
+    query = bench.query
+    assert query.in_features is not None
+    assert query.out_features is not None
+    weight = bench.draw(query.out_features, query.in_features, scale=query.in_features**-0.5)
+    bias = bench.draw(query.out_features) if query.bias else None
+    put_weight, put_bias = bench.put(weight), None if bias is None else bench.put(bias)
+    linear = bench.kernels.prepare_linear(query)(put_weight, put_bias, query.activation, keep_weight=keep)
+    expected = reference_prepare_linear(weight, bias, query.activation, keep_weight=True)
+    if keep:
+        bench.compare(put_weight, weight, "the weight, which is also used elsewhere")
+    for turn in ("first", "second"):
+        x = bench.draw(*shape)
+        put_x = bench.put(x)
+        bench.compare(linear(put_x), expected(x), f"{turn} call")
+        bench.compare(put_x, x, "the input, which is also used elsewhere")
+
+
+# --------------------------------------------------------------------------------------------------
+# Attention
+# --------------------------------------------------------------------------------------------------
+
+# (query, key/value heads, head size)
+_GEOMETRIES = ((4, 4, 16), (14, 2, 64), (6, 3, 72), (3, 3, 80), (4, 1, 96), (8, 2, 128))
+
+# name -> (query length, context length) of each sequence of a step
+_STEPS: dict[str, Sequence[tuple[int, int]]] = {
+    "token": [(1, 1)],
+    "decode": [(1, 37)],
+    "decode-long": [(1, 700)],
+    "decode-equal": [(1, 33)] * 5,
+    "decode-block-edges": [(1, 15), (1, 16), (1, 17), (1, 32)],
+    "decode-many": [(1, length) for length in range(1, 42)],
+    "decode-uneven": [(1, 1), (1, 400), (1, 2), (1, 300), (1, 290)],
+    "prefill": [(7, 7)],
+    "prefill-block": [(16, 16)],
+    "prefill-several": [(3, 3), (40, 40), (2, 2)],
+    "chunk": [(20, 50)],
+    "chunk-of-long": [(70, 600)],
+    "chunk-last-token-first": [(2, 3), (5, 300)],
+    "mixed": [(1, 40), (12, 12), (1, 3), (1, 290), (5, 33), (1, 1), (1, 100)],
+}
+
+
+def _paged_attentions(dtype: str) -> Iterator[KernelCase]:
+    for step, (heads, kv_heads, size), scattered in itertools.product(_STEPS, _GEOMETRIES, (False, True)):
+        query = KernelQuery(
+            op="paged_attention", dtype=dtype, num_heads=heads, num_kv_heads=kv_heads, head_size=size
+        )
+        name = f"paged_attention-{dtype}-{heads}:{kv_heads}x{size}-{step}{'-scattered' if scattered else ''}"
+        yield KernelCase(name, query, partial(_check_paged, lens=_STEPS[step], scattered=scattered))
+
+
+def _check_paged(bench: Bench, *, lens: Sequence[tuple[int, int]], scattered: bool) -> None:
+    """Write what was there before in one step and this step's in another; attend after the second."""
+    heads, kv_heads, head_size = _heads(bench.query)
+    size = bench.device.capabilities.kv_block_size
+    tables, num_blocks = _block_tables(bench, [length for _, length in lens], size, scattered)
+    write, attend = bench.kernels.paged(bench.query)
+    layers = _allocate(
+        bench, num_blocks, size, KVGeometry(num_layers=2, num_kv_heads=kv_heads, head_size=head_size)
+    )
+    shape = (num_blocks, size, kv_heads, head_size)
+    expected_layer = KVLayer(k=torch.full(shape, math.nan), v=torch.full(shape, math.nan))
+    scale = head_size**-0.5
+
+    before = [(length - query_len, length - query_len) for query_len, length in lens]
+    for step in (before, lens):
+        present = [(table, pair) for table, pair in zip(tables, step) if pair[0] > 0]
+        if not present:
+            continue
+        batch = _batch([table for table, _ in present], [pair for _, pair in present], size)
+        total = len(batch.slots)
+        q, k, v = (bench.draw(total, n, head_size) for n in (heads, kv_heads, kv_heads))
+        put_q, put_k, put_v = bench.fused(q, k, v)
+        plan = bench.kernels.plan_attention(replace(batch, device=bench.device.torch_device))
+        expected_plan = reference_plan_attention(batch)
+        write(put_k, put_v, layers[1], plan)
+        reference_write_kv(k, v, expected_layer, expected_plan)
+        expected = reference_paged_attention(q, expected_layer, expected_plan, scale)
+        bench.compare(attend(put_q, layers[1], plan, scale), expected, "attention")
+
+    for name in ("k", "v"):
+        stored = getattr(layers[1], name).to("cpu").float()
+        torch.testing.assert_close(
+            stored, getattr(expected_layer, name), rtol=0, atol=0, equal_nan=True, msg=f"cache of {name}"
+        )
+        assert getattr(layers[0], name).isnan().all(), f"the {name} of another layer was written"
+
+
+def _allocate(bench: Bench, num_blocks: int, size: int, geometry: KVGeometry) -> Sequence[KVLayer]:
+    device = bench.device
+    if device.allocate_kv is not None:
+        layers = device.allocate_kv(num_blocks, size, geometry, bench.dtype)
+    else:
+        shape = (num_blocks, size, geometry.num_kv_heads, geometry.head_size)
+        layers = [
+            KVLayer(
+                k=torch.empty(shape, dtype=bench.dtype, device=device.torch_device),
+                v=torch.empty(shape, dtype=bench.dtype, device=device.torch_device),
+            )
+            for _ in range(geometry.num_layers)
+        ]
+    for layer in layers:
+        layer.k.fill_(math.nan)
+        layer.v.fill_(math.nan)
+    return layers
+
+
+def _block_tables(
+    bench: Bench, lengths: Sequence[int], size: int, scattered: bool
+) -> tuple[list[list[int]], int]:
+    """Blocks for each sequence, one block more than needed for the last, and how many there are."""
+    counts = [-(-length // size) for length in lengths]
+    counts[-1] += 1
+    total = sum(counts) + 2
+    order = bench.shuffled(total) if scattered else list(range(1, total))
+    blocks = iter(order)
+    return [list(itertools.islice(blocks, count)) for count in counts], total
+
+
+def _batch(tables: Sequence[Sequence[int]], lens: Sequence[tuple[int, int]], size: int) -> AttentionBatch:
+    slots = [
+        table[position // size] * size + position % size
+        for table, (query_len, length) in zip(tables, lens)
+        for position in range(length - query_len, length)
+    ]
+    return AttentionBatch(
+        query_lens=[query_len for query_len, _ in lens],
+        context_lens=[length for _, length in lens],
+        block_tables=tables,
+        slots=slots,
+        block_size=size,
+        device="cpu",
+    )
+
+
+# name -> query lengths, key lengths of the segments (None: the same)
+_SEGMENTS: dict[str, tuple[Sequence[int], Sequence[int] | None]] = {
+    "one": ([1], None),
+    "single": ([49], None),
+    "equal": ([64, 64, 64], None),
+    "uneven": ([5, 64, 64, 1, 130], None),
+    "windows": ([16] * 9 + [8, 4], None),
+    "resampler": ([12, 12, 12], [100, 100, 37]),
+    "cross-one": ([7], [300]),
+}
+
+
+def _dense_attentions(dtype: str) -> Iterator[KernelCase]:
+    for name, (heads, size) in itertools.product(
+        _SEGMENTS, ((2, 16), (16, 40), (4, 64), (3, 72), (8, 80), (2, 96), (2, 128))
+    ):
+        query = KernelQuery(
+            op="dense_attention", dtype=dtype, num_heads=heads, num_kv_heads=heads, head_size=size
+        )
+        q_lens, k_lens = _SEGMENTS[name]
+        yield KernelCase(
+            f"dense_attention-{dtype}-{heads}x{size}-{name}",
+            query,
+            partial(_check_dense, q_lens=q_lens, k_lens=k_lens),
+        )
+
+
+def _check_dense(bench: Bench, *, q_lens: Sequence[int], k_lens: Sequence[int] | None) -> None:
+    heads, _, size = _heads(bench.query)
+    num_keys = sum(q_lens if k_lens is None else k_lens)
+    q, k, v = (bench.draw(rows, heads, size) for rows in (sum(q_lens), num_keys, num_keys))
+    expected = reference_dense_attention(q, k, v, q_lens, k_lens, size**-0.5)
+    if k_lens is None:
+        put_q, put_k, put_v = bench.fused(q, k, v)
+    else:
+        put_q, (put_k, put_v) = bench.put(q), bench.fused(k, v)
+    got = bench.kernels.dense_attention(bench.query)(put_q, put_k, put_v, q_lens, k_lens, size**-0.5)
+    bench.compare(got, expected, "attention")
+
+
+def _heads(query: KernelQuery) -> tuple[int, int, int]:
+    heads, kv_heads, size = query.num_heads, query.num_kv_heads, query.head_size
+    assert heads is not None
+    assert kv_heads is not None
+    assert size is not None
+    return heads, kv_heads, size

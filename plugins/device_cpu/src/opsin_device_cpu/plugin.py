@@ -1,0 +1,70 @@
+"""The torch-free door: what this plugin registers. Everything heavy is imported by the builders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from opsin import hookimpl
+from opsin.api import Device, DeviceSpec, KernelQuery, KernelSpec, OpName, Probe
+
+NAME = "cpu"
+
+
+def _probe() -> Probe:
+    from opsin_device_cpu.device import probe
+
+    return probe()
+
+
+def _open(index: int) -> Device:
+    from opsin_device_cpu.device import open_device
+
+    return open_device(index)
+
+
+def _norms_and_activations(op: OpName) -> Callable[[], Callable[..., Any]]:
+    def load() -> Callable[..., Any]:
+        from opsin_device_cpu import kernels
+
+        kernel: Callable[..., Any] = getattr(kernels, op)
+        return kernel
+
+    return load
+
+
+def _attention(op: OpName) -> Callable[[], Callable[..., Any]]:
+    def load() -> Callable[..., Any]:
+        from opsin_device_cpu import attention
+
+        kernel: Callable[..., Any] = getattr(attention, op)
+        return kernel
+
+    return load
+
+
+def _prepare_linear() -> Callable[..., Any]:
+    from opsin_device_cpu.linear import prepare_linear
+
+    return prepare_linear
+
+
+def _supports(query: KernelQuery) -> bool:
+    from opsin_device_cpu.device import DTYPES
+
+    return query.dtype in DTYPES
+
+
+@hookimpl
+def opsin_register_devices() -> Sequence[DeviceSpec]:
+    return [DeviceSpec(name=NAME, torch_type="cpu", probe=_probe, open=_open)]
+
+
+@hookimpl
+def opsin_register_kernels() -> Sequence[KernelSpec]:
+    plain: tuple[OpName, ...] = ("rms_norm", "layer_norm", "gated_act", "rotary")
+    attention: tuple[OpName, ...] = ("plan_attention", "write_kv", "paged_attention", "dense_attention")
+    loaders = {op: _norms_and_activations(op) for op in plain}
+    loaders |= {op: _attention(op) for op in attention}
+    loaders["prepare_linear"] = _prepare_linear
+    return [KernelSpec(device=NAME, op=op, load=load, supports=_supports) for op, load in loaders.items()]
