@@ -33,7 +33,8 @@ async def collect(engine: AsyncEngine, prompt: object, max_tokens: int = 12) -> 
     last = None
     async for output in engine.generate(prompt, params(max_tokens)):  # type: ignore[arg-type]
         last = output
-    assert last is not None and last.finished
+    assert last is not None
+    assert last.finished
     return last.outputs[0].token_ids
 
 
@@ -92,7 +93,8 @@ def test_abort_gives_what_there_is(engine: AsyncEngine) -> None:
             last = output
             if len(output.outputs[0].token_ids) == 3:
                 await engine.abort("mine")
-        assert last is not None and last.finished
+        assert last is not None
+        assert last.finished
         assert last.outputs[0].finish_reason == "abort"
         assert 3 <= len(last.outputs[0].token_ids) < 1500
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 import opsin
 from opsin.api import Capabilities, Device, DeviceSpec, MemoryInfo, ModelSpec, Probe
-from opsin.cli import app, table
+from opsin.cli import app, plugins, table
 from opsin.config import SamplingParams
 from opsin.errors import RequestError
 from opsin.hookspecs import hookimpl
@@ -289,6 +289,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def installed(*entries: EntryPoint) -> None:
         monkeypatch.setattr(discovery, "_installed", lambda: list(entries))
+        monkeypatch.setattr(plugins, "entry_points", lambda group: [])  # no checkpoints
 
     return installed
 

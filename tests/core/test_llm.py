@@ -12,6 +12,7 @@ from PIL import Image
 
 from opsin import LLM, BeamSearchParams, RequestOutput, SamplingParams
 from opsin.errors import ConfigError, RequestError, RequestsFailed
+import itertools
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MODEL = str(GOLDEN / "qwen2vl" / "model")
@@ -42,17 +43,20 @@ def test_eos_of_the_checkpoint_ends_a_request(llm: LLM) -> None:
     assert biased.outputs[0].token_ids == [eos]
     assert (biased.outputs[0].finish_reason, biased.outputs[0].stop_reason) == ("stop", None)
     held = run(llm, logit_bias={eos: 100}, ignore_eos=False, min_tokens=5).outputs[0].token_ids
-    assert held[:5] == plain[:5] and held[5:] == [eos]
+    assert held[:5] == plain[:5]
+    assert held[5:] == [eos]
 
 
 def test_stop_token_and_stop_string(llm: LLM) -> None:
     ids = run(llm).outputs[0].token_ids
     stopped = run(llm, stop_token_ids=[ids[4]]).outputs[0]
-    assert stopped.token_ids == ids[: ids.index(ids[4]) + 1] and stopped.stop_reason == ids[4]
+    assert stopped.token_ids == ids[: ids.index(ids[4]) + 1]
+    assert stopped.stop_reason == ids[4]
     text = run(llm).outputs[0].text
     word = text[5:8]
     cut = run(llm, stop=word).outputs[0]
-    assert cut.text == text[: text.index(word)] and cut.stop_reason == word
+    assert cut.text == text[: text.index(word)]
+    assert cut.stop_reason == word
     kept = run(llm, stop=[word], include_stop_str_in_output=True).outputs[0]
     assert kept.text == text[: text.index(word)] + word
 
@@ -95,10 +99,12 @@ def test_penalties_and_bias_act(llm: LLM) -> None:
 def test_logprobs_are_those_of_the_model(llm: LLM) -> None:
     output = run(llm, logprobs=3, max_tokens=4)
     sample = output.outputs[0]
-    assert sample.logprobs is not None and len(sample.logprobs) == 4
+    assert sample.logprobs is not None
+    assert len(sample.logprobs) == 4
     for token, entries in zip(sample.token_ids, sample.logprobs):
-        assert len(entries) == 3 and entries[token].rank == 1
-        assert list(entries.values())[0].logprob == max(entry.logprob for entry in entries.values())
+        assert len(entries) == 3
+        assert entries[token].rank == 1
+        assert next(iter(entries.values())).logprob == max(entry.logprob for entry in entries.values())
         assert entries[token].decoded_token is not None
     expected = sum(entries[token].logprob for token, entries in zip(sample.token_ids, sample.logprobs))
     assert sample.cumulative_logprob == pytest.approx(expected)
@@ -108,7 +114,8 @@ def test_prompt_logprobs_in_chunks_are_whole() -> None:
     def ask(chunk: int) -> list[float]:
         with LLM(MODEL, dtype="float32", kv_cache_memory=2**20, max_num_batched_tokens=chunk) as fresh:
             output = run(fresh, list(range(50, 90)), prompt_logprobs=2)
-            assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == 40
+            assert output.prompt_logprobs is not None
+            assert len(output.prompt_logprobs) == 40
             assert all(len(entry) in (2, 3) for entry in output.prompt_logprobs[1:] if entry)
             pairs = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:])
             return [entry[token].logprob for token, entry in pairs if entry]
@@ -120,8 +127,9 @@ def test_streams_concatenate_to_the_whole(llm: LLM) -> None:
     whole = run(llm, max_tokens=30).outputs[0].text
     params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
     texts = [output.outputs[0].text for output in llm.stream("Hello there", params)]
-    assert len(texts) == 30 and texts[-1] == whole
-    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:]))
+    assert len(texts) == 30
+    assert texts[-1] == whole
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
 
 
 def test_leaving_a_stream_early_leaves_nothing_behind(llm: LLM) -> None:
@@ -139,13 +147,15 @@ def test_chat_takes_one_conversation_or_many(llm: LLM) -> None:
     [one] = llm.chat(conversation, params, use_tqdm=False)
     two = llm.chat([conversation, [{"role": "user", "content": "Hi"}]], params, use_tqdm=False)
     assert two[0].outputs[0].token_ids == one.outputs[0].token_ids
-    assert one.prompt is not None and MARK in one.prompt
+    assert one.prompt is not None
+    assert MARK in one.prompt
 
 
 def test_beams_are_sorted_and_differ(llm: LLM) -> None:
     [found] = llm.beam_search("Hello there", BeamSearchParams(beam_width=4, max_tokens=5))
     scores = [beam.cum_logprob for beam in found.sequences]
-    assert len(found.sequences) == 4 and scores == sorted(scores, reverse=True)
+    assert len(found.sequences) == 4
+    assert scores == sorted(scores, reverse=True)
     assert len({tuple(beam.tokens) for beam in found.sequences}) == 4
 
 
@@ -174,7 +184,8 @@ def test_bfloat16_runs_and_mostly_agrees(llm: LLM) -> None:
     with LLM(MODEL, dtype="bfloat16", kv_cache_memory=2**22) as half:
         first = run(half, logprobs=5, max_tokens=1).outputs[0]
     exact = run(llm, logprobs=5, max_tokens=1).outputs[0]
-    assert first.logprobs is not None and exact.logprobs is not None
+    assert first.logprobs is not None
+    assert exact.logprobs is not None
     shared = set(first.logprobs[0]) & set(exact.logprobs[0])
     assert shared
     for token in shared:

@@ -94,7 +94,8 @@ class Machine:
         assert len(held) == scheduler.blocks.num_used
         for chunk in step.chunks:
             sequence = chunk.sequence
-            assert chunk.length > 0 and chunk.start == sequence.num_computed
+            assert chunk.length > 0
+            assert chunk.start == sequence.num_computed
             slots = [sequence.block_ids[i // BLOCK] * BLOCK + i % BLOCK for i in range(chunk.end)]
             for position in range(chunk.start):
                 assert self.memory[slots[position]] == content(sequence, position), "a wrong cached block"

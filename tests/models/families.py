@@ -51,6 +51,5 @@ def encoded(llm: LLM, prompt: ProcessedPrompt) -> list[Tensor]:
     """The embeddings of each medium of a processed prompt, by the model itself."""
     with torch.inference_mode():
         return [
-            llm.engine.executor.model.encode(item.modality, [item.mapped])[0].clone()
-            for item in prompt.media
+            llm.engine.executor.model.encode(item.modality, [item.mapped])[0].clone() for item in prompt.media
         ]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from opsin import LLM, SamplingParams
-from opsin.api import InputContext, MediaItem
-from tests.models.golden import GOLDEN, Case, cases, largest_difference, picture, recorded_logits
+from tests.models.golden import GOLDEN, Case, cases, largest_difference, recorded_logits
 
 FAMILIES = ["qwen2vl"]
 CASES = [case for family in FAMILIES for case in cases(family)]
@@ -40,8 +38,11 @@ def test_prompt_tokens_and_logits_are_the_recorded_ones(llms: dict[str, LLM], ca
     # The recorded logits follow the recorded tokens: comparable as far as the tokens agree.
     expected = case.tensors["step_logits"]
     agreed = next(
-        (i for i, pair in enumerate(zip(output.outputs[0].token_ids, case.data["greedy_token_ids"]))
-         if pair[0] != pair[1]),
+        (
+            i
+            for i, pair in enumerate(zip(output.outputs[0].token_ids, case.data["greedy_token_ids"]))
+            if pair[0] != pair[1]
+        ),
         NUM_STEPS - 1,
     )
     given = torch.cat(logits)
@@ -53,7 +54,8 @@ def test_prompt_tokens_and_logits_are_the_recorded_ones(llms: dict[str, LLM], ca
 def test_prompt_logprobs_are_the_recorded_ones(llms: dict[str, LLM], case: Case) -> None:
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
     [output] = llms[case.family].generate(case.prompt(), params, use_tqdm=False)
-    assert output.prompt_logprobs is not None and output.prompt_logprobs[0] is None
+    assert output.prompt_logprobs is not None
+    assert output.prompt_logprobs[0] is None
     ids = output.prompt_token_ids
     given = [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], ids[1:]) if entry]
     assert largest_difference(torch.tensor(given), case.tensors["prompt_logprobs"]) < 1e-4
@@ -67,7 +69,9 @@ def test_messages_render_to_the_recorded_prompt(llms: dict[str, LLM], case: Case
         content = message["content"]
         if not isinstance(content, str):
             content = [
-                {"type": part["type"], part["type"]: next(media[part["type"]])} if part["type"] in media else part
+                {"type": part["type"], part["type"]: next(media[part["type"]])}
+                if part["type"] in media
+                else part
                 for part in content
             ]
         messages.append({**message, "content": content})

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from opsin.kernels import Kernels
+
 API_MAJOR = 1
 """Plugins for another major live in another entry-point group and are reported, never imported."""
 
@@ -495,14 +497,14 @@ class BuildContext:
 
     Attributes:
         config: the checkpoint's config.json.
-        kernels: an `opsin.kernels.Kernels`; layers bind their ops from it.
+        kernels: layers bind their ops from it.
         dtype: run dtype of parameters and activations.
         device: torch device of weights and activations.
         parallel: tensor-parallel place.
     """
 
     config: Mapping[str, Any]
-    kernels: Any
+    kernels: Kernels
     dtype: torch.dtype
     device: str = "cpu"
     parallel: Parallel = field(default_factory=Parallel)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,6 @@ ContentFormat = Literal["openai", "string"]
 
 class ChatTokenizer(Tokenizer, Protocol):
     """The part of a transformers tokenizer that renders chats, in transformers' own sandbox."""
-
-    chat_template: Any
 
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
 
@@ -97,38 +94,19 @@ class ChatTemplate:
 
 
 def resolve_chat_template(
-    given: str | Path | None,
-    *,
-    folder: Path | None = None,
-    tokenizer: ChatTokenizer | None = None,
-    default: str | None = None,
+    given: str | Path | None, *, own: str | None = None, default: str | None = None
 ) -> str | None:
-    """The chat template to use.
+    """The chat template to use: the first there is of the user's, the checkpoint's and the plugin's.
 
     Args:
-        given: the user's: a file, or Jinja text.
-        folder: the checkpoint, which may hold chat_template.jinja or chat_template.json.
-        tokenizer: may have one of its own.
+        given: a file, or Jinja text.
+        own: the checkpoint's.
         default: the model plugin's.
-
-    Returns:
-        The first there is, in this order; None if there is none.
 
     Raises:
         ConfigError: ``given`` is neither a file nor Jinja text.
     """
-    if given is not None:
-        return _given_template(given)
-    if folder is not None:
-        plain, packed = folder / "chat_template.jinja", folder / "chat_template.json"
-        if plain.is_file():
-            return plain.read_text(encoding="utf-8")
-        if packed.is_file():
-            return str(json.loads(packed.read_text(encoding="utf-8"))["chat_template"])
-    own = getattr(tokenizer, "chat_template", None)
-    if isinstance(own, Mapping):  # several, by purpose
-        own = own.get("default")
-    return own or default
+    return _given_template(given) if given is not None else own or default
 
 
 def _given_template(given: str | Path) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
-from opsin.api import Tokenizer
+from opsin.chat_template import ChatTokenizer
 from opsin.errors import CheckpointError
 from opsin.hub import locate
 
@@ -106,7 +106,7 @@ def load(model: str, revision: str | None = None) -> Checkpoint:
     )
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
+def load_tokenizer(path: Path) -> ChatTokenizer:
     """The tokenizer in a checkpoint's folder.
 
     Where the folder's own class is one that transformers ships, that class; otherwise whatever
@@ -136,7 +136,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except Exception as error:  # whatever a malformed file makes of the many readers behind this
         reason = " ".join(str(error).split())
         raise CheckpointError(f"the tokenizer in {path} cannot be read: {reason:.300}") from error
-    return cast(Tokenizer, tokenizer)
+    return cast(ChatTokenizer, tokenizer)
 
 
 def _read_json(path: Path, *, needed: bool = True) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import random
 import time
 from dataclasses import dataclass
 
-from opsin.api import InputContext, ModelSpec, ProcessedPrompt, Tokenizer
+from opsin.api import InputContext, ModelSpec, ProcessedPrompt
 from opsin.cache import BlockPool
 from opsin.chat import ChatRenderer
 from opsin.chat_template import resolve_chat_template
@@ -15,6 +15,7 @@ from opsin.checkpoint import Checkpoint, load, load_tokenizer
 from opsin.config import EngineConfig, Resolved, SamplingParams
 from opsin.errors import RequestError
 from opsin.executor import LocalExecutor
+from opsin.hub import locate
 from opsin.output import RequestOutput, RequestState
 from opsin.plugins import Plugins, load_plugins
 from opsin.prompt import PromptProcessor
@@ -87,9 +88,8 @@ class Engine:
         self.checkpoint: Checkpoint = load(config.model, config.revision)
         self.model_spec: ModelSpec = self.plugins.model(self.checkpoint.architecture)
         device_spec, device_index, _ = self.plugins.select_device(config.device)
-        self.tokenizer: Tokenizer = load_tokenizer(
-            load(config.tokenizer, None).path if config.tokenizer else self.checkpoint.path
-        )
+        source = locate(config.tokenizer) if config.tokenizer else self.checkpoint.path
+        self.tokenizer = load_tokenizer(source)
         self.executor = LocalExecutor(
             config,
             self.checkpoint,
@@ -148,8 +148,7 @@ class Engine:
             tokenizer=self.tokenizer,
             chat_template=resolve_chat_template(
                 self.config.chat_template,
-                folder=self.checkpoint.path,
-                tokenizer=self.tokenizer,
+                own=self.checkpoint.chat_template,
                 default=self.model_spec.default_chat_template,
             ),
             placeholders=placeholders,

@@ -1,16 +1,16 @@
 """The error tree.
 
-    OpsinError
-    ├── PluginError            a plugin is broken, missing or in conflict
-    │   ├── MissingPluginError nobody provides what was asked for
-    │   └── PluginConflictError two plugins claim one key
-    ├── ConfigError            a setting cannot be (also a ValueError)
-    ├── CheckpointError        a checkpoint is incomplete or does not fit its architecture
-    ├── RequestError           one request is bad; all others go on (also a ValueError)
-    │   ├── MediaError         its media
-    │   └── PromptTooLongError it does not fit the context
-    ├── RequestsFailed         some requests of a batch failed; `.outputs` has all results
-    └── DeviceLostError        the device is gone; the only fatal error of a running engine
+OpsinError
+├── PluginError            a plugin is broken, missing or in conflict
+│   ├── MissingPluginError nobody provides what was asked for
+│   └── PluginConflictError two plugins claim one key
+├── ConfigError            a setting cannot be (also a ValueError)
+├── CheckpointError        a checkpoint is incomplete or does not fit its architecture
+├── RequestError           one request is bad; all others go on (also a ValueError)
+│   ├── MediaError         its media
+│   └── PromptTooLongError it does not fit the context
+├── RequestsFailed         some requests of a batch failed; `.outputs` has all results
+└── DeviceLostError        the device is gone; the only fatal error of a running engine
 """
 
 from __future__ import annotations

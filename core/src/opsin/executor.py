@@ -53,7 +53,10 @@ class LocalExecutor:
             CheckpointError: weights and config.json disagree.
         """
         started = time.perf_counter()
-        self.device = device_spec.open(device_index)
+        try:
+            self.device = device_spec.open(device_index)
+        except ValueError as error:  # an index that is not there, a setting of the device's own
+            raise ConfigError(str(error)) from error
         name = resolve_dtype(config.dtype, checkpoint.dtype, self.device.capabilities)
         dtype = torch_dtype(name)
         self.kernels = Kernels(device_spec.name, kernel_specs)
@@ -78,9 +81,7 @@ class LocalExecutor:
         self._runner = Runner(
             model=self.model,
             device=self.device,
-            kv=allocate_kv(
-                self.device, self.resolved.num_blocks, self.resolved.block_size, geometry, dtype
-            ),
+            kv=allocate_kv(self.device, self.resolved.num_blocks, self.resolved.block_size, geometry, dtype),
             plan_attention=self.kernels.plan_attention,
             encoder_cache=self.encoder_cache,
             block_size=self.resolved.block_size,
@@ -140,4 +141,6 @@ def _max_len(spec: ModelSpec, checkpoint: Checkpoint) -> int:
     if spec.max_len is not None:
         return spec.max_len(checkpoint.config)
     text = checkpoint.config.get("text_config") or {}
-    return int(checkpoint.config.get("max_position_embeddings") or text.get("max_position_embeddings") or 4096)
+    return int(
+        checkpoint.config.get("max_position_embeddings") or text.get("max_position_embeddings") or 4096
+    )

@@ -51,9 +51,7 @@ ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
 # --------------------------------------------------------------------------------------------------
 
 
-def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Reference of `opsin.api.RMSNorm`."""
     h = x if residual is None else x + residual
     wide = h.float()
@@ -267,7 +265,8 @@ class Kernels:
         """One line: which ops run on the device's kernels and which on the reference."""
         own = sorted({choice.op for choice in self.choices if choice.provider != "reference"})
         fallback = sorted({choice.op for choice in self.choices if choice.provider == "reference"})
-        return f"kernels of {self._device}: {', '.join(own) or 'none'}; reference: {', '.join(fallback) or 'none'}"
+        names = f"{', '.join(own) or 'none'}; reference: {', '.join(fallback) or 'none'}"
+        return f"kernels of {self._device}: {names}"
 
     def _bind(self, query: KernelQuery) -> Callable[..., Any]:
         assert query.op not in _KV_OPS, "bind the KV ops together, with paged()"
@@ -281,4 +280,3 @@ class Kernels:
         if op not in self._loaded:
             self._loaded[op] = self._specs[op].load()
         return self._loaded[op]
-

@@ -7,7 +7,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from tqdm import tqdm
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from opsin.beam import BeamSearchOutput
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
-"""Text, token ids, or ``{"prompt" | "prompt_token_ids", "multi_modal_data", "mm_processor_kwargs"}``."""
+"""Text, token ids, or a dict of ``prompt`` or ``prompt_token_ids``, ``multi_modal_data`` and more."""
 
 Message = Mapping[str, Any]
 OnError = Literal["raise", "return"]
@@ -36,8 +37,10 @@ class LLM:
 
     Example:
         >>> llm = LLM("opsin/tiny-qwen2vl")
-        >>> llm.chat([{"role": "user", "content": [
-        ...     {"type": "image_pil", "image_pil": picture}, {"type": "text", "text": "What colour is it?"}]}])
+        >>> question = {"type": "text", "text": "What colour is the circle?"}
+        >>> picture = {"type": "image_pil", "image_pil": PIL.Image.open("circle.png")}
+        >>> llm.chat([{"role": "user", "content": [picture, question]}])[0].outputs[0].text
+        'The circle is red.'
     """
 
     def __init__(
@@ -119,9 +122,9 @@ class LLM:
         Returns:
             Outputs in the order of the prompts.
         """
-        many = [prompts] if _is_one(prompts) else list(prompts)
         process = self.engine.processor.process
-        return self._run([lambda p=p: process(p) for p in many], sampling_params, use_tqdm, on_error)
+        jobs = [partial(process, prompt) for prompt in _listed(prompts)]
+        return self._run(jobs, sampling_params, use_tqdm, on_error)
 
     def chat(
         self,
@@ -138,13 +141,14 @@ class LLM:
             messages: OpenAI-style messages; content parts ``text``, ``image_url`` (``data:`` URLs too),
                 ``image_pil``, ``video``.
             sampling_params, use_tqdm, on_error: as in `generate`.
-            render: ``add_generation_prompt``, ``continue_final_message``, ``tools``,
-                ``chat_template_kwargs``; see `opsin.chat.ChatRenderer.render`.
+            render: ``mm_processor_kwargs`` and ``cache_salt`` as in a prompt's dict, and what
+                `opsin.chat.ChatRenderer.render` takes: ``add_generation_prompt``,
+                ``continue_final_message``, ``tools``, ``chat_template_kwargs``.
         """
-        many = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
-        return self._run(
-            [lambda m=m: self._process_chat(m, render) for m in many], sampling_params, use_tqdm, on_error
-        )
+        one = bool(messages) and isinstance(messages[0], Mapping)
+        many = cast(Sequence[Sequence[Message]], [messages] if one else messages)
+        jobs = [partial(self._process_chat, conversation, render) for conversation in many]
+        return self._run(jobs, sampling_params, use_tqdm, on_error)
 
     def beam_search(
         self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams
@@ -152,10 +156,10 @@ class LLM:
         """The ``params.beam_width`` most probable continuations of each prompt, best first."""
         from opsin.beam import beam_search
 
-        many = [prompts] if _is_one(prompts) else list(prompts)
+        process = self.engine.processor.process
         return beam_search(
             self.engine,
-            [self.engine.processor.process(prompt) for prompt in many],
+            [process(prompt) for prompt in _listed(prompts)],
             params,
             tokenizer=self.engine.tokenizer,
             eos_token_ids=self.engine.checkpoint.eos_token_ids,
@@ -164,7 +168,9 @@ class LLM:
 
     # ---- streams ------------------------------------------------------------------------------
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
         """Answer one prompt, giving the output so far after every step."""
         return self._stream(self.engine.processor.process(prompt), sampling_params)
 
@@ -197,7 +203,10 @@ class LLM:
     # ---- how ----------------------------------------------------------------------------------
 
     def _process_chat(self, messages: Sequence[Message], render: Mapping[str, Any]) -> ProcessedPrompt:
-        return self.engine.processor.process(self.engine.renderer.render(messages, **render))
+        for_prompt = {name: render[name] for name in ("mm_processor_kwargs", "cache_salt") if name in render}
+        for_template = {name: value for name, value in render.items() if name not in for_prompt}
+        prompt = self.engine.renderer.render(messages, **for_template)
+        return self.engine.processor.process({**prompt, **for_prompt})
 
     def _stream(self, prompt: ProcessedPrompt, params: SamplingParams | None) -> Iterator[RequestOutput]:
         request_id = f"stream-{next(self._ids)}"
@@ -285,10 +294,11 @@ class LLM:
         return list(given)
 
 
-def _is_one(prompts: Any) -> bool:
-    if isinstance(prompts, (str, Mapping)):
-        return True
-    return bool(prompts) and all(isinstance(item, int) for item in prompts)
+def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several -> a list; a list of integers is one prompt of token ids."""
+    if isinstance(prompts, (str, Mapping)) or (prompts and all(isinstance(item, int) for item in prompts)):
+        return [cast(Prompt, prompts)]
+    return list(cast(Sequence[Prompt], prompts))
 
 
 def _refused(request_id: str, error: RequestError) -> RequestOutput:

@@ -105,7 +105,7 @@ class Runner:
             expected = (item.mapped.num_embeds, self._model.hidden_size)
             if tuple(output.shape) != expected:
                 raise RequestError(
-                    f"the encoder gave {tuple(output.shape)} for one {modality}, its placeholder has {expected}"
+                    f"the encoder gave {tuple(output.shape)} for one {modality}, expected {expected}"
                 )
             # A copy of its own: a view would keep the whole group's output alive.
             self._encoder_cache.store(item.key, output.clone() if len(items) > 1 else output)
@@ -180,7 +180,7 @@ class Runner:
 
     def _slots(self, chunks: SequenceOf[Chunk]) -> list[int]:
         size = self._block_size
-        slots = []
+        slots: list[int] = []
         for chunk in chunks:
             blocks = chunk.sequence.block_ids
             slots.extend(blocks[i // size] * size + i % size for i in range(chunk.start, chunk.end))
@@ -202,9 +202,7 @@ class Runner:
             else:
                 result.sampled[sequence.seq_id] = token
 
-    def _read_prompt_logprobs(
-        self, chunks: SequenceOf[Chunk], hidden: Tensor, result: StepTokens
-    ) -> None:
+    def _read_prompt_logprobs(self, chunks: SequenceOf[Chunk], hidden: Tensor, result: StepTokens) -> None:
         row = 0
         for chunk in chunks:
             sequence = chunk.sequence

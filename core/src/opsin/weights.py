@@ -39,7 +39,7 @@ class LoadReport:
     def check(self) -> None:
         """Raise `CheckpointError` if anything is missing or unexpected."""
         problems = [
-            f"{len(keys)} {kind} ({', '.join(keys[:_SHOWN_KEYS])}{', ...' if len(keys) > _SHOWN_KEYS else ''})"
+            f"{len(keys)} {kind} ({', '.join(keys[:_SHOWN_KEYS])}{', ...' * (len(keys) > _SHOWN_KEYS)})"
             for kind, keys in (("missing", self.missing), ("unexpected", self.unexpected))
             if keys
         ]
@@ -102,7 +102,7 @@ def read_safetensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
         for file in files:
             try:
                 with safe_open(file, framework="pt") as handle:
-                    for key in handle.keys():
+                    for key in handle.keys():  # noqa: SIM118 (not a dict: it has no iterator)
                         tensor: Tensor = handle.get_tensor(key)
                         yield key, tensor
                         progress.update(tensor.numel() * tensor.element_size())

@@ -74,7 +74,7 @@ def build_checkpoint(folder: Path, *, tied: bool, **changes: Any) -> Path:
     tensors = {}
     for key, shape in shapes.items():
         noise = torch.randn(shape, generator=random)
-        is_norm = len(shape) == 1 and "norm" in key.rpartition(".")[0] or "ln_q" in key
+        is_norm = (len(shape) == 1 and "norm" in key.rpartition(".")[0]) or "ln_q" in key
         tensors[key] = 1 + 0.1 * noise if is_norm and key.endswith("weight") else noise * 0.15
     save_file(tensors, folder / "model.safetensors")
     return folder
@@ -123,11 +123,24 @@ class Theirs:
     [
         {"tied": True},
         {"tied": False},
-        {"tied": False, "num_attention_heads": 8, "num_key_value_heads": 1, "hidden_size": 128,
-         "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
-         "vision_config": {"depth": 3, "embed_dim": 96, "mlp_ratio": 4, "num_heads": 6, "in_chans": 3,
-                           "hidden_size": 128, "patch_size": 14, "spatial_merge_size": 2,
-                           "temporal_patch_size": 2}},
+        {
+            "tied": False,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 1,
+            "hidden_size": 128,
+            "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+            "vision_config": {
+                "depth": 3,
+                "embed_dim": 96,
+                "mlp_ratio": 4,
+                "num_heads": 6,
+                "in_chans": 3,
+                "hidden_size": 128,
+                "patch_size": 14,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+            },
+        },
     ],
     ids=["tied", "untied", "other-shape"],
 )
@@ -163,7 +176,15 @@ def test_beam_search_is_transformers(tmp_path: Path) -> None:
         ids = list(llm.engine.processor.process(prompt).token_ids)
         [found] = llm.beam_search(prompt, BeamSearchParams(beam_width=3, max_tokens=6, ignore_eos=True))
         generated = theirs.model.generate(
-            torch.tensor([ids]), num_beams=3, num_return_sequences=3, max_new_tokens=6, min_new_tokens=6,
-            do_sample=False, eos_token_id=None, top_k=None, top_p=None, temperature=None,
+            torch.tensor([ids]),
+            num_beams=3,
+            num_return_sequences=3,
+            max_new_tokens=6,
+            min_new_tokens=6,
+            do_sample=False,
+            eos_token_id=None,
+            top_k=None,
+            top_p=None,
+            temperature=None,
         )
     assert [list(ids) + list(s.tokens[-6:]) for s in found.sequences] == generated.tolist()

@@ -77,13 +77,16 @@ def test_pixels_of_the_real_settings() -> None:
     least=st.sampled_from([28 * 28, 3136, 20_000]),
     most=st.sampled_from([200_704, 1_003_520, 12_845_056]),
 )
-def test_resized_sides_are_multiples_within_the_bounds(height: int, width: int, least: int, most: int) -> None:
+def test_resized_sides_are_multiples_within_the_bounds(
+    height: int, width: int, least: int, most: int
+) -> None:
     if max(height, width) > 200 * min(height, width):
         with pytest.raises(ValueError, match="elongated"):
             smart_resize(height, width, 28, least, most)
         return
     new_height, new_width = smart_resize(height, width, 28, least, most)
-    assert new_height % 28 == 0 and new_width % 28 == 0
+    assert new_height % 28 == 0
+    assert new_width % 28 == 0
     assert new_height * new_width >= least
     assert new_height * new_width <= most or 28 in (new_height, new_width)
 
@@ -133,7 +136,8 @@ def test_embeddings_are_split_by_their_grids() -> None:
     mapped = [mapper.map(MediaItem(modality="image", digest="0", embeds=item), {}) for item in items]
     assert [item.num_embeds for item in mapped] == [4, 6]
     assert [item.geometry for item in mapped] == [(1, 4, 4), (1, 4, 6)]
-    assert mapped[1].embeds is not None and mapped[1].embeds.flatten().tolist() == list(range(4, 10))
+    assert mapped[1].embeds is not None
+    assert mapped[1].embeds.flatten().tolist() == list(range(4, 10))
 
 
 def test_placeholder_takes_its_id_from_the_config_or_the_tokenizer() -> None:

@@ -1,7 +1,7 @@
 """The command line: ``opsin generate``, ``opsin plugins``, ``opsin doctor``.
 
-Each command is a module with one function; whatever is heavy is imported inside of it, so that help comes at
-once.
+Each command is a module with a function `run`; whatever is heavy is imported inside of it, so that help comes
+at once.
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ from typing import Annotated
 import typer
 
 import opsin
-from opsin.cli.doctor import doctor
+from opsin.cli import doctor, generate, plugins
 from opsin.cli.errors import reported
-from opsin.cli.generate import EXAMPLES, generate
-from opsin.cli.plugins import plugins
 
 app = typer.Typer(
     name="opsin",
@@ -25,9 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(epilog=EXAMPLES)(reported(generate))
-app.command()(reported(plugins))
-app.command()(reported(doctor))
+app.command("generate", epilog=generate.EXAMPLES)(reported(generate.run))
+app.command("plugins")(reported(plugins.run))
+app.command("doctor")(reported(doctor.run))
 
 
 def _print_version(wanted: bool) -> None:

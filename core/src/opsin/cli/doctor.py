@@ -7,13 +7,17 @@ import platform
 import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 import opsin
 from opsin.cli.errors import Debug
 from opsin.cli.plugins import AsJson, describe_plugins, print_plugins
+
+if TYPE_CHECKING:
+    from opsin.api import Device, DeviceSpec
+    from opsin.plugins import Plugins
 
 PACKAGES = (
     "torch",
@@ -27,7 +31,7 @@ PACKAGES = (
 )
 
 
-def doctor(
+def run(
     as_json: AsJson = False,
     device: Annotated[
         str | None, typer.Option(help="Open this device too (NAME or NAME:INDEX), and show its details.")
@@ -76,7 +80,7 @@ def examine(device: str | None) -> dict[str, Any]:
             report["device"] = f"{chosen.name}:{index}"
             if device is not None:
                 report["opened"] = _describe_opened(chosen.open(index))
-        except OpsinError as error:
+        except (OpsinError, ValueError) as error:  # a device's `open` says ValueError
             report["advice"].append(str(error))
     return report
 
@@ -88,7 +92,7 @@ def _version_of(package: str) -> str | None:
         return None
 
 
-def _describe_device(found: Any, spec: Any) -> dict[str, Any]:
+def _describe_device(found: Plugins, spec: DeviceSpec) -> dict[str, Any]:
     probe = found.probe(spec)
     return {
         "name": spec.name,
@@ -99,7 +103,7 @@ def _describe_device(found: Any, spec: Any) -> dict[str, Any]:
     }
 
 
-def _describe_opened(device: Any) -> dict[str, Any]:
+def _describe_opened(device: Device) -> dict[str, Any]:
     memory = device.memory()
     return {
         "torch device": device.torch_device,

@@ -28,7 +28,7 @@ opsin generate ./model --image a.png --image b.png "What differs?" --temperature
 opsin generate ./model --video frames/ "Which way does it move?" --json"""
 
 
-def generate(
+def run(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A folder, an installed checkpoint, or a hub id.")
     ],
@@ -72,7 +72,8 @@ def generate(
     options = _options(mm_processor_kwargs)
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="opsin: %(message)s")
     question = sys.stdin.read().strip() if question == "-" else question
-    content = [*_media(image or [], video or []), {"type": "text", "text": question}]
+    media = _media(image or [], video or []) if image or video else []
+    content = [*media, {"type": "text", "text": question}]
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": content})  # type: ignore[dict-item]
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from importlib.metadata import entry_points
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from opsin.cli.errors import Debug
 
+if TYPE_CHECKING:
+    from opsin.plugins import Plugins
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
 
-def plugins(as_json: AsJson = False, debug: Debug = False) -> None:
+def run(as_json: AsJson = False, debug: Debug = False) -> None:
     """Show the installed plugins, what they provide, and which of them failed.
 
     OPSIN_PLUGINS and OPSIN_DISABLE_PLUGINS name plugins to use and to leave out. Two plugins that claim the
@@ -29,10 +32,12 @@ def plugins(as_json: AsJson = False, debug: Debug = False) -> None:
     print_plugins(report)
 
 
-def describe_plugins(found: Any) -> dict[str, Any]:
-    """`opsin.plugins.Plugins` and the installed checkpoints as plain data."""
+def describe_plugins(found: Plugins) -> dict[str, Any]:
+    """Plugins and installed checkpoints as plain data, with what to do about what is missing."""
     from opsin.api import API_MAJOR, API_MINOR, CHECKPOINT_GROUP
 
+    names = sorted({entry.name for entry in entry_points(group=CHECKPOINT_GROUP)})
+    checkpoints = [_describe_checkpoint(found, name) for name in names]
     return {
         "api": f"{API_MAJOR}.{API_MINOR}",
         "plugins": [{"name": p.name, "distribution": p.distribution} for p in found.loaded],
@@ -42,12 +47,26 @@ def describe_plugins(found: Any) -> dict[str, Any]:
         ],
         "disabled": [{"name": p.name, "distribution": p.distribution} for p in found.disabled],
         "provides": [{"kind": o.kind, "key": o.key, "plugin": o.plugin.name} for o in found.owners()],
-        "checkpoints": sorted({entry.name for entry in entry_points(group=CHECKPOINT_GROUP)}),
-        "advice": missing_kinds(found),
+        "checkpoints": checkpoints,
+        "advice": [*_missing_kinds(found), *(c["problem"] for c in checkpoints if c["problem"])],
     }
 
 
-def missing_kinds(found: Any) -> list[str]:
+def _describe_checkpoint(found: Plugins, name: str) -> dict[str, Any]:
+    """An installed checkpoint, its architecture, and why it cannot run, if so."""
+    from opsin.checkpoint import load
+    from opsin.errors import OpsinError
+
+    architecture = None
+    try:
+        architecture = load(name).architecture
+        found.model(architecture)
+    except OpsinError as error:
+        return {"name": name, "architecture": architecture, "problem": f"{name}: {error}"}
+    return {"name": name, "architecture": architecture, "problem": None}
+
+
+def _missing_kinds(found: Plugins) -> list[str]:
     """What to install where no plugin provides any model, or any device."""
     from opsin.known_packages import known_packages
 
@@ -72,7 +91,8 @@ def print_plugins(report: dict[str, Any]) -> None:
     kinds = ("kind", "key", "plugin")
     print_table("Provided", kinds, [[p[n] for n in kinds] for p in report["provides"]])
     if report["checkpoints"]:
-        print_table("Installed checkpoints", ("model",), [[name] for name in report["checkpoints"]])
+        rows = [[c["name"], c["architecture"] or "unknown"] for c in report["checkpoints"]]
+        print_table("Installed checkpoints", ("model", "architecture"), rows)
     if report["failures"]:
         columns = ("name", "distribution", "reason")
         print_table("Failed", columns, [[f[n] for n in columns] for f in report["failures"]])

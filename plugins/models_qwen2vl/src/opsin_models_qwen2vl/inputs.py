@@ -116,12 +116,10 @@ class Patching:
             pixel values float32 (t * h * w, 3 * temporal_patch_size * patch_size**2), in the order
             (t, h / merge, w / merge, merge, merge); and the grid (t, h, w) in patches.
         """
-        height, width = smart_resize(*frames.shape[1:3], self.factor, *self.bounds(options))
+        _, height, width, _ = frames.shape
+        height, width = smart_resize(height, width, self.factor, *self.bounds(options))
         resized = np.stack(
-            [
-                np.asarray(Image.fromarray(f).resize((width, height), Image.Resampling.BICUBIC))
-                for f in frames
-            ]
+            [np.asarray(Image.fromarray(f).resize((width, height), Image.Resampling.BICUBIC)) for f in frames]
         )
         span = self.temporal_patch_size
         if short := -len(resized) % span:

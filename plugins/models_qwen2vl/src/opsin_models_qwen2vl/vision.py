@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from opsin.api import BuildContext, KernelQuery
-from opsin.layers import LayerNorm, Linear, dtype_name, inverse_frequencies
+from opsin.layers import LayerNorm, Linear, VisionMLP, dtype_name, inverse_frequencies
 
 Grid = tuple[int, int, int]
 
@@ -71,20 +71,6 @@ class VisionAttention(nn.Module):
         return projected
 
 
-class VisionMLP(nn.Module):
-    """Two linear layers around quick-GELU."""
-
-    def __init__(self, context: BuildContext, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = Linear(context, width, hidden, bias=True, activation="quick_gelu")
-        self.fc2 = Linear(context, hidden, width, bias=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (P, width) -> (P, width)."""
-        y: Tensor = self.fc2(self.fc1(x))
-        return y
-
-
 class VisionBlock(nn.Module):
     """Pre-norm transformer block."""
 
@@ -93,7 +79,7 @@ class VisionBlock(nn.Module):
         self.norm1 = LayerNorm(context, width, EPS)
         self.attn = VisionAttention(context, width, heads)
         self.norm2 = LayerNorm(context, width, EPS)
-        self.mlp = VisionMLP(context, width, hidden)
+        self.mlp = VisionMLP(context, width, hidden, "quick_gelu")
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: Sequence[int]) -> Tensor:
         """x (P, width) -> (P, width)."""

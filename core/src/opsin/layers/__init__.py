@@ -1,0 +1,47 @@
+"""PUBLIC building blocks: models are written with these, on the op table of their device.
+
+A layer declares the checkpoint tensors it takes as `Slot`s and holds nothing until they are put in. A
+linear layer hands its finished weight to the device (`prepare_linear`), which may pack it, and keeps only
+the callable. Linear layers are column- or row-parallel with a world size that is 1 today: a slot takes
+this rank's slice.
+
+Names of modules are the names of the checkpoint's keys; a fused layer names the keys it is fused from.
+"""
+
+from opsin.layers.decoder import (
+    Attention,
+    Decoder,
+    DecoderConfig,
+    DecoderLayer,
+    GatedMLP,
+    kv_geometry,
+    output_head,
+)
+from opsin.layers.linear import Embedding, Layer, Linear, Slot, dtype_name
+from opsin.layers.norm import LayerNorm, RMSNorm
+from opsin.layers.rotary import RotaryTable, inverse_frequencies
+from opsin.layers.vision import Table, VisionConfig, VisionMLP, VisionTransformer, flatten_patches
+
+__all__ = [
+    "Attention",
+    "Decoder",
+    "DecoderConfig",
+    "DecoderLayer",
+    "Embedding",
+    "GatedMLP",
+    "Layer",
+    "LayerNorm",
+    "Linear",
+    "RMSNorm",
+    "RotaryTable",
+    "Slot",
+    "Table",
+    "VisionConfig",
+    "VisionMLP",
+    "VisionTransformer",
+    "dtype_name",
+    "flatten_patches",
+    "inverse_frequencies",
+    "kv_geometry",
+    "output_head",
+]

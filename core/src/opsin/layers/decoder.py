@@ -1,0 +1,180 @@
+"""The language model: a Llama-like decoder stack over the paged cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from opsin.api import Activation, BuildContext, KernelQuery, KVGeometry, KVLayer
+from opsin.layers.linear import Embedding, Linear, dtype_name
+from opsin.layers.norm import RMSNorm
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """A Llama-like decoder: RMS norm, rotary grouped-query attention, gated MLP.
+
+    Attributes:
+        qkv_bias: whether q, k and v have biases (Qwen2).
+        fused: whether the checkpoint stores qkv_proj and gate_up_proj already fused (Phi-3).
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    eps: float
+    activation: Activation = "silu"
+    qkv_bias: bool = False
+    tied: bool = False
+    fused: bool = False
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **changes: Any) -> DecoderConfig:
+        """From the fields every such config.json has."""
+        heads = config["num_attention_heads"]
+        found = {
+            "vocab_size": config["vocab_size"],
+            "hidden_size": config["hidden_size"],
+            "intermediate_size": config["intermediate_size"],
+            "num_layers": config["num_hidden_layers"],
+            "num_heads": heads,
+            "num_kv_heads": config.get("num_key_value_heads") or heads,
+            "head_size": config.get("head_dim") or config["hidden_size"] // heads,
+            "eps": config.get("rms_norm_eps", 1e-6),
+            "activation": config.get("hidden_act", "silu"),
+            "tied": bool(config.get("tie_word_embeddings", False)),
+        }
+        return cls(**{**found, **changes})
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the paged cache."""
+
+    def __init__(self, context: BuildContext, config: DecoderConfig) -> None:
+        super().__init__()
+        world = context.parallel.world_size
+        size = config.head_size
+        self._sizes = [config.num_heads // world * size] + [config.num_kv_heads // world * size] * 2
+        self._head_size, self._scale = size, 1 / math.sqrt(size)
+        heads, kv_heads = config.num_heads * size, config.num_kv_heads * size
+        parts = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
+        self.qkv_proj = Linear(
+            context,
+            config.hidden_size,
+            sum(parts.values()) if config.fused else parts,
+            bias=config.qkv_bias,
+            split="column",
+        )
+        self.o_proj = Linear(context, heads, config.hidden_size, bias=False, split="row")
+        query = KernelQuery(
+            op="rotary",
+            dtype=dtype_name(context.dtype),
+            num_heads=config.num_heads // world,
+            num_kv_heads=config.num_kv_heads // world,
+            head_size=size,
+        )
+        self._rotary = context.kernels.rotary(query)
+        self._write_kv, self._attend = context.kernels.paged(query)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv: KVLayer, plan: Any) -> Tensor:
+        """x (T, H) -> (T, H); writes this step's keys and values."""
+        q, k, v = (
+            part.unflatten(-1, (-1, self._head_size)) for part in self.qkv_proj(x).split(self._sizes, -1)
+        )
+        q, k = self._rotary(q, k, cos, sin)
+        self._write_kv(k, v, kv, plan)
+        attended: Tensor = self.o_proj(self._attend(q, kv, plan, self._scale).flatten(1))
+        return attended
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(self, context: BuildContext, config: DecoderConfig) -> None:
+        super().__init__()
+        wide = config.intermediate_size
+        self.gate_up_proj = Linear(
+            context,
+            config.hidden_size,
+            2 * wide if config.fused else {"gate_proj": wide, "up_proj": wide},
+            bias=False,
+            split="column",
+        )
+        self.down_proj = Linear(context, wide, config.hidden_size, bias=False, split="row")
+        self._activation: Activation = config.activation
+        query = KernelQuery(
+            op="gated_act", dtype=dtype_name(context.dtype), size=wide, activation=config.activation
+        )
+        self._gated_act = context.kernels.gated_act(query)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (T, H) -> (T, H)."""
+        y: Tensor = self.down_proj(self._gated_act(self.gate_up_proj(x), self._activation))
+        return y
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm, on a residual stream."""
+
+    def __init__(self, context: BuildContext, config: DecoderConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(context, config.hidden_size, config.eps)
+        self.self_attn = Attention(context, config)
+        self.post_attention_layernorm = RMSNorm(context, config.hidden_size, config.eps)
+        self.mlp = GatedMLP(context, config)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, kv: KVLayer, plan: Any
+    ) -> tuple[Tensor, Tensor]:
+        """(branch output, residual stream), both (T, H); the next norm adds them."""
+        x, residual = self.input_layernorm(x, residual)
+        x = self.self_attn(x, cos, sin, kv, plan)
+        x, residual = self.post_attention_layernorm(x, residual)
+        return self.mlp(x), residual
+
+
+class Decoder(nn.Module):
+    """Embeddings, layers and final norm: the part of a checkpoint below ``model.``."""
+
+    def __init__(
+        self, context: BuildContext, config: DecoderConfig, *, rotary: nn.Module, head: Linear
+    ) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(
+            context, config.vocab_size, config.hidden_size, tied=head if config.tied else None
+        )
+        self.layers = nn.ModuleList(DecoderLayer(context, config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(context, config.hidden_size, config.eps)
+        self._rotary_table = [rotary]  # in a list: it takes no weights
+        self._dtype = context.dtype
+
+    def forward(self, embeds: Tensor, positions: Tensor, kv: Sequence[KVLayer], plan: Any) -> Tensor:
+        """embeds (T, H), positions (A, T) -> hidden states after the final norm (T, H)."""
+        cos, sin = self._rotary_table[0](positions)
+        x, residual = embeds, None
+        for layer, cache in zip(self.layers, kv, strict=True):
+            x, residual = layer(x, residual, cos, sin, cache, plan)
+        hidden: Tensor = self.norm(x, residual)[0]
+        return hidden
+
+
+def kv_geometry(config: DecoderConfig, world_size: int) -> KVGeometry:
+    """Shape of a decoder's KV cache on one rank."""
+    return KVGeometry(
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads // world_size,
+        head_size=config.head_size,
+    )
+
+
+def output_head(context: BuildContext, config: DecoderConfig) -> Linear:
+    """hidden -> vocabulary; every rank has it whole."""
+    return Linear(context, config.hidden_size, config.vocab_size, bias=False)

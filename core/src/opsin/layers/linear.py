@@ -1,0 +1,179 @@
+"""Layers that take weights: slots, linear layers, token embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from opsin.api import Activation, BuildContext, KernelQuery, LinearFn
+
+Split = Literal["column", "row"]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.float32`` -> ``"float32"``."""
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One checkpoint tensor a layer takes.
+
+    Attributes:
+        name: its key, relative to the layer's parent (``"q_proj.weight"``) or to the layer (``"weight"``).
+        shape: its full shape in the checkpoint.
+        put: takes the tensor (any dtype, host memory); called once.
+        beside: the name is relative to the layer's parent.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    put: Callable[[Tensor], None]
+    beside: bool = False
+
+
+class Layer(nn.Module):
+    """A leaf that takes weights."""
+
+    def slots(self) -> Iterator[Slot]:
+        """The checkpoint tensors this layer takes."""
+        raise AssertionError(f"{type(self).__name__} declares no slots")
+
+
+class Linear(Layer):
+    """act(x @ W.T + b), possibly fused from several checkpoint tensors stacked along the output.
+
+    Args:
+        context: build context.
+        in_features: width of x.
+        out_features: rows of W; or, for a fused layer, checkpoint name -> rows, in stacking order.
+        bias: whether there is a bias.
+        activation: applied to the result, fused where the device can.
+        split: tensor parallelism: ``"column"`` splits the output, ``"row"`` the input (and sums over
+            ranks); None: every rank has the whole layer.
+        stored_shape: shape of the checkpoint's weight where it is not (out, in), e.g. a convolution
+            whose stride equals its kernel.
+    """
+
+    def __init__(
+        self,
+        context: BuildContext,
+        in_features: int,
+        out_features: int | Mapping[str, int],
+        *,
+        bias: bool,
+        activation: Activation | None = None,
+        split: Split | None = None,
+        stored_shape: tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        self._parts = {"": out_features} if isinstance(out_features, int) else dict(out_features)
+        self._rank, self._world = context.parallel.rank, context.parallel.world_size
+        if split is None:
+            self._world = 1
+        self._split = split
+        self._in, self._stored_shape = in_features, stored_shape
+        self._dtype, self._device = context.dtype, context.device
+        self._activation, self._has_bias = activation, bias
+        out = sum(self._parts.values())
+        self.in_features = in_features // (self._world if split == "row" else 1)
+        self.out_features = out // (self._world if split == "column" else 1)
+        self._prepare = context.kernels.prepare_linear(
+            KernelQuery(
+                op="prepare_linear",
+                dtype=dtype_name(context.dtype),
+                in_features=self.in_features,
+                out_features=self.out_features,
+                activation=activation,
+                bias=bias,
+            )
+        )
+        self._weight: Tensor | None = None
+        self._bias: Tensor | None = None
+        self._to_come = len(self._parts) * (2 if bias else 1)
+        self._run: LinearFn | None = None
+
+    def slots(self) -> Iterator[Slot]:
+        """A weight, and a bias if there is one, for each part."""
+        first = 0
+        for name, rows in self._parts.items():
+            prefix = f"{name}." if name else ""
+            shape = self._stored_shape or (rows, self._in)
+            yield Slot(f"{prefix}weight", shape, self._putter("_weight", first, rows), beside=bool(name))
+            if self._has_bias:
+                yield Slot(f"{prefix}bias", (rows,), self._putter("_bias", first, rows), beside=bool(name))
+            first += rows
+
+    def _putter(self, target: str, first: int, rows: int) -> Callable[[Tensor], None]:
+        def put(tensor: Tensor) -> None:
+            flat = tensor.reshape(rows, self._in) if target == "_weight" else tensor
+            at, count = first, rows
+            if self._split == "column" and self._world > 1:
+                at, count = first // self._world, rows // self._world
+                flat = flat.narrow(0, self._rank * count, count)
+            if self._split == "row" and self._world > 1 and target == "_weight":
+                flat = flat.narrow(1, self._rank * self.in_features, self.in_features)
+            if len(self._parts) == 1:
+                setattr(self, target, flat.to(device=self._device, dtype=self._dtype).contiguous())
+            else:
+                whole = getattr(self, target)
+                if whole is None:
+                    shape = (self.out_features, *flat.shape[1:])
+                    whole = torch.empty(shape, dtype=self._dtype, device=self._device)
+                    setattr(self, target, whole)
+                whole.narrow(0, at, count).copy_(flat)
+            self._to_come -= 1
+            if self._to_come == 0:
+                self._finish(keep_weight=False)
+
+        return put
+
+    def adopt(self, weight: Tensor) -> None:
+        """Take a finished weight that another layer keeps (a tied output head)."""
+        self._weight = weight
+        self._finish(keep_weight=True)
+
+    def _finish(self, *, keep_weight: bool) -> None:
+        assert self._weight is not None
+        bias = self._bias
+        if self._split == "row" and self._rank > 0:
+            bias = None  # the sum over ranks must hold it once
+        self._run = self._prepare(self._weight, bias, self._activation, keep_weight=keep_weight)
+        self._weight = self._bias = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in_features) -> (..., out_features)."""
+        assert self._run is not None, "weights are not loaded"
+        y = self._run(x)
+        if self._split == "row" and self._world > 1:
+            torch.distributed.all_reduce(y)
+        return y
+
+
+class Embedding(Layer):
+    """Token embeddings; ``tied`` is an output head that shares the table."""
+
+    def __init__(self, context: BuildContext, rows: int, width: int, *, tied: Linear | None = None) -> None:
+        super().__init__()
+        self._shape = (rows, width)
+        self._dtype, self._device = context.dtype, context.device
+        self._tied = [tied] if tied is not None else []  # in a list: not a submodule of this one
+        self.weight: Tensor | None = None
+
+    def slots(self) -> Iterator[Slot]:
+        """The table (V, H)."""
+        yield Slot("weight", self._shape, self._put)
+
+    def _put(self, tensor: Tensor) -> None:
+        self.weight = tensor.to(device=self._device, dtype=self._dtype).contiguous()
+        for head in self._tied:
+            head.adopt(self.weight)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """int64 (T,) -> (T, H)."""
+        assert self.weight is not None, "weights are not loaded"
+        return self.weight.index_select(0, token_ids)

@@ -1,0 +1,244 @@
+"""The vision transformer of CLIP and SigLIP, over images of one size or of many."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opsin.api import Activation, BuildContext, KernelQuery
+from opsin.layers.linear import Layer, Linear, Slot, dtype_name
+from opsin.layers.norm import LayerNorm
+
+_ACTIVATIONS: Mapping[str, Activation] = {
+    "quick_gelu": "quick_gelu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """A CLIP- or SigLIP-like tower.
+
+    Attributes:
+        num_positions: rows of the position table, class token included.
+        class_token: CLIP puts a learned token in front.
+        pre_norm: CLIP normalises the embeddings before the first layer (key ``pre_layrnorm``).
+        patch_bias: SigLIP's patch embedding has a bias.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    patch_size: int
+    num_positions: int
+    eps: float
+    activation: Activation
+    num_channels: int = 3
+    class_token: bool = False
+    pre_norm: bool = False
+    patch_bias: bool = True
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **changes: Any) -> VisionConfig:
+        """From a ``vision_config``; ``model_type`` says whether it is CLIP's."""
+        clip = "clip" in config.get("model_type", "") and "siglip" not in config.get("model_type", "")
+        size, patch = config.get("image_size", 224), config.get("patch_size", 32 if clip else 16)
+        found = {
+            "hidden_size": config.get("hidden_size", 768),
+            "intermediate_size": config.get("intermediate_size", 3072),
+            "num_layers": config.get("num_hidden_layers", 12),
+            "num_heads": config.get("num_attention_heads", 12),
+            "patch_size": patch,
+            "num_positions": (size // patch) ** 2 + clip,
+            "eps": config.get("layer_norm_eps", 1e-5 if clip else 1e-6),
+            "activation": _ACTIVATIONS[
+                config.get("hidden_act", "quick_gelu" if clip else "gelu_pytorch_tanh")
+            ],
+            "num_channels": config.get("num_channels", 3),
+            "class_token": clip,
+            "pre_norm": clip,
+            "patch_bias": not clip,
+        }
+        return cls(**{**found, **changes})
+
+
+class Table(Layer):
+    """One learned tensor, as stored under ``name`` beside the parent's other keys."""
+
+    def __init__(self, context: BuildContext, name: str, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self._name, self._shape = name, shape
+        self._dtype, self._device = context.dtype, context.device
+        self.value: Tensor | None = None
+
+    def slots(self) -> Iterator[Slot]:
+        """The tensor."""
+        yield Slot(self._name, self._shape, self._put, beside=True)
+
+    def _put(self, tensor: Tensor) -> None:
+        self.value = tensor.to(device=self._device, dtype=self._dtype, copy=True)
+
+    def forward(self) -> Tensor:
+        """The tensor, in its stored shape."""
+        assert self.value is not None, "weights are not loaded"
+        return self.value
+
+
+class VisionEmbeddings(nn.Module):
+    """Patches + positions, behind a class token if there is one."""
+
+    def __init__(self, context: BuildContext, config: VisionConfig) -> None:
+        super().__init__()
+        width, patch = config.hidden_size, config.patch_size
+        self.patch_embedding = Linear(
+            context,
+            config.num_channels * patch**2,
+            width,
+            bias=config.patch_bias,
+            stored_shape=(width, config.num_channels, patch, patch),
+        )
+        self.position = Table(context, "position_embedding.weight", (config.num_positions, width))
+        self.first = Table(context, "class_embedding", (width,)) if config.class_token else None
+
+    def forward(self, patches: Tensor, lengths: Sequence[int], positions: Tensor | None) -> Tensor:
+        """patches (P, channels * patch**2), ``lengths`` of each image -> (P + images if class token, width).
+
+        ``positions`` int64 (P,) are rows of the position table for each patch (without the class token's
+        row 0, where there is one); None: 0, 1, 2, ... in each image.
+        """
+        table: Tensor = self.position()
+        x: Tensor = self.patch_embedding(patches)
+        offset = 0 if self.first is None else 1
+        if positions is None:
+            positions = torch.cat([torch.arange(n) for n in lengths]).to(x.device)
+        x = x + table.index_select(0, positions + offset)
+        if self.first is None:
+            return x
+        start = (self.first() + table[0]).unsqueeze(0)
+        return torch.cat([part for image in x.split(list(lengths)) for part in (start, image)])
+
+
+class VisionAttention(nn.Module):
+    """Full attention within each image; q, k and v are fused while loading."""
+
+    def __init__(self, context: BuildContext, config: VisionConfig) -> None:
+        super().__init__()
+        width, heads = config.hidden_size, config.num_heads
+        self._head_size = width // heads
+        self.qkv_proj = Linear(context, width, {"q_proj": width, "k_proj": width, "v_proj": width}, bias=True)
+        self.out_proj = Linear(context, width, width, bias=True)
+        self._attend = context.kernels.dense_attention(
+            KernelQuery(
+                op="dense_attention",
+                dtype=dtype_name(context.dtype),
+                num_heads=heads,
+                num_kv_heads=heads,
+                head_size=self._head_size,
+            )
+        )
+
+    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        """x (P, width) -> (P, width)."""
+        q, k, v = self.qkv_proj(x).unflatten(-1, (3, -1, self._head_size)).unbind(1)
+        attended = self._attend(q, k, v, lengths, None, 1 / math.sqrt(self._head_size))
+        projected: Tensor = self.out_proj(attended.flatten(1))
+        return projected
+
+
+class VisionMLP(nn.Module):
+    """Two linear layers around an activation."""
+
+    def __init__(self, context: BuildContext, width: int, hidden: int, activation: Activation) -> None:
+        super().__init__()
+        self.fc1 = Linear(context, width, hidden, bias=True, activation=activation)
+        self.fc2 = Linear(context, hidden, width, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (P, width) -> (P, width)."""
+        y: Tensor = self.fc2(self.fc1(x))
+        return y
+
+
+class VisionLayer(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, context: BuildContext, config: VisionConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = LayerNorm(context, config.hidden_size, config.eps)
+        self.self_attn = VisionAttention(context, config)
+        self.layer_norm2 = LayerNorm(context, config.hidden_size, config.eps)
+        self.mlp = VisionMLP(context, config.hidden_size, config.intermediate_size, config.activation)
+
+    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        """x (P, width) -> (P, width)."""
+        x = x + self.self_attn(self.layer_norm1(x), lengths)
+        y: Tensor = x + self.mlp(self.layer_norm2(x))
+        return y
+
+
+class VisionEncoder(nn.Module):
+    """The stack, under the key ``layers``."""
+
+    def __init__(self, context: BuildContext, config: VisionConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(VisionLayer(context, config) for _ in range(config.num_layers))
+
+    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        """x (P, width) -> (P, width)."""
+        for layer in self.layers:
+            x = layer(x, lengths)
+        return x
+
+
+class VisionTransformer(nn.Module):
+    """Flat patches of any number of images -> hidden states of the layers asked for.
+
+    Args:
+        config: build it with as many ``num_layers`` as are used: a tower read at its last layer but one
+            has one layer less, and the model's `weight_name` drops the keys of the rest.
+        post_norm: whether ``post_layernorm`` is applied (and stored).
+    """
+
+    def __init__(self, context: BuildContext, config: VisionConfig, *, post_norm: bool) -> None:
+        super().__init__()
+        self.embeddings = VisionEmbeddings(context, config)
+        width = config.hidden_size
+        self.pre_layrnorm = LayerNorm(context, width, config.eps) if config.pre_norm else None
+        self.encoder = VisionEncoder(context, config)
+        self.post_layernorm = LayerNorm(context, width, config.eps) if post_norm else None
+        self._extra = 1 if config.class_token else 0
+        self._dtype, self._device = context.dtype, context.device
+
+    def forward(self, patches: Tensor, lengths: Sequence[int], positions: Tensor | None = None) -> Tensor:
+        """patches (P, channels * patch**2) in row-major order of each image, ``lengths`` patches of each.
+
+        Returns:
+            (P + images if class token, width); an image's class token is its first row.
+        """
+        patches = patches.to(device=self._device, dtype=self._dtype)
+        x: Tensor = self.embeddings(patches, lengths, positions)
+        if self.pre_layrnorm is not None:
+            x = self.pre_layrnorm(x)
+        x = self.encoder(x, [length + self._extra for length in lengths])
+        return x if self.post_layernorm is None else self.post_layernorm(x)
+
+
+def flatten_patches(pixels: Tensor, patch: int) -> Tensor:
+    """(images, channels, height, width) -> (images * rows * columns, channels * patch**2), row-major.
+
+    The column order is that of a convolution's weight (channels, patch, patch).
+    """
+    images, channels, height, width = pixels.shape
+    rows, columns = height // patch, width // patch
+    split = pixels[:, :, : rows * patch, : columns * patch].reshape(
+        images, channels, rows, patch, columns, patch
+    )
+    return split.permute(0, 2, 4, 1, 3, 5).reshape(images * rows * columns, -1)

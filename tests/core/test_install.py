@@ -1,0 +1,218 @@
+"""Installing with pip into fresh environments: the packages of this repository, and somebody else's plugins.
+
+A fresh environment sees the dependencies installed here (torch is not installed again, nothing is
+downloaded) and nothing of opsin: what is there of it has been installed by the test, from its folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+CORE = ROOT / "core"
+CPU = ROOT / "plugins/device_cpu"
+THIRD_PARTY = ROOT / "tests/thirdparty"
+KNOWN = json.loads((CORE / "src/opsin/data/known_packages.json").read_text())
+CHECKPOINT, ITS_PACKAGES = next(iter(KNOWN["checkpoints"].items()))
+ARCHITECTURE = ITS_PACKAGES["architecture"]
+MODEL_PACKAGE = KNOWN["architectures"][ARCHITECTURE]
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment in which opsin was installed with pip."""
+
+    folder: Path
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """Run a program of the environment, without settings from outside."""
+        kept = {
+            name: value for name, value in os.environ.items() if not name.startswith(("OPSIN_", "PYTHON"))
+        }
+        program = str(self.folder / "bin" / command[0])
+        return subprocess.run(
+            [program, *command[1:]],
+            capture_output=True,
+            text=True,
+            env={**kept, "HF_HUB_OFFLINE": "1"},
+            cwd=self.folder,
+            check=False,
+        )
+
+    def opsin(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return self.run("opsin", *arguments)
+
+    def python(self, code: str) -> subprocess.CompletedProcess[str]:
+        return self.run("python", "-c", code)
+
+    def report(self, *arguments: str) -> dict[str, Any]:
+        """A command's JSON."""
+        result = self.opsin(*arguments, "--json")
+        assert result.stdout, result.stderr
+        report: dict[str, Any] = json.loads(result.stdout)
+        return report
+
+
+def make_environment(folder: Path, *packages: Path) -> Environment:
+    venv.create(folder, with_pip=False)
+    here = Path(sysconfig.get_path("purelib"))
+    there = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
+    for entry in here.iterdir():
+        ours = "opsin" in entry.name or entry.suffix == ".pth" or entry.name == "__pycache__"
+        if not ours:
+            (there / entry.name).symlink_to(entry)
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "pip", "--python", str(folder / "bin/python"), "install"),
+            *("--no-index", "--no-build-isolation", "--disable-pip-version-check", *map(str, packages)),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return Environment(folder)
+
+
+@pytest.fixture(scope="module")
+def without_models(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """Core and the CPU, no model plugin."""
+    return make_environment(tmp_path_factory.mktemp("without") / "env", CORE, CPU)
+
+
+@pytest.fixture(scope="module")
+def third_party(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """Core, the CPU, and somebody else's model and device."""
+    packages = (CORE, CPU, THIRD_PARTY / "toy_model", THIRD_PARTY / "toy_device")
+    return make_environment(tmp_path_factory.mktemp("third_party") / "env", *packages)
+
+
+# --------------------------------------------------------------------------------------------------
+# Somebody else's plugins
+# --------------------------------------------------------------------------------------------------
+
+
+def test_third_party_plugins_are_found(third_party: Environment) -> None:
+    report = third_party.report("plugins")
+    assert report["failures"] == []
+    assert {p["name"]: p["distribution"] for p in report["plugins"]} == {
+        "acme_toy_device": "acme-toy-device 0.0.1",
+        "acme_toy_model": "acme-toy-model 1.2.3",
+        "device_cpu": "opsin-device-cpu 0.1.0",
+    }
+    owners = {f"{p['kind']}:{p['key']}": p["plugin"] for p in report["provides"]}
+    assert owners["model:AcmeToyForConditionalGeneration"] == "acme_toy_model"
+    assert owners["device:toychip"] == "acme_toy_device"
+    assert owners["kernel:toychip/rms_norm"] == "acme_toy_device"
+
+
+def test_third_party_device_probes_and_opens(third_party: Environment) -> None:
+    report = third_party.report("doctor", "--device", "toychip")
+    assert report["advice"] == []
+    assert report["device"] == "toychip:0"
+    assert report["opened"]["dtypes"] == "float32"
+    probes = {device["name"]: device for device in report["devices"]}
+    assert probes["toychip"]["score"] == 50
+    assert probes["toychip"]["details"] == {"revision": "A0"}
+    assert probes["cpu"]["score"] == 1
+    kernels = {kernel["op"]: kernel["from"] for kernel in report["kernels"] if kernel["device"] == "toychip"}
+    assert kernels.pop("rms_norm") == "acme_toy_device"
+    assert set(kernels.values()) == {"reference"}
+
+
+@pytest.mark.parametrize(("colour", "device"), [("green", "auto"), ("blue", "cpu")])
+def test_third_party_model_sees(third_party: Environment, tmp_path: Path, colour: str, device: str) -> None:
+    Image.new("RGB", (9, 6), colour).save(tmp_path / "picture.png")
+    arguments = ("--image", str(tmp_path / "picture.png"), "--device", device, "--verbose")
+    result = third_party.opsin("generate", "acme/toy", *arguments, "which colour ?")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == colour
+    chosen = "toychip" if device == "auto" else "cpu"
+    assert f"kernels of {chosen}: " in result.stderr
+
+
+def test_third_party_model_answers_a_batch_through_python(third_party: Environment) -> None:
+    code = """
+from PIL import Image
+from opsin import LLM, SamplingParams
+llm = LLM("acme/toy", max_num_batched_tokens=8)
+def ask(colour, size):
+    image = {"type": "image_pil", "image_pil": Image.new("RGB", size, colour)}
+    return [{"role": "user", "content": [image, {"type": "text", "text": "which colour ?"}]}]
+questions = [ask(*pair) for pair in [("red", (8, 8)), ("blue", (1, 1)), ("blue", (2, 3)), ("green", (5, 2))]]
+answers = llm.chat(questions, SamplingParams(temperature=0), use_tqdm=False, on_error="return")
+for answer in answers:
+    print(answer.error or answer.outputs[0].text.strip())
+"""
+    result = third_party.python(code)
+    assert result.returncode == 0, result.stderr
+    red, bad, blue, green = result.stdout.splitlines()
+    assert (red, blue, green) == ("red", "blue", "green")
+    assert "got a picture of 1x1 pixels, expected at least 2x2" in bad
+
+
+# --------------------------------------------------------------------------------------------------
+# Something is missing: every door tells the same story
+# --------------------------------------------------------------------------------------------------
+
+
+def test_missing_checkpoint_names_checkpoint_architecture_and_packages(without_models: Environment) -> None:
+    result = without_models.python(f"from opsin import LLM; LLM({CHECKPOINT!r})")
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith("opsin.errors.MissingPluginError: ")
+    for said in (CHECKPOINT, ARCHITECTURE, MODEL_PACKAGE, ITS_PACKAGES["package"], "pip install"):
+        assert said in error
+    line = without_models.opsin("generate", CHECKPOINT, "What is it?")
+    assert line.returncode == 1
+    assert line.stderr.startswith("opsin: ")
+    assert line.stderr.count("\n") == 1
+    assert MODEL_PACKAGE in line.stderr
+
+
+def test_missing_architecture_names_its_package(without_models: Environment, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [ARCHITECTURE]}))
+    result = without_models.opsin("generate", str(tmp_path), "What is it?")
+    assert result.returncode == 1
+    assert f"no plugin provides the architecture '{ARCHITECTURE}'" in result.stderr
+    assert f"pip install {MODEL_PACKAGE}" in result.stderr
+    assert "Plugins: device_cpu (opsin-device-cpu 0.1.0)." in result.stderr
+
+
+def test_plugins_and_doctor_tell_what_is_missing(without_models: Environment) -> None:
+    plugins, doctor = without_models.opsin("plugins"), without_models.opsin("doctor")
+    assert plugins.returncode == 0
+    assert doctor.returncode == 1
+    for out in (plugins.stdout, doctor.stdout):
+        advice = [line for line in out.splitlines() if line.startswith("- no plugin provides a model")]
+        assert len(advice) == 1
+        assert MODEL_PACKAGE in advice[0]
+        assert "device_cpu" in out
+    assert "device=cpu:0 is what a model would run on." in doctor.stdout
+
+
+def test_installed_checkpoint_without_its_model_plugin(tmp_path: Path) -> None:
+    """The demonstration checkpoint is there, what runs its architecture is not."""
+    checkpoint = next(
+        folder
+        for folder in sorted((ROOT / "demo/checkpoints").iterdir())
+        if ITS_PACKAGES["package"] in (folder / "pyproject.toml").read_text()
+    )
+    environment = make_environment(tmp_path / "env", CORE, CPU, checkpoint)
+    said = f"no plugin provides the architecture '{ARCHITECTURE}'; the package {MODEL_PACKAGE} does"
+    result = environment.opsin("generate", CHECKPOINT, "What is it?")
+    assert said in result.stderr
+    for command in ("plugins", "doctor"):
+        report = environment.report(command)
+        assert [c["name"] for c in report["checkpoints"]] == [CHECKPOINT]
+        assert any(f"{CHECKPOINT}: {said}" in advice for advice in report["advice"])
