@@ -614,7 +614,7 @@ class DeviceSpec:
         name: as in ``device="cpu"`` or ``device="mlu:1"`` (the index goes to ``open``).
         torch_type: torch's device type.
         probe: never raises; imports what it must.
-        open: index -> an opened device.
+        open: index -> an opened device; raises ValueError for an index or a setting that cannot be.
     """
 
     name: str
