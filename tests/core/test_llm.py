@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from PIL import Image
 
 from opsin import LLM, BeamSearchParams, RequestOutput, SamplingParams
 from opsin.errors import ConfigError, RequestError, RequestsFailed
-import itertools
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MODEL = str(GOLDEN / "qwen2vl" / "model")

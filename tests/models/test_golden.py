@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from opsin import LLM, SamplingParams
+from tests.models.families import FAMILIES
 from tests.models.golden import GOLDEN, Case, cases, largest_difference, recorded_logits
 
-FAMILIES = ["qwen2vl"]
 CASES = [case for family in FAMILIES for case in cases(family)]
 NUM_STEPS = 16
 
@@ -84,7 +84,7 @@ def test_messages_render_to_the_recorded_prompt(llms: dict[str, LLM], case: Case
         assert output.prompt_token_ids == case.data["prompt_token_ids"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_all_cases_at_once_give_the_same_tokens(llms: dict[str, LLM], family: str) -> None:
     mine = [case for case in CASES if case.family == family]
     params = SamplingParams(temperature=0, max_tokens=NUM_STEPS, ignore_eos=True)

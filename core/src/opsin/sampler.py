@@ -347,7 +347,7 @@ def _column(settings: list[float]) -> NDArray[np.float64]:
 
 def _total_weights(logits: Tensor, best: Tensor, temperatures: NDArray[np.float64]) -> NDArray[np.float64]:
     """Sum over all tokens of exp((logit - best) / temperature): (R, 1)."""
-    divisors = torch.from_numpy(temperatures).to(logits)
+    divisors = torch.from_numpy(temperatures).float().to(logits.device)  # some devices lack float64
     # Row by row a CPU stays within its cache.
     parts = 1 if logits.device.type == "cpu" else len(logits)
     sums = [
