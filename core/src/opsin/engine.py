@@ -222,6 +222,11 @@ class Engine:
         """Whether `step` has work to do."""
         return bool(self._requests)
 
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that have not begun, or were pushed out."""
+        return len(self.scheduler.waiting)
+
     # ---- a step -------------------------------------------------------------------------------
 
     def step(self) -> list[RequestOutput]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -16,6 +14,7 @@ from opsin.api import ProcessedPrompt, Tokenizer
 from opsin.config import BeamSearchParams, DType, EngineConfig, SamplingParams
 from opsin.engine import Engine
 from opsin.errors import ConfigError, RequestError, RequestsFailed
+from opsin.feed import Feed
 from opsin.output import RequestMetrics, RequestOutput
 from opsin.plugins import Plugins
 
@@ -231,55 +230,53 @@ class LLM:
         params = self._params_for(len(jobs), sampling_params)
         batch = next(self._ids)
         ids = [f"{batch}-{index}" for index in range(len(jobs))]
-        results: dict[str, RequestOutput] = {}
-        pool = ThreadPoolExecutor(self.engine.config.preprocess_threads, thread_name_prefix="opsin-media")
-        coming = deque(zip(ids, (pool.submit(job) for job in jobs), params))
+        results: dict[str, RequestOutput | None] = dict.fromkeys(ids)
+        config = self.engine.config
+        feed = Feed(jobs, num_threads=config.preprocess_threads, ahead=2 * config.max_num_seqs)
         try:
             with tqdm(total=len(jobs), desc="answers", unit="req", disable=not use_tqdm) as progress:
-                tokens = 0
-                while coming or self.engine.has_unfinished():
-                    finished = self._take_ready(coming)
+                num_tokens = 0
+                while feed or self.engine.has_unfinished():
+                    finished = self._add_ready(feed, ids, params)
                     finished += [output for output in self.engine.step() if output.finished]
                     for output in finished:
-                        if output.request_id in ids:
+                        if output.request_id in results:
                             results[output.request_id] = output
-                            tokens += sum(len(sample.token_ids) for sample in output.outputs)
+                            num_tokens += sum(len(sample.token_ids) for sample in output.outputs)
                             progress.update()
                     elapsed = progress.format_dict["elapsed"] or 1e-9
-                    progress.set_postfix_str(f"{tokens / elapsed:.1f} tok/s", refresh=False)
+                    progress.set_postfix_str(f"{num_tokens / elapsed:.1f} tok/s", refresh=False)
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            feed.close()
             for request_id in ids:
                 self.engine.abort(request_id)  # only after an interruption is there anything to abort
-        outputs = [results[request_id] for request_id in ids]
+        outputs = [output for output in results.values() if output is not None]
         if on_error == "raise":
             _raise_failures(outputs)
         return outputs
 
-    def _take_ready(
-        self, coming: deque[tuple[str, Future[ProcessedPrompt], SamplingParams]]
+    def _add_ready(
+        self, feed: Feed, ids: Sequence[str], params: Sequence[SamplingParams]
     ) -> list[RequestOutput]:
         """Add the prompts that are prepared, in order; returns outputs of those that cannot be used."""
         failed = []
         room = self.engine.config.max_num_batched_tokens
-        while coming:
-            request_id, future, params = coming[0]
-            if not future.done():
-                # An idle engine has to wait; one whose next batch is full need not, any other does briefly:
-                # one more prompt in a batch is cheaper than one more batch.
-                busy = self.engine.has_unfinished()
-                if busy and room <= 0:
-                    break
-                wait([future], timeout=_FILL_WAIT_S if busy else None)
-                if not future.done():
-                    break
-            coming.popleft()
+        while feed and self.engine.num_waiting < self.engine.config.max_num_seqs:
+            # An idle engine has to wait; one whose next batch is full need not; any other does briefly, for
+            # one more prompt in a batch is cheaper than one more batch.
+            busy = self.engine.has_unfinished()
+            if busy and room <= 0:
+                break
+            ready = feed.take(_FILL_WAIT_S if busy else None)
+            if ready is None:
+                break
+            index, future = ready
             try:
                 prompt = future.result()
-                self.engine.add(request_id, prompt, params)
+                self.engine.add(ids[index], prompt, params[index])
                 room -= len(prompt.token_ids)
             except RequestError as error:
-                failed.append(_refused(request_id, error))
+                failed.append(_refused(ids[index], error))
         return failed
 
     def _params_for(

@@ -187,15 +187,21 @@ class VisionLayer(nn.Module):
 class VisionEncoder(nn.Module):
     """The stack, under the key ``layers``."""
 
-    def __init__(self, context: BuildContext, config: VisionConfig) -> None:
+    def __init__(self, context: BuildContext, config: VisionConfig, read_after: Sequence[int]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(VisionLayer(context, config) for _ in range(config.num_layers))
+        self._read_after = tuple(read_after)
 
     def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        """x (P, width) -> (P, width)."""
-        for layer in self.layers:
+        """x (P, width) -> the states read, side by side, (P, width * len(read_after))."""
+        read = {0: x}
+        for number, layer in enumerate(self.layers, 1):
             x = layer(x, lengths)
-        return x
+            if number in self._read_after:
+                read[number] = x
+        if len(self._read_after) == 1:
+            return read[self._read_after[0]]
+        return torch.cat([read[number] for number in self._read_after], dim=-1)
 
 
 class VisionTransformer(nn.Module):
@@ -205,14 +211,28 @@ class VisionTransformer(nn.Module):
         config: build it with as many ``num_layers`` as are used: a tower read at its last layer but one
             has one layer less, and the model's `weight_name` drops the keys of the rest.
         post_norm: whether ``post_layernorm`` is applied (and stored).
+        read_after: after how many layers a state is read (0: the embeddings); several states are put side
+            by side, in this order. None: after the last layer.
     """
 
-    def __init__(self, context: BuildContext, config: VisionConfig, *, post_norm: bool) -> None:
+    def __init__(
+        self,
+        context: BuildContext,
+        config: VisionConfig,
+        *,
+        post_norm: bool,
+        read_after: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
+        read_after = [config.num_layers] if read_after is None else read_after
+        if not read_after or not all(0 <= number <= config.num_layers for number in read_after):
+            raise ValueError(f"read_after={list(read_after)}: expected 0 to {config.num_layers} layers")
+        if post_norm and len(read_after) > 1:
+            raise ValueError("post_layernorm is for one state; several are read")
         self.embeddings = VisionEmbeddings(context, config)
         width = config.hidden_size
         self.pre_layrnorm = LayerNorm(context, width, config.eps) if config.pre_norm else None
-        self.encoder = VisionEncoder(context, config)
+        self.encoder = VisionEncoder(context, config, read_after)
         self.post_layernorm = LayerNorm(context, width, config.eps) if post_norm else None
         self._extra = 1 if config.class_token else 0
         self._dtype, self._device = context.dtype, context.device
@@ -221,7 +241,7 @@ class VisionTransformer(nn.Module):
         """patches (P, channels * patch**2) in row-major order of each image, ``lengths`` patches of each.
 
         Returns:
-            (P + images if class token, width); an image's class token is its first row.
+            (P + images if class token, width * states read); an image's class token is its first row.
         """
         patches = patches.to(device=self._device, dtype=self._dtype)
         x: Tensor = self.embeddings(patches, lengths, positions)
