@@ -19,10 +19,13 @@ from opsin.layers.decoder import (
 )
 from opsin.layers.linear import Embedding, Layer, Linear, Slot, dtype_name
 from opsin.layers.norm import LayerNorm, RMSNorm
+from opsin.layers.pixels import CLIP_MEAN, CLIP_STD, pixel_levels, pixel_values
 from opsin.layers.rotary import RotaryTable, inverse_frequencies
 from opsin.layers.vision import Table, VisionConfig, VisionMLP, VisionTransformer, flatten_patches
 
 __all__ = [
+    "CLIP_MEAN",
+    "CLIP_STD",
     "Attention",
     "Decoder",
     "DecoderConfig",
@@ -44,4 +47,6 @@ __all__ = [
     "inverse_frequencies",
     "kv_geometry",
     "output_head",
+    "pixel_levels",
+    "pixel_values",
 ]
