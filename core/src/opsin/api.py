@@ -566,44 +566,55 @@ class ModelSpec:
 
     Attributes:
         architecture: the key.
-        build: builds the model.
+        build: builds the model; raises ValueError for a config.json it cannot follow.
         positions: (config, token ids, placed media) -> rotary positions; None: 0, 1, 2, ...
-        default_chat_template: used when the checkpoint has none.
+        default_chat_template: used when the checkpoint has none; config -> template (or None) where
+            checkpoints of one architecture differ.
         content_format: how the chat template wants ``message["content"]``; None: detect.
         tasks: what it can do.
         default_limits: how many items of a modality one prompt may hold unless
             ``limit_mm_per_prompt`` says otherwise; a modality not named is unlimited.
         max_len: config -> longest context; None: ``max_position_embeddings``.
+        stop_tokens: tokens that end an answer of this family, for checkpoints whose own settings do not
+            name them all; those the tokenizer does not have are passed over.
         load_checkpoint: for other weight containers: folder -> (name, tensor) pairs; None: safetensors.
     """
 
     architecture: str
     build: Callable[[BuildContext], Model]
     positions: Callable[[Mapping[str, Any], Sequence[int], Sequence[PlacedMedia]], Positions] | None = None
-    default_chat_template: str | None = None
+    default_chat_template: str | Callable[[Mapping[str, Any]], str | None] | None = None
     content_format: Literal["openai", "string"] | None = None
     tasks: tuple[str, ...] = ("generate",)
     default_limits: Mapping[Modality, int] = field(default_factory=dict)
     max_len: Callable[[Mapping[str, Any]], int] | None = None
+    stop_tokens: tuple[str, ...] = ()
     load_checkpoint: Callable[[Path], Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputMapperSpec:
-    """How one architecture takes one modality. Key: (architecture, modality)."""
+    """How one architecture takes one modality. Key: (architecture, modality).
+
+    ``build`` returns None for a checkpoint that does not take the modality, where others of the same
+    architecture do.
+    """
 
     architecture: str
     modality: Modality
-    build: Callable[[InputContext], InputMapper]
+    build: Callable[[InputContext], InputMapper | None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlaceholderSpec:
-    """How one architecture writes one modality in a prompt. Key: (architecture, modality)."""
+    """How one architecture writes one modality in a prompt. Key: (architecture, modality).
+
+    ``build`` returns None where that of the `InputMapperSpec` does.
+    """
 
     architecture: str
     modality: Modality
-    build: Callable[[InputContext], Placeholder]
+    build: Callable[[InputContext], Placeholder | None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from opsin.api import InputContext, ModelSpec, ProcessedPrompt
+from opsin.api import InputContext, ModelSpec, ProcessedPrompt, Tokenizer
 from opsin.cache import BlockPool
 from opsin.chat import ChatRenderer
 from opsin.chat_template import resolve_chat_template
@@ -99,6 +101,7 @@ class Engine:
             kernel_specs=self.plugins.kernel_specs(device_spec.name),
         )
         self.resolved: Resolved = self.executor.resolved
+        self.eos_token_ids: frozenset[int] = _eos_token_ids(self.checkpoint, self.model_spec, self.tokenizer)
         self.processor, self.renderer = self._build_inputs()
         self.scheduler = Scheduler(
             blocks=BlockPool(self.resolved.num_blocks),
@@ -124,12 +127,14 @@ class Engine:
             options=self.config.mm_processor_kwargs,
         )
         mappers = {
-            modality: spec.build(context)
+            modality: mapper
             for modality, spec in self.plugins.input_mappers(architecture).items()
+            if (mapper := spec.build(context)) is not None
         }
         placeholders = {
-            modality: spec.build(context)
+            modality: placeholder
             for modality, spec in self.plugins.placeholders(architecture).items()
+            if (placeholder := spec.build(context)) is not None
         }
         processor = PromptProcessor(
             model_spec=self.model_spec,
@@ -149,7 +154,7 @@ class Engine:
             chat_template=resolve_chat_template(
                 self.config.chat_template,
                 own=self.checkpoint.chat_template,
-                default=self.model_spec.default_chat_template,
+                default=_default_chat_template(self.model_spec, self.checkpoint.config),
             ),
             placeholders=placeholders,
             limits=processor.limits,
@@ -177,7 +182,6 @@ class Engine:
                 f"the prompt has {length} tokens; at least 1 and, with room for one new token, at most "
                 f"{self.resolved.max_model_len - 1} are possible"
             )
-        eos = frozenset(self.checkpoint.eos_token_ids)
         most = self.resolved.max_model_len
         max_len = most if params.max_tokens is None else min(most, length + params.max_tokens)
         state = RequestState(
@@ -185,7 +189,7 @@ class Engine:
             prompt=prompt,
             params=params,
             tokenizer=self.tokenizer,
-            eos_token_ids=eos,
+            eos_token_ids=self.eos_token_ids,
             max_len=max_len,
             arrival_time=time.monotonic(),
         )
@@ -198,7 +202,7 @@ class Engine:
                 prompt=prompt,
                 params=params,
                 max_len=max_len,
-                eos_token_ids=eos,
+                eos_token_ids=self.eos_token_ids,
             )
             if not params.greedy:
                 seed = self._seeds.getrandbits(63) if params.seed is None else params.seed + index
@@ -309,3 +313,19 @@ class Engine:
         for request_id in list(self._requests):
             self.abort(request_id)
         self.executor.close()
+
+
+def _default_chat_template(spec: ModelSpec, config: Mapping[str, Any]) -> str | None:
+    template = spec.default_chat_template
+    return template(config) if callable(template) else template
+
+
+def _eos_token_ids(checkpoint: Checkpoint, spec: ModelSpec, tokenizer: Tokenizer) -> frozenset[int]:
+    """Ids that end a text: the checkpoint's, and the family's so far as the tokenizer has them."""
+    ids = set(checkpoint.eos_token_ids)
+    for text in spec.stop_tokens:
+        token = tokenizer.convert_tokens_to_ids(text)
+        # A text that is no token is given the id of the unknown one, or None.
+        if token is not None and tokenizer.decode([token], skip_special_tokens=False) == text:
+            ids.add(token)
+    return frozenset(ids)

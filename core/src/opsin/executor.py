@@ -24,7 +24,7 @@ from opsin.api import (
 from opsin.cache import EncoderCache
 from opsin.checkpoint import Checkpoint
 from opsin.config import EngineConfig, Resolved, resolve, resolve_dtype
-from opsin.errors import ConfigError
+from opsin.errors import CheckpointError, ConfigError
 from opsin.kernels import Kernels
 from opsin.runner import Runner, StepTokens
 from opsin.scheduler import Step
@@ -63,7 +63,10 @@ class LocalExecutor:
         context = BuildContext(
             config=checkpoint.config, kernels=self.kernels, dtype=dtype, device=self.device.torch_device
         )
-        self.model = model_spec.build(context)
+        try:
+            self.model = model_spec.build(context)
+        except ValueError as error:  # a config.json the family cannot follow
+            raise CheckpointError(f"{checkpoint.path / 'config.json'}: {error}") from error
         stream = model_spec.load_checkpoint or (lambda path: read_safetensors(checkpoint.weight_files()))
         self.weights = load_weights(self.model, stream(checkpoint.path))
         self.weights.check()

@@ -161,7 +161,7 @@ class LLM:
             [process(prompt) for prompt in _listed(prompts)],
             params,
             tokenizer=self.engine.tokenizer,
-            eos_token_ids=self.engine.checkpoint.eos_token_ids,
+            eos_token_ids=self.engine.eos_token_ids,
             max_len=self.engine.resolved.max_model_len,
         )
 
