@@ -21,7 +21,14 @@ from opsin.layers.linear import Embedding, Layer, Linear, Slot, dtype_name
 from opsin.layers.norm import LayerNorm, RMSNorm
 from opsin.layers.pixels import CLIP_MEAN, CLIP_STD, pixel_levels, pixel_values
 from opsin.layers.rotary import RotaryTable, inverse_frequencies
-from opsin.layers.vision import Table, VisionConfig, VisionMLP, VisionTransformer, flatten_patches
+from opsin.layers.vision import (
+    Table,
+    VisionConfig,
+    VisionEncoder,
+    VisionMLP,
+    VisionTransformer,
+    flatten_patches,
+)
 
 __all__ = [
     "CLIP_MEAN",
@@ -40,6 +47,7 @@ __all__ = [
     "Slot",
     "Table",
     "VisionConfig",
+    "VisionEncoder",
     "VisionMLP",
     "VisionTransformer",
     "dtype_name",

@@ -21,6 +21,9 @@ class DecoderConfig:
     Attributes:
         qkv_bias: whether q, k and v have biases (Qwen2).
         fused: whether the checkpoint stores qkv_proj and gate_up_proj already fused (Phi-3).
+        embed_scale: factor on token embeddings; embeddings of media are taken as they are.
+        residual_scale: factor on what each attention and MLP adds to the residual stream.
+        logit_scale: factor on the final hidden states where logits are made of them.
     """
 
     vocab_size: int
@@ -35,6 +38,9 @@ class DecoderConfig:
     qkv_bias: bool = False
     tied: bool = False
     fused: bool = False
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **changes: Any) -> DecoderConfig:
@@ -130,15 +136,19 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(context, config)
         self.post_attention_layernorm = RMSNorm(context, config.hidden_size, config.eps)
         self.mlp = GatedMLP(context, config)
+        self._scale = config.residual_scale
 
     def forward(
         self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, kv: KVLayer, plan: Any
     ) -> tuple[Tensor, Tensor]:
         """(branch output, residual stream), both (T, H); the next norm adds them."""
         x, residual = self.input_layernorm(x, residual)
-        x = self.self_attn(x, cos, sin, kv, plan)
+        x = self._scaled(self.self_attn(x, cos, sin, kv, plan))
         x, residual = self.post_attention_layernorm(x, residual)
-        return self.mlp(x), residual
+        return self._scaled(self.mlp(x)), residual
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x if self._scale == 1 else x * self._scale
 
 
 class Decoder(nn.Module):
@@ -149,7 +159,11 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.embed_tokens = Embedding(
-            context, config.vocab_size, config.hidden_size, tied=head if config.tied else None
+            context,
+            config.vocab_size,
+            config.hidden_size,
+            tied=head if config.tied else None,
+            scale=config.embed_scale,
         )
         self.layers = nn.ModuleList(DecoderLayer(context, config) for _ in range(config.num_layers))
         self.norm = RMSNorm(context, config.hidden_size, config.eps)
@@ -175,6 +189,18 @@ def kv_geometry(config: DecoderConfig, world_size: int) -> KVGeometry:
     )
 
 
-def output_head(context: BuildContext, config: DecoderConfig) -> Linear:
+class OutputHead(Linear):
     """hidden -> vocabulary; every rank has it whole."""
-    return Linear(context, config.hidden_size, config.vocab_size, bias=False)
+
+    def __init__(self, context: BuildContext, config: DecoderConfig) -> None:
+        super().__init__(context, config.hidden_size, config.vocab_size, bias=False)
+        self._scale = config.logit_scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, H) -> logits (B, V)."""
+        return super().forward(x if self._scale == 1 else x * self._scale)
+
+
+def output_head(context: BuildContext, config: DecoderConfig) -> Linear:
+    """The layer that makes logits of final hidden states."""
+    return OutputHead(context, config)

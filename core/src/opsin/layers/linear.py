@@ -155,11 +155,19 @@ class Linear(Layer):
 
 
 class Embedding(Layer):
-    """Token embeddings; ``tied`` is an output head that shares the table."""
+    """Token embeddings, times ``scale``; ``tied`` is an output head that shares the table."""
 
-    def __init__(self, context: BuildContext, rows: int, width: int, *, tied: Linear | None = None) -> None:
+    def __init__(
+        self,
+        context: BuildContext,
+        rows: int,
+        width: int,
+        *,
+        tied: Linear | None = None,
+        scale: float = 1.0,
+    ) -> None:
         super().__init__()
-        self._shape = (rows, width)
+        self._shape, self._scale = (rows, width), scale
         self._dtype, self._device = context.dtype, context.device
         self._tied = [tied] if tied is not None else []  # in a list: not a submodule of this one
         self.weight: Tensor | None = None
@@ -176,4 +184,5 @@ class Embedding(Layer):
     def forward(self, token_ids: Tensor) -> Tensor:
         """int64 (T,) -> (T, H)."""
         assert self.weight is not None, "weights are not loaded"
-        return self.weight.index_select(0, token_ids)
+        rows = self.weight.index_select(0, token_ids)
+        return rows if self._scale == 1 else rows * self._scale

@@ -31,6 +31,7 @@ class VisionConfig:
         class_token: CLIP puts a learned token in front.
         pre_norm: CLIP normalises the embeddings before the first layer (key ``pre_layrnorm``).
         patch_bias: SigLIP's patch embedding has a bias.
+        fused: whether the checkpoint stores q, k and v as one tensor (timm).
     """
 
     hidden_size: int
@@ -45,6 +46,7 @@ class VisionConfig:
     class_token: bool = False
     pre_norm: bool = False
     patch_bias: bool = True
+    fused: bool = False
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **changes: Any) -> VisionConfig:
@@ -127,13 +129,14 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionAttention(nn.Module):
-    """Full attention within each image; q, k and v are fused while loading."""
+    """Full attention within each image; q, k and v are fused while loading, if they are not stored so."""
 
     def __init__(self, context: BuildContext, config: VisionConfig) -> None:
         super().__init__()
         width, heads = config.hidden_size, config.num_heads
         self._head_size = width // heads
-        self.qkv_proj = Linear(context, width, {"q_proj": width, "k_proj": width, "v_proj": width}, bias=True)
+        parts = {"q_proj": width, "k_proj": width, "v_proj": width}
+        self.qkv_proj = Linear(context, width, 3 * width if config.fused else parts, bias=True)
         self.out_proj = Linear(context, width, width, bias=True)
         self._attend = context.kernels.dense_attention(
             KernelQuery(
