@@ -203,6 +203,16 @@ def test_hopeless_beams_are_given_up() -> None:
     assert len(engine.batch_sizes) == 1
 
 
+def test_a_beam_that_may_still_win_by_its_length_goes_on() -> None:
+    class LateWinner(TableModel):
+        def logprobs(self, token_ids: Sequence[int]) -> list[float]:
+            first = len(token_ids) == PROMPT_LEN
+            return [math.log(p) for p in ((0.39, 0.6, 0.01) if first else (0.98, 0.01, 0.01))]
+
+    [output] = search(TableEngine(LateWinner(3, 0)), BeamSearchParams(beam_width=1, max_tokens=4), eos=[1])
+    assert [s.tokens for s in output.sequences] == [[0, 0, 0, 0]]
+
+
 def test_a_bad_prompt_fails_alone() -> None:
     model, params = TableModel(5, seed=6), BeamSearchParams(beam_width=2, max_tokens=3)
     fine = search(TableEngine(model), params)[0]

@@ -155,9 +155,6 @@ class Detokenizer:
             piece = text[self._shown :]
             self._settle(text)
             return piece
-        if not text and self._context:  # a skipped special token, or an id without text
-            held.pop()
-            return ""
         # The last few replacement characters may be half a character; what is before them is final.
         stable = max(len(text.rstrip(REPLACEMENT)), len(text) - MAX_HALF)
         piece = text[self._shown : stable]
