@@ -196,6 +196,58 @@ def test_pieces_get_special_tokens_only_if_the_family_says_so() -> None:
     ]
 
 
+OPTIONALLY_WHOLE = Placeholder(
+    text=NUMBERED.text,
+    expand=expand,
+    special_tokens_per_chunk=True,
+    tokenizes_whole=lambda options: bool(options.get("whole")),
+    option_names=frozenset({"whole"}),
+)
+
+
+def test_an_option_of_the_placeholder_has_the_prompt_tokenized_as_a_whole() -> None:
+    asked = {
+        "prompt": "<|image_2|>x<|image_1|>",
+        "multi_modal_data": {"image": [picture(1), picture(2)]},
+        "mm_processor_kwargs": {"whole": True},
+    }
+    whole = [BOS, *expanded(2), *b"x", *expanded(1)]
+    pieces = [BOS, *expanded(2), BOS, *b"x", *expanded(1), BOS]
+    process = processor(image=OPTIONALLY_WHOLE).process
+    assert process(asked).token_ids == whole
+    assert process({**asked, "mm_processor_kwargs": {}}).token_ids == pieces
+    for_all = processor(image=OPTIONALLY_WHOLE, options={"whole": True}).process
+    assert for_all({**asked, "mm_processor_kwargs": {}}).token_ids == whole
+    assert for_all({**asked, "mm_processor_kwargs": {"whole": False}}).token_ids == pieces
+    with pytest.raises(RequestError, match=r"has '<\|image_2\|>', but 1 image"):
+        process({**asked, "multi_modal_data": {"image": picture(1)}})
+
+
+def test_a_placeholder_merged_with_its_neighbours_is_explained() -> None:
+    class Merging(ByteTokenizer):
+        """``><`` is one token."""
+
+        def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+            pieces = text.split("><")
+            ids = super().encode(pieces[0], add_special_tokens=add_special_tokens)
+            for piece in pieces[1:]:
+                ids += [299, *super().encode(piece, add_special_tokens=False)]
+            return ids
+
+    asked = {
+        "prompt": "<|image_1|><|image_2|>",
+        "multi_modal_data": {"image": [picture(1), picture(2)]},
+        "mm_processor_kwargs": {"whole": True},
+    }
+    process = processor(image=OPTIONALLY_WHOLE, tokenizer=Merging()).process
+    with pytest.raises(RequestError, match="line break or a space"):
+        process(asked)
+    assert process({**asked, "prompt": "<|image_1|> <|image_2|>"}).token_ids == [
+        *[BOS, *expanded(1)],
+        *[*b" ", *expanded(2)],
+    ]
+
+
 @pytest.mark.parametrize(
     ("prompt", "complaint"),
     [

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opsin.api import MappedMedia, PlacedMedia, ProcessedPrompt
+from opsin.api import MappedMedia, PlacedMedia, Positions, ProcessedPrompt
 from opsin.cache import BlockPool, EncoderCache
 from opsin.config import SamplingParams
 from opsin.scheduler import Scheduler, Step
@@ -36,12 +37,14 @@ def make_sequence(
     media: tuple[PlacedMedia, ...] = (),
     salt: str = "",
     params: SamplingParams | None = None,
+    switch_lengths: tuple[int, ...] = (),
 ) -> Sequence:
+    positions = Positions(prompt=np.arange(len(token_ids))[None], switch_lengths=switch_lengths)
     return Sequence(
         seq_id=seq_id,
         request_id=str(seq_id),
         index=0,
-        prompt=ProcessedPrompt(token_ids=token_ids, media=media, salt=salt),
+        prompt=ProcessedPrompt(token_ids=token_ids, media=media, salt=salt, positions=positions),
         params=params or SamplingParams(max_tokens=max_tokens),
         max_len=len(token_ids) + max_tokens,
     )
@@ -50,7 +53,7 @@ def make_sequence(
 def content(sequence: Sequence, position: int) -> tuple[object, ...]:
     """What the cache must hold for a token: everything its keys and values depend on."""
     media = tuple((item.key, item.start) for item in sequence.media if item.start <= position)
-    return (sequence.prompt.salt, tuple(sequence.token_ids[: position + 1]), media)
+    return (sequence.prompt.salt, sequence.variant, tuple(sequence.token_ids[: position + 1]), media)
 
 
 @dataclass
@@ -166,6 +169,7 @@ def test_random_loads_keep_every_promise(data: st.DataObject) -> None:
         encoder_bytes=data.draw(st.integers(1, 40), "encoder room") * EMBED_BYTES,
         prefix_caching=data.draw(st.booleans(), "prefix caching"),
     )
+    switch_lengths = data.draw(st.sampled_from([(), (), (12,), (17, 21)]), "switch lengths")
     sequences: list[Sequence] = []
     for _ in range(data.draw(st.integers(1, 30), "events")):
         event = data.draw(st.sampled_from(["add", "add", "step", "step", "abort"]))
@@ -177,6 +181,7 @@ def test_random_loads_keep_every_promise(data: st.DataObject) -> None:
                 media=media,
                 salt=salt,
                 max_tokens=data.draw(st.integers(1, 6)),
+                switch_lengths=switch_lengths,
             )
             sequences.append(sequence)
             machine.scheduler.add(sequence)
@@ -270,6 +275,26 @@ def test_salt_separates() -> None:
         machine.scheduler.add(make_sequence(seq_id, list(range(12)), salt=salt, max_tokens=1))
         machine.finish()
         assert machine.num_computed == 12
+
+
+def test_a_sequence_that_outgrows_its_variant_is_computed_again_once() -> None:
+    machine = Machine(num_blocks=40, max_tokens=64)
+    machine.scheduler.add(make_sequence(0, list(range(10)), max_tokens=6, switch_lengths=(12,)))
+    machine.finish()
+    assert machine.scheduler.num_restarts == 1
+    assert machine.num_computed == (10 + 2) + (13 + 2), "up to 12 tokens, then from the first to the 15th"
+    assert machine.scheduler.num_preemptions == 0
+
+
+def test_sequences_of_different_variants_share_no_blocks() -> None:
+    machine = Machine(num_blocks=40, max_tokens=64)
+    prompt = list(range(24))
+    for seq_id, (length, computed) in enumerate([(24, 24), (20, 20), (23, 3), (19, 3)]):
+        machine.num_computed = 0
+        machine.scheduler.add(make_sequence(seq_id, prompt[:length], max_tokens=1, switch_lengths=(20,)))
+        machine.finish()
+        assert machine.num_computed == computed, f"{length} tokens"
+    assert machine.scheduler.num_restarts == 1, "the sequence of 20 whose answer was its 21st token"
 
 
 def test_without_room_the_latest_sequence_is_preempted_and_still_ends() -> None:

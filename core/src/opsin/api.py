@@ -124,10 +124,16 @@ class Positions:
     Attributes:
         prompt: int64 (A, L), the position of each of the L prompt tokens on each axis.
         delta: position of token ``i >= L`` is ``i + delta`` on every axis.
+        switch_lengths: ascending lengths at which the model computes the *whole* sequence differently, e.g.
+            with rotary factors for long contexts: a sequence of more than ``switch_lengths[i]`` tokens,
+            prompt and output together, is of variant ``i + 1``, a shorter one of variant ``i``. If there are
+            any, a step's positions have one more row: the variant of each token's sequence. A sequence that
+            grows past a length is computed anew, and cached prefixes of different variants are never mixed.
     """
 
     prompt: np.ndarray[Any, Any]
     delta: int = 0
+    switch_lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,12 +217,18 @@ class Placeholder:
             None: the prompt is cut at the placeholder texts and each piece tokenized on its own.
         special_tokens_per_chunk: with ``token_id`` None: tokenize every piece with the tokenizer's
             special tokens (a BOS before each), not only the first.
+        tokenizes_whole: with ``token_id`` None: ``mm_processor_kwargs`` (the engine's merged with the
+            request's) -> whether the prompt is tokenized as a whole after all, and the placeholders are found
+            by the ids their texts become. None: never. A ValueError is shown to the user.
+        option_names: the ``mm_processor_kwargs`` it reads, accepted beside the input mapper's.
     """
 
     text: Callable[[int], str]
     expand: Callable[[MappedMedia, int], Expansion]
     token_id: int | None = None
     special_tokens_per_chunk: bool = False
+    tokenizes_whole: Callable[[Mapping[str, Any]], bool] | None = None
+    option_names: frozenset[str] = frozenset()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -516,7 +528,7 @@ class ForwardStep:
 
     Attributes:
         embeds: (T, H) input embeddings, media already in place.
-        positions: int64 (A, T).
+        positions: int64 (A, T), or (A + 1, T) with the variants of `Positions.switch_lengths` last.
         kv: one cache layer per model layer.
         plan: the step's attention plan.
     """

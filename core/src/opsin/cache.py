@@ -19,19 +19,25 @@ def extend_block_keys(sequence: Sequence, block_size: int, root: bytes) -> list[
 
     A block's key covers everything its keys and values depend on: all earlier blocks (by their key), its
     token ids, and for every media item it touches the item's content key and the part that is inside.
-    ``root`` stands for the model; the prompt's salt keeps requests apart whose user wishes so.
+    ``root`` stands for the model; the prompt's salt keeps requests apart whose user wishes so; the
+    sequence's variant keeps apart what is computed differently for its length.
     """
     keys = sequence.block_keys
     for index in range(len(keys), sequence.num_tokens // block_size):
         start, end = index * block_size, (index + 1) * block_size
         digest = hashlib.blake2b(digest_size=16)
-        digest.update(keys[-1] if keys else root + sequence.prompt.salt.encode())
+        digest.update(keys[-1] if keys else _first_key(sequence, root))
         digest.update(array("q", sequence.token_ids[start:end]).tobytes())
         for item in sequence.media:
             if item.start < end and item.end > start:
                 digest.update(f"|{item.modality}|{item.key}|{start - item.start}".encode())
         keys.append(digest.digest())
     return keys
+
+
+def _first_key(sequence: Sequence, root: bytes) -> bytes:
+    # The salt is the user's: it comes last, so that it cannot pretend to be something else.
+    return b"%b|%d|%b" % (root, sequence.variant, sequence.prompt.salt.encode())
 
 
 class BlockPool:

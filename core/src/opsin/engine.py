@@ -47,6 +47,7 @@ class EngineStats:
     num_waiting: int
     kv_blocks: int
     kv_blocks_used: int
+        num_restarts: sequences computed again because they outgrew a length of `Positions.switch_lengths`.
     prefix_queries: int
     prefix_hits: int
     encoder_queries: int
@@ -60,6 +61,7 @@ class EngineStats:
 class _Request:
     """A request and its sequences, one per sample."""
 
+    num_restarts: int
     state: RequestState
     sequences: dict[int, Sequence]  # live ones, by sample index
     prompt_logprobs: list[SampledToken]  # of the prompt tokens described so far, from the second on
@@ -329,3 +331,4 @@ def _eos_token_ids(checkpoint: Checkpoint, spec: ModelSpec, tokenizer: Tokenizer
         if token is not None and tokenizer.decode([token], skip_special_tokens=False) == text:
             ids.add(token)
     return frozenset(ids)
+            num_restarts=self.scheduler.num_restarts,

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any
 
 from opsin.api import Modality, Placeholder, Tokenizer
 from opsin.errors import RequestError
@@ -36,7 +37,8 @@ class PlaceholderFinder:
     """Finds placeholders in text and in token ids, tokenizing what stands between them. Thread-safe.
 
     A placeholder that is a single token is found after tokenizing the text as a whole. For others the text
-    is cut at the placeholders and the pieces are tokenized (see `Placeholder.special_tokens_per_chunk`).
+    is cut at the placeholders and the pieces are tokenized (see `Placeholder.special_tokens_per_chunk`), or
+    tokenized as a whole and searched for the placeholders' ids (see `Placeholder.tokenizes_whole`).
     """
 
     def __init__(self, tokenizer: Tokenizer, placeholders: Mapping[Modality, Placeholder]) -> None:
@@ -48,19 +50,24 @@ class PlaceholderFinder:
         self._every_chunk = any(placeholders[m].special_tokens_per_chunk for m in self._cut)
         self._bos: str | None = getattr(tokenizer, "bos_token", None)
 
-    def in_text(self, text: str, counts: Mapping[Modality, int]) -> list[int | Marker]:
+    def in_text(
+        self, text: str, counts: Mapping[Modality, int], options: Mapping[str, Any] | None = None
+    ) -> list[int | Marker]:
         """Token ids of a text, with a marker for each of ``counts[modality]`` items.
 
-        Special tokens are added at the front (a BOS), unless the text brings its BOS along.
+        Special tokens are added at the front (a BOS), unless the text brings its BOS along. ``options`` are
+        the ``mm_processor_kwargs`` of the request, merged into the engine's.
 
         Raises:
-            RequestError: the placeholders in the text are not one for each item.
+            RequestError: the placeholders in the text are not one for each item, or an option is wrong.
         """
+        if self._tokenizes_whole(options or {}):
+            return self._in_whole_text(text, counts)
         parts: list[int | _Found] = []
         start = 0
         for match in self._cut_pattern.finditer(text) if self._cut else ():
             parts += self._tokenize(text[start : match.start()], first=start == 0)
-            parts.append(_Found(self._cut[(match.lastindex or 1) - 1], match[0]))
+            parts.append(self._found_text(match))
             start = match.end()
         parts += self._tokenize(text[start:], first=start == 0)
         return self._number(parts, counts)
@@ -71,6 +78,9 @@ class PlaceholderFinder:
         Raises:
             RequestError: the placeholders among the ids are not one for each item.
         """
+        return self._number(self._find(ids, counts), counts)
+
+    def _find(self, ids: Sequence[int], counts: Mapping[Modality, int]) -> list[int | _Found]:
         written = {
             sequence: _Found(modality, text)
             for modality in self._cut
@@ -89,12 +99,36 @@ class PlaceholderFinder:
             else:
                 parts.append(self._found_token(ids[position]))
                 position += 1
+        return parts
+
+    def _tokenizes_whole(self, options: Mapping[str, Any]) -> bool:
+        rules = [self._placeholders[modality].tokenizes_whole for modality in self._cut]
+        try:
+            return any(rule(options) for rule in rules if rule is not None)
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+
+    def _in_whole_text(self, text: str, counts: Mapping[Modality, int]) -> list[int | Marker]:
+        # The text tells surely what is written; its ids only where.
+        written = list(map(self._found_text, self._cut_pattern.finditer(text)))
+        self._number(written, {modality: counts.get(modality, 0) for modality in self._cut})
+        parts = self._find(self._encode(text, first=True), counts)
+        if sum(isinstance(part, _Found) and part.text is not None for part in parts) < len(written):
+            raise RequestError(
+                "tokenized as a whole, a placeholder of this prompt has grown together with the text beside "
+                "it; put a line break or a space before and after it"
+            )
         return self._number(parts, counts)
 
-    def _tokenize(self, text: str, *, first: bool) -> Iterator[int | _Found]:
+    def _found_text(self, match: re.Match[str]) -> _Found:
+        return _Found(self._cut[(match.lastindex or 1) - 1], match[0])
+
+    def _encode(self, text: str, *, first: bool) -> list[int]:
         special = (first or self._every_chunk) and not (self._bos and text.startswith(self._bos))
-        ids = self._tokenizer.encode(text, add_special_tokens=special) if text or special else []
-        return map(self._found_token, ids)
+        return self._tokenizer.encode(text, add_special_tokens=special) if text or special else []
+
+    def _tokenize(self, text: str, *, first: bool) -> Iterator[int | _Found]:
+        return map(self._found_token, self._encode(text, first=first))
 
     def _found_token(self, token: int) -> int | _Found:
         modality = self._by_token.get(token)

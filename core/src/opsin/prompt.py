@@ -87,7 +87,8 @@ class PromptProcessor:
                 f"{sorted(placeholders)}; its plugin must register both for each modality"
             )
         require_known("limit_mm_per_prompt", limits or {}, mappers, ConfigError)
-        self._option_names = frozenset(chain.from_iterable(m.option_names for m in mappers.values()))
+        readers = [*mappers.values(), *placeholders.values()]
+        self._option_names = frozenset(chain.from_iterable(reader.option_names for reader in readers))
         require_known("mm_processor_kwargs", options or {}, self._option_names, ConfigError)
         self.limits: Mapping[Modality, int] = {**model_spec.default_limits, **(limits or {})}
         self.mapped_media: ByteLRU[MappedMedia] = ByteLRU(media_cache_bytes)
@@ -124,8 +125,9 @@ class PromptProcessor:
         counts = {modality: len(values) for modality, values in media.items()}
         check_limits(counts, self.limits)
 
-        parts = self._parts(parsed, counts)
-        token_ids, placed = self._expand(parts, media, {**self._options, **parsed.options})
+        options = {**self._options, **parsed.options}
+        parts = self._parts(parsed, counts, options)
+        token_ids, placed = self._expand(parts, media, options)
         self._check_len(len(token_ids), sum(sum(item.is_embed) for item in placed), min_new_tokens)
 
         positions = self._model_spec.positions
@@ -163,9 +165,11 @@ class PromptProcessor:
         except ValueError as error:
             raise MediaError(str(error)) from None
 
-    def _parts(self, parsed: ParsedPrompt, counts: Mapping[Modality, int]) -> list[int | Marker]:
+    def _parts(
+        self, parsed: ParsedPrompt, counts: Mapping[Modality, int], options: Mapping[str, Any]
+    ) -> list[int | Marker]:
         if parsed.token_ids is None:
-            parts = self._finder.in_text(parsed.text or "", counts)
+            parts = self._finder.in_text(parsed.text or "", counts, options)
         else:
             wrong = next((i for i in parsed.token_ids if not 0 <= i < self._vocab_size), None)
             if wrong is not None:

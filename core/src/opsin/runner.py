@@ -10,7 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opsin.api import AttentionBatch, Device, ForwardStep, KVLayer, Model, PlacedMedia, PlanAttention
+from opsin.api import (
+    AttentionBatch,
+    Device,
+    ForwardStep,
+    KVLayer,
+    Model,
+    PlacedMedia,
+    PlanAttention,
+    Positions,
+)
 from opsin.cache import EncoderCache
 from opsin.errors import DeviceLostError, RequestError
 from opsin.sampler import SampledToken, prompt_logprobs, sample
@@ -219,8 +228,11 @@ class Runner:
             row += chunk.length
 
 
-def _positions(chunk: Chunk) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
-    """int64 (A, length): the prompt's own positions, then counting on."""
+_IntRows = np.ndarray[tuple[int, int], np.dtype[np.int64]]
+
+
+def _positions(chunk: Chunk) -> _IntRows:
+    """int64 (A, length): the positions; and with `Positions.switch_lengths` a last row, the variant."""
     positions = chunk.sequence.positions
     if positions is None:
         return np.arange(chunk.start, chunk.end, dtype=np.int64)[None]
@@ -230,3 +242,11 @@ def _positions(chunk: Chunk) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
         return inside
     beyond = np.arange(max(chunk.start, known), chunk.end, dtype=np.int64) + positions.delta
     return np.concatenate([inside, np.broadcast_to(beyond, (axes, len(beyond)))], axis=1)
+    rows = _axes(chunk, positions)
+    if positions.switch_lengths:
+        rows = np.concatenate([rows, np.full((1, chunk.length), chunk.sequence.variant, np.int64)])
+    return rows
+
+
+def _axes(chunk: Chunk, positions: Positions) -> _IntRows:
+    """int64 (A, length): the prompt's own positions, then counting on."""

@@ -86,6 +86,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        self.num_restarts = 0
         self._block_size = block_size
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -145,7 +146,10 @@ class Scheduler:
             self.encoder_cache.release(sequence.seq_id, passed)
             token = sampled.get(sequence.seq_id)
             if token is not None:
+                variant = sequence.variant
                 sequence.token_ids.append(token)
+                if sequence.variant != variant:
+                    self._restart(sequence)
 
     # ---- parts of schedule --------------------------------------------------------------------
 
@@ -283,11 +287,20 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Give back everything; the sequence is computed again, from the prefix cache where it can be."""
+        self._send_back(sequence)
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+
+    def _restart(self, sequence: Sequence) -> None:
+        """Compute a sequence again that has outgrown its variant: none of its keys and values hold."""
+        self._send_back(sequence)
+        sequence.block_keys.clear()
+        self.num_restarts += 1
+
+    def _send_back(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._release(sequence)
         sequence.status = Status.WAITING
-        sequence.num_preemptions += 1
-        self.num_preemptions += 1
         self.waiting.appendleft(sequence)
 
     def _release(self, sequence: Sequence) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from bisect import bisect_left
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -97,3 +98,9 @@ class Sequence:
     def positions(self) -> Positions | None:
         """Rotary positions of the prompt."""
         return self.prompt.positions
+
+    @property
+    def variant(self) -> int:
+        """How a sequence of this length is computed, see `Positions.switch_lengths`."""
+        positions = self.prompt.positions
+        return 0 if positions is None else bisect_left(positions.switch_lengths, len(self.token_ids))
