@@ -10,7 +10,7 @@ STAMP := $(VENV)/.setup-done
 TOOLS := av hatchling hypothesis import-linter mypy pytest pytest-timeout ruff
 PYPROJECTS := $(sort core/pyproject.toml $(wildcard plugins/*/pyproject.toml demo/checkpoints/*/pyproject.toml))
 PACKAGES := $(patsubst %/pyproject.toml,%,$(PYPROJECTS))
-SOURCES := $(wildcard core/src plugins/*/src)
+SOURCES := $(patsubst %/__init__.py,%,$(wildcard core/src/*/__init__.py plugins/*/src/*/__init__.py))
 FORMATTED := $(wildcard core plugins demo tests benchmarks examples docs tools)
 
 .DEFAULT_GOAL := help
