@@ -41,13 +41,13 @@ class EngineStats:
         encoder_cache_bytes: held now.
         num_encoded: media items run through the encoder.
         num_preemptions: sequences pushed out for want of blocks, so far.
+        num_restarts: sequences computed again because they outgrew a length of `Positions.switch_lengths`.
     """
 
     num_running: int
     num_waiting: int
     kv_blocks: int
     kv_blocks_used: int
-        num_restarts: sequences computed again because they outgrew a length of `Positions.switch_lengths`.
     prefix_queries: int
     prefix_hits: int
     encoder_queries: int
@@ -55,13 +55,13 @@ class EngineStats:
     encoder_cache_bytes: int
     num_encoded: int
     num_preemptions: int
+    num_restarts: int
 
 
 @dataclass
 class _Request:
     """A request and its sequences, one per sample."""
 
-    num_restarts: int
     state: RequestState
     sequences: dict[int, Sequence]  # live ones, by sample index
     prompt_logprobs: list[SampledToken]  # of the prompt tokens described so far, from the second on
@@ -308,6 +308,7 @@ class Engine:
             encoder_cache_bytes=encoder.used_bytes,
             num_encoded=self.executor.num_encoded,
             num_preemptions=self.scheduler.num_preemptions,
+            num_restarts=self.scheduler.num_restarts,
         )
 
     def close(self) -> None:
@@ -331,4 +332,3 @@ def _eos_token_ids(checkpoint: Checkpoint, spec: ModelSpec, tokenizer: Tokenizer
         if token is not None and tokenizer.decode([token], skip_special_tokens=False) == text:
             ids.add(token)
     return frozenset(ids)
-            num_restarts=self.scheduler.num_restarts,
