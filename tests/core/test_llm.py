@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from opsin import LLM, BeamSearchParams, RequestOutput, SamplingParams
+from opsin import LLM, BeamSearchParams, PoolingParams, RequestOutput, SamplingParams
 from opsin.errors import ConfigError, RequestError, RequestsFailed
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -190,3 +190,34 @@ def test_bfloat16_runs_and_mostly_agrees(llm: LLM) -> None:
     assert shared
     for token in shared:
         assert first.logprobs[0][token].logprob == pytest.approx(exact.logprobs[0][token].logprob, abs=0.15)
+
+
+def test_embeddings_are_pooled_hidden_states(llm: LLM) -> None:
+    prompts = ["Hello there", "a much longer prompt about a cup of coffee on a table", "Hello there"]
+    whole = [output.outputs for output in llm.embed(prompts, use_tqdm=False)]
+    assert all(output is not None and len(output.embedding) == 64 for output in whole)
+    vectors = torch.stack([output.data for output in whole if output is not None])
+    assert torch.allclose(vectors.norm(dim=-1), torch.ones(3))
+    assert torch.equal(vectors[0], vectors[2])
+    short = llm.embed(prompts[0], PoolingParams(dimensions=16), use_tqdm=False)[0].outputs
+    assert short is not None
+    assert torch.allclose(short.data, torch.nn.functional.normalize(vectors[0][:16], dim=0), atol=1e-5)
+    with pytest.raises(RequestError, match="65"):
+        llm.embed(prompts[0], PoolingParams(dimensions=65), use_tqdm=False)
+    assert llm.engine.stats().kv_blocks_used == 0
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
+def test_embeddings_in_chunks_are_whole(pooling: Any) -> None:
+    prompt = list(range(40, 90))
+
+    def embed(chunk: int) -> torch.Tensor:
+        settings: dict[str, Any] = {"pooling_type": pooling, "normalize": False, "kv_cache_memory": 2**20}
+        with LLM(MODEL, dtype="float32", max_num_batched_tokens=chunk, **settings) as fresh:
+            first, second = (fresh.embed(prompt, use_tqdm=False)[0].outputs for _ in range(2))
+            assert first is not None
+            assert second is not None
+            assert torch.allclose(first.data, second.data, atol=1e-5)
+            return second.data
+
+    assert torch.allclose(embed(2048), embed(7), atol=1e-5)

@@ -572,6 +572,23 @@ class Model(Protocol):
 # --------------------------------------------------------------------------------------------------
 
 
+PoolingType = Literal["last", "mean", "cls"]
+"""Which hidden state stands for a text: the last token's, the mean of all, or the first token's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pooling:
+    """How an embedding is made of the hidden states after the final norm.
+
+    Attributes:
+        type: which of them.
+        normalize: divide by the L2 norm.
+    """
+
+    type: PoolingType = "last"
+    normalize: bool = True
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """One architecture, as ``architectures[0]`` of config.json names it.
@@ -583,7 +600,8 @@ class ModelSpec:
         default_chat_template: used when the checkpoint has none; config -> template (or None) where
             checkpoints of one architecture differ.
         content_format: how the chat template wants ``message["content"]``; None: detect.
-        tasks: what it can do.
+        tasks: what it can do: ``"generate"``, ``"embed"``.
+        pooling: how the family's embedding models pool, unless the user says otherwise.
         default_limits: how many items of a modality one prompt may hold unless
             ``limit_mm_per_prompt`` says otherwise; a modality not named is unlimited.
         max_len: config -> longest context; None: ``max_position_embeddings``.
@@ -598,6 +616,7 @@ class ModelSpec:
     default_chat_template: str | Callable[[Mapping[str, Any]], str | None] | None = None
     content_format: Literal["openai", "string"] | None = None
     tasks: tuple[str, ...] = ("generate",)
+    pooling: Pooling = field(default_factory=Pooling)
     default_limits: Mapping[Modality, int] = field(default_factory=dict)
     max_len: Callable[[Mapping[str, Any]], int] | None = None
     stop_tokens: tuple[str, ...] = ()

@@ -7,20 +7,25 @@ import itertools
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from contextlib import aclosing
+from functools import partial
+from typing import Any, TypeVar
 
 from opsin.api import ProcessedPrompt
-from opsin.config import EngineConfig, SamplingParams
-from opsin.engine import Engine
+from opsin.config import EngineConfig, PoolingParams, SamplingParams
+from opsin.engine import Engine, Output
 from opsin.errors import OpsinError, RequestError
 from opsin.output import RequestOutput
 from opsin.plugins import Plugins
+from opsin.pooling import PoolingRequestOutput
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-_Result = RequestOutput | BaseException
+_Result = Output | BaseException
 
 
 class _Stream:
@@ -37,7 +42,7 @@ class _Stream:
         except RuntimeError:  # the consumer's loop is closed: nobody listens any more
             logger.debug("an output came after its event loop had closed")
 
-    async def get(self) -> RequestOutput:
+    async def get(self) -> Output:
         """The next output; raises what the engine's thread put instead."""
         result = await self._queue.get()
         if isinstance(result, BaseException):
@@ -66,14 +71,19 @@ class AsyncEngine:
         """Load a model and start the thread."""
         return cls(Engine(config, plugins))
 
-    async def process(self, prompt: str | Sequence[int] | Mapping[str, Any]) -> ProcessedPrompt:
+    async def process(
+        self, prompt: str | Sequence[int] | Mapping[str, Any], *, min_new_tokens: int = 1
+    ) -> ProcessedPrompt:
         """Decode, map and tokenize a prompt in the pool; the event loop stays free.
 
         Raises:
             RequestError: the prompt cannot be used.
         """
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, self.engine.processor.process, prompt)
+        return await self.in_pool(self.engine.processor.process, prompt, min_new_tokens=min_new_tokens)
+
+    async def in_pool(self, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Run blocking media work in the bounded pool."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, partial(work, *args, **kwargs))
 
     async def generate(
         self,
@@ -90,10 +100,38 @@ class AsyncEngine:
             DeviceLostError: the engine has stopped.
         """
         processed = prompt if isinstance(prompt, ProcessedPrompt) else await self.process(prompt)
-        request_id = request_id if request_id is not None else f"async-{next(self._ids)}"
         params = params if params is not None else self.engine.default_params()
+        # Closed with this one, not when the garbage is collected: closing is what aborts the request.
+        async with aclosing(self._outputs(processed, params, request_id)) as outputs:
+            async for output in outputs:
+                assert isinstance(output, RequestOutput)
+                yield output
+
+    async def embed(
+        self,
+        prompt: str | Sequence[int] | Mapping[str, Any] | ProcessedPrompt,
+        params: PoolingParams | None = None,
+        request_id: str | None = None,
+    ) -> PoolingRequestOutput:
+        """A prompt's embedding. Cancelling the task aborts the request.
+
+        Raises:
+            RequestError, DeviceLostError: as in `generate`.
+        """
+        if not isinstance(prompt, ProcessedPrompt):
+            prompt = await self.process(prompt, min_new_tokens=0)
+        async with aclosing(self._outputs(prompt, params or PoolingParams(), request_id)) as outputs:
+            async for output in outputs:
+                assert isinstance(output, PoolingRequestOutput)
+                return output
+        raise AssertionError("an embedding request ends with its embedding or an error")
+
+    async def _outputs(
+        self, prompt: ProcessedPrompt, params: SamplingParams | PoolingParams, request_id: str | None
+    ) -> AsyncGenerator[Output, None]:
+        request_id = request_id if request_id is not None else f"async-{next(self._ids)}"
         stream = _Stream(asyncio.get_running_loop())
-        self._submit(lambda: self._add(request_id, processed, params, stream))
+        self._submit(lambda: self._add(request_id, prompt, params, stream))
         finished = False
         try:
             while not finished:
@@ -145,7 +183,13 @@ class AsyncEngine:
                 return False
             command()
 
-    def _add(self, request_id: str, prompt: ProcessedPrompt, params: SamplingParams, stream: _Stream) -> None:
+    def _add(
+        self,
+        request_id: str,
+        prompt: ProcessedPrompt,
+        params: SamplingParams | PoolingParams,
+        stream: _Stream,
+    ) -> None:
         try:
             self.engine.add(request_id, prompt, params)
         except RequestError as error:
@@ -158,7 +202,7 @@ class AsyncEngine:
         if output is not None:
             self._deliver(output)
 
-    def _deliver(self, output: RequestOutput) -> None:
+    def _deliver(self, output: Output) -> None:
         stream = self._streams.get(output.request_id)
         if stream is None:
             return

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 from opsin.api import ProcessedPrompt, Tokenizer
 from opsin.config import MAX_LOGPROBS, BeamSearchParams, SamplingParams
 from opsin.errors import RequestError
-from opsin.output import Detokenizer
+from opsin.output import Detokenizer, RequestOutput
 
 if TYPE_CHECKING:
-    from opsin.output import Logprob, RequestOutput
+    from opsin.output import Logprob
+    from opsin.pooling import PoolingRequestOutput
 
 
 class StepEngine(Protocol):
@@ -26,9 +27,9 @@ class StepEngine(Protocol):
 
     def add(self, request_id: str, prompt: ProcessedPrompt, params: SamplingParams) -> None: ...
 
-    def step(self) -> list[RequestOutput]: ...
+    def step(self) -> Sequence[RequestOutput | PoolingRequestOutput]: ...
 
-    def abort(self, request_id: str) -> RequestOutput | None: ...
+    def abort(self, request_id: str) -> object: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +114,9 @@ def beam_search(
             ask(search)
         while asked:
             for output in engine.step():
-                if not output.finished or output.request_id not in asked:
+                if not isinstance(output, RequestOutput) or not output.finished:
+                    continue
+                if output.request_id not in asked:
                     continue
                 search, index = asked.pop(output.request_id)
                 search.take(index, output)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from opsin.api import Capabilities
+from opsin.api import Capabilities, PoolingType
 from opsin.errors import ConfigError
 
 MAX_LOGPROBS = 20
@@ -146,10 +146,15 @@ class PoolingParams:
     """Settings of an embedding request.
 
     Attributes:
-        dimensions: cut the embedding to this many leading dimensions (before normalising).
+        dimensions: keep this many leading dimensions, and normalise after that (models trained for it:
+            Kusupati et al. 2022, Matryoshka representation learning).
     """
 
     dimensions: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dimensions is not None and self.dimensions < 1:
+            raise ConfigError(f"dimensions={self.dimensions}: expected at least 1, or None for all")
 
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -163,6 +168,8 @@ class EngineConfig:
         model: folder, installed checkpoint name, or hub id.
         tokenizer: another folder or id for the tokenizer.
         revision: hub revision.
+        task: ``"generate"``, or ``"embed"`` to turn prompts into vectors.
+        pooling_type, normalize: how embeddings are made; None: as the family's models were trained.
         device: ``"auto"``, a device name, or ``"name:index"``.
         dtype: ``"auto"`` runs in what the device prefers for the checkpoint's dtype.
         max_model_len: longest prompt plus output, in tokens; None: what the model allows.
@@ -186,6 +193,9 @@ class EngineConfig:
     model: str
     tokenizer: str | None = None
     revision: str | None = None
+    task: Literal["generate", "embed"] = "generate"
+    pooling_type: PoolingType | None = None
+    normalize: bool | None = None
     device: str = "auto"
     dtype: DType = "auto"
     max_model_len: int | None = None

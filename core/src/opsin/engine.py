@@ -9,22 +9,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from opsin.api import InputContext, ModelSpec, ProcessedPrompt, Tokenizer
+from opsin.api import InputContext, ModelSpec, Pooling, ProcessedPrompt, Tokenizer
 from opsin.cache import BlockPool
 from opsin.chat import ChatRenderer
 from opsin.chat_template import resolve_chat_template
 from opsin.checkpoint import Checkpoint, load, load_tokenizer
-from opsin.config import EngineConfig, Resolved, SamplingParams
-from opsin.errors import RequestError
+from opsin.config import EngineConfig, PoolingParams, Resolved, SamplingParams
+from opsin.errors import ConfigError, RequestError
 from opsin.executor import LocalExecutor
 from opsin.hub import locate
 from opsin.output import RequestOutput, RequestState
 from opsin.plugins import Plugins, load_plugins
+from opsin.pooling import PoolingRequestOutput, PoolingState
 from opsin.prompt import PromptProcessor
 from opsin.runner import StepTokens
 from opsin.sampler import SampledToken, make_generator
 from opsin.scheduler import Scheduler, Step
 from opsin.sequence import Sequence
+
+Output = RequestOutput | PoolingRequestOutput
+"""What a step gives: an answer so far, or a finished embedding."""
+
+_NO_SAMPLING = SamplingParams()
 
 logger = logging.getLogger(__name__)
 
@@ -62,13 +68,14 @@ class EngineStats:
 class _Request:
     """A request and its sequences, one per sample."""
 
-    state: RequestState
+    state: RequestState | PoolingState
     sequences: dict[int, Sequence]  # live ones, by sample index
     prompt_logprobs: list[SampledToken]  # of the prompt tokens described so far, from the second on
 
     def take_prompt_logprobs(self, first: int, tokens: list[SampledToken]) -> None:
         """Add what a step described, ``first`` being a token index; computing anew repeats some."""
         self.prompt_logprobs += tokens[len(self.prompt_logprobs) + 1 - first :]
+        assert isinstance(self.state, RequestState)
         if len(self.prompt_logprobs) == len(self.state.prompt.token_ids) - 1:
             self.state.set_prompt_logprobs(self.prompt_logprobs)
 
@@ -91,6 +98,14 @@ class Engine:
         self.plugins = plugins if plugins is not None else load_plugins(prefer=config.prefer)
         self.checkpoint: Checkpoint = load(config.model, config.revision)
         self.model_spec: ModelSpec = self.plugins.model(self.checkpoint.architecture)
+        if config.task not in self.model_spec.tasks:
+            possible = ", ".join(self.model_spec.tasks)
+            raise ConfigError(f"task={config.task!r}: {self.model_spec.architecture} can: {possible}")
+        default = self.model_spec.pooling
+        self.pooling = Pooling(
+            type=config.pooling_type or default.type,
+            normalize=default.normalize if config.normalize is None else config.normalize,
+        )
         device_spec, device_index, _ = self.plugins.select_device(config.device)
         source = locate(config.tokenizer) if config.tokenizer else self.checkpoint.path
         self.tokenizer = load_tokenizer(source)
@@ -170,8 +185,8 @@ class Engine:
         """Sampling defaults of the checkpoint (generation_config.json), overridden by ``changes``."""
         return SamplingParams.from_generation_config(self.checkpoint.generation_config, **changes)
 
-    def add(self, request_id: str, prompt: ProcessedPrompt, params: SamplingParams) -> None:
-        """Queue a request of ``params.n`` samples.
+    def add(self, request_id: str, prompt: ProcessedPrompt, params: SamplingParams | PoolingParams) -> None:
+        """Queue a request: ``params.n`` samples, or with `PoolingParams` one embedding.
 
         Raises:
             RequestError: the id is in use, or the prompt is not what this engine can run.
@@ -179,11 +194,40 @@ class Engine:
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is already in use")
         length = len(prompt.token_ids)
-        if not 0 < length < self.resolved.max_model_len:
+        most = self.resolved.max_model_len - isinstance(params, SamplingParams)
+        if not 0 < length <= most:
+            raise RequestError(f"the prompt has {length} tokens; 1 to {most} are possible")
+        if isinstance(params, PoolingParams):
+            self._add_pooling(request_id, prompt, params)
+        else:
+            self._add_sampling(request_id, prompt, params)
+
+    def _add_pooling(self, request_id: str, prompt: ProcessedPrompt, params: PoolingParams) -> None:
+        if "embed" not in self.model_spec.tasks:
             raise RequestError(
-                f"the prompt has {length} tokens; at least 1 and, with room for one new token, at most "
-                f"{self.resolved.max_model_len - 1} are possible"
+                f"{self.model_spec.architecture} makes no embeddings; it can: "
+                f"{', '.join(self.model_spec.tasks)}"
             )
+        width = self.executor.model.hidden_size
+        if params.dimensions is not None and params.dimensions > width:
+            raise RequestError(f"dimensions={params.dimensions}: this model's embeddings have {width}")
+        sequence = Sequence(
+            seq_id=self._num_sequences,
+            request_id=request_id,
+            index=0,
+            prompt=prompt,
+            params=_NO_SAMPLING,
+            max_len=len(prompt.token_ids),
+            pooling=self.pooling,
+            dimensions=params.dimensions,
+        )
+        self._num_sequences += 1
+        self.scheduler.add(sequence)
+        state = PoolingState(request_id, prompt, time.monotonic())
+        self._requests[request_id] = _Request(state, {0: sequence}, [])
+
+    def _add_sampling(self, request_id: str, prompt: ProcessedPrompt, params: SamplingParams) -> None:
+        length = len(prompt.token_ids)
         most = self.resolved.max_model_len
         max_len = most if params.max_tokens is None else min(most, length + params.max_tokens)
         state = RequestState(
@@ -214,7 +258,7 @@ class Engine:
             self.scheduler.add(sequence)
         self._requests[request_id] = _Request(state, sequences, [])
 
-    def abort(self, request_id: str) -> RequestOutput | None:
+    def abort(self, request_id: str) -> Output | None:
         """End a request now; returns what it has so far, None if the id is unknown (or done)."""
         request = self._requests.get(request_id)
         if request is None:
@@ -235,7 +279,7 @@ class Engine:
 
     # ---- a step -------------------------------------------------------------------------------
 
-    def step(self) -> list[RequestOutput]:
+    def step(self) -> list[Output]:
         """Compute one batch; returns the requests that changed, each with all it has so far.
 
         Raises:
@@ -248,7 +292,7 @@ class Engine:
         self.scheduler.commit(step, {seq_id: token.token_id for seq_id, token in tokens.sampled.items()})
         return [output for output in failed if output is not None] + self._deliver(step, tokens, started)
 
-    def _deliver(self, step: Step, tokens: StepTokens, started: float) -> list[RequestOutput]:
+    def _deliver(self, step: Step, tokens: StepTokens, started: float) -> list[Output]:
         changed: dict[str, None] = {}
         for chunk in step.chunks:
             sequence = chunk.sequence
@@ -261,16 +305,21 @@ class Engine:
             described = tokens.prompt_logprobs.get(sequence.seq_id)
             if described is not None:
                 request.take_prompt_logprobs(*described)
+            request.state.num_preemptions = max(request.state.num_preemptions, sequence.num_preemptions)
+            embedding = tokens.embeddings.get(sequence.seq_id)
+            if embedding is not None and isinstance(request.state, PoolingState):
+                request.state.complete(embedding)
+                self._drop(request, sequence.index)
+                changed[sequence.request_id] = None
             token = tokens.sampled.get(sequence.seq_id)
-            if token is None:
+            if token is None or not isinstance(request.state, RequestState):
                 continue
             changed[sequence.request_id] = None
-            request.state.num_preemptions = max(request.state.num_preemptions, sequence.num_preemptions)
             if request.state.append(sequence.index, token) is not None:
                 self._drop(request, sequence.index)
         return [self._output(request_id) for request_id in changed]
 
-    def _fail(self, step: Step, seq_id: int, error: RequestError) -> RequestOutput | None:
+    def _fail(self, step: Step, seq_id: int, error: RequestError) -> Output | None:
         """Fail the request of one sequence, with its other samples."""
         request_id = next(c.sequence.request_id for c in step.chunks if c.sequence.seq_id == seq_id)
         request = self._requests.get(request_id)
@@ -281,14 +330,14 @@ class Engine:
         request.state.fail(error)
         return self._close(request_id)
 
-    def _output(self, request_id: str) -> RequestOutput:
+    def _output(self, request_id: str) -> Output:
         request = self._requests[request_id]
         return request.state.output() if request.sequences else self._close(request_id)
 
     def _drop(self, request: _Request, index: int) -> None:
         self.scheduler.remove(request.sequences.pop(index))
 
-    def _close(self, request_id: str) -> RequestOutput:
+    def _close(self, request_id: str) -> Output:
         return self._requests.pop(request_id).state.output()
 
     # ---- around -------------------------------------------------------------------------------

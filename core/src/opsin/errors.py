@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from opsin.output import RequestOutput
+    from opsin.pooling import PoolingRequestOutput
 
 
 class OpsinError(Exception):
@@ -65,7 +66,7 @@ class RequestsFailed(OpsinError):
         outputs: the outputs of all requests, in order; failed ones have ``error`` set.
     """
 
-    def __init__(self, message: str, outputs: Sequence[RequestOutput]) -> None:
+    def __init__(self, message: str, outputs: Sequence[RequestOutput | PoolingRequestOutput]) -> None:
         super().__init__(message)
         self.outputs = list(outputs)
 

@@ -6,17 +6,18 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from tqdm import tqdm
 
 from opsin.api import ProcessedPrompt, Tokenizer
-from opsin.config import BeamSearchParams, DType, EngineConfig, SamplingParams
-from opsin.engine import Engine
+from opsin.config import BeamSearchParams, DType, EngineConfig, PoolingParams, SamplingParams
+from opsin.engine import Engine, Output
 from opsin.errors import ConfigError, RequestError, RequestsFailed
 from opsin.feed import Feed
 from opsin.output import RequestMetrics, RequestOutput
 from opsin.plugins import Plugins
+from opsin.pooling import PoolingRequestOutput
 
 if TYPE_CHECKING:
     from opsin.beam import BeamSearchOutput
@@ -26,6 +27,8 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 
 Message = Mapping[str, Any]
 OnError = Literal["raise", "return"]
+
+P = TypeVar("P", SamplingParams, PoolingParams)
 
 _FILL_WAIT_S = 0.05
 """How long a batch with room waits for prompts that are being prepared before it starts without them."""
@@ -123,7 +126,8 @@ class LLM:
         """
         process = self.engine.processor.process
         jobs = [partial(process, prompt) for prompt in _listed(prompts)]
-        return self._run(jobs, sampling_params, use_tqdm, on_error)
+        params = self._params_for(len(jobs), sampling_params)
+        return cast(list[RequestOutput], self._run(jobs, params, use_tqdm, on_error))
 
     def chat(
         self,
@@ -147,7 +151,32 @@ class LLM:
         one = bool(messages) and isinstance(messages[0], Mapping)
         many = cast(Sequence[Sequence[Message]], [messages] if one else messages)
         jobs = [partial(self._process_chat, conversation, render) for conversation in many]
-        return self._run(jobs, sampling_params, use_tqdm, on_error)
+        params = self._params_for(len(jobs), sampling_params)
+        return cast(list[RequestOutput], self._run(jobs, params, use_tqdm, on_error))
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        on_error: OnError = "raise",
+    ) -> list[PoolingRequestOutput]:
+        """Turn prompts into vectors; ``output.outputs.embedding`` is a list, ``.data`` a tensor.
+
+        How hidden states are pooled is the family's default, or ``LLM(pooling_type=, normalize=)``.
+
+        Args:
+            prompts, use_tqdm, on_error: as in `generate`.
+            pooling_params: for all, or one each.
+        """
+        process = partial(self.engine.processor.process, min_new_tokens=0)
+        jobs = [partial(process, prompt) for prompt in _listed(prompts)]
+        params = _one_each(len(jobs), pooling_params or PoolingParams(), PoolingParams, "pooling_params")
+        return cast(list[PoolingRequestOutput], self._run(jobs, params, use_tqdm, on_error))
+
+    encode = embed
+    """The older name."""
 
     def beam_search(
         self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams
@@ -213,7 +242,7 @@ class LLM:
         try:
             while self.engine.has_unfinished():
                 for output in self.engine.step():
-                    if output.request_id == request_id:
+                    if isinstance(output, RequestOutput) and output.request_id == request_id:
                         if output.error is not None:
                             raise output.error
                         yield output
@@ -223,14 +252,13 @@ class LLM:
     def _run(
         self,
         jobs: Sequence[Callable[[], ProcessedPrompt]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        params: Sequence[SamplingParams] | Sequence[PoolingParams],
         use_tqdm: bool,
         on_error: OnError,
-    ) -> list[RequestOutput]:
-        params = self._params_for(len(jobs), sampling_params)
+    ) -> list[Output]:
         batch = next(self._ids)
         ids = [f"{batch}-{index}" for index in range(len(jobs))]
-        results: dict[str, RequestOutput | None] = dict.fromkeys(ids)
+        results: dict[str, Output | None] = dict.fromkeys(ids)
         config = self.engine.config
         feed = Feed(jobs, num_threads=config.preprocess_threads, ahead=2 * config.max_num_seqs)
         try:
@@ -242,7 +270,7 @@ class LLM:
                     for output in finished:
                         if output.request_id in results:
                             results[output.request_id] = output
-                            num_tokens += sum(len(sample.token_ids) for sample in output.outputs)
+                            num_tokens += _num_tokens(output)
                             progress.update()
                     elapsed = progress.format_dict["elapsed"] or 1e-9
                     progress.set_postfix_str(f"{num_tokens / elapsed:.1f} tok/s", refresh=False)
@@ -256,10 +284,10 @@ class LLM:
         return outputs
 
     def _add_ready(
-        self, feed: Feed, ids: Sequence[str], params: Sequence[SamplingParams]
-    ) -> list[RequestOutput]:
+        self, feed: Feed, ids: Sequence[str], params: Sequence[SamplingParams] | Sequence[PoolingParams]
+    ) -> list[Output]:
         """Add the prompts that are prepared, in order; returns outputs of those that cannot be used."""
-        failed = []
+        failed: list[Output] = []
         room = self.engine.config.max_num_batched_tokens
         while feed and self.engine.num_waiting < self.engine.config.max_num_seqs:
             # An idle engine has to wait; one whose next batch is full need not; any other does briefly, for
@@ -282,13 +310,22 @@ class LLM:
     def _params_for(
         self, count: int, given: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[SamplingParams]:
-        if given is None:
-            return [self.engine.default_params()] * count
-        if isinstance(given, SamplingParams):
-            return [given] * count
-        if len(given) != count:
-            raise ConfigError(f"{len(given)} sampling_params for {count} prompts; pass one, or one for each")
-        return list(given)
+        return _one_each(count, given or self.engine.default_params(), SamplingParams, "sampling_params")
+
+
+def _one_each(count: int, given: P | Sequence[P], kind: type[P], name: str) -> list[P]:
+    if isinstance(given, kind):
+        return [given] * count
+    params = list(cast(Sequence[P], given))
+    if len(params) != count:
+        raise ConfigError(f"{len(params)} {name} for {count} prompts; pass one, or one for each")
+    return params
+
+
+def _num_tokens(output: Output) -> int:
+    if isinstance(output, RequestOutput):
+        return sum(len(sample.token_ids) for sample in output.outputs)
+    return len(output.prompt_token_ids)
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -305,7 +342,7 @@ def _refused(request_id: str, error: RequestError) -> RequestOutput:
     )
 
 
-def _raise_failures(outputs: Iterable[RequestOutput]) -> None:
+def _raise_failures(outputs: Iterable[Output]) -> None:
     outputs = list(outputs)
     failures = [(index, output.error) for index, output in enumerate(outputs) if output.error is not None]
     if not failures:

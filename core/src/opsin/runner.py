@@ -22,6 +22,7 @@ from opsin.api import (
 )
 from opsin.cache import EncoderCache
 from opsin.errors import DeviceLostError, RequestError
+from opsin.pooling import pool
 from opsin.sampler import SampledToken, prompt_logprobs, sample
 from opsin.scheduler import Chunk, Step
 
@@ -35,11 +36,13 @@ class StepTokens:
     Attributes:
         sampled: sequence id -> its new token.
         prompt_logprobs: sequence id -> (index of the first prompt token described, one per token).
+        embeddings: sequence id -> its embedding, for embedding requests that are complete.
         errors: sequence id -> why this sequence, and only this one, could not be computed.
     """
 
     sampled: dict[int, SampledToken] = field(default_factory=dict)
     prompt_logprobs: dict[int, tuple[int, list[SampledToken]]] = field(default_factory=dict)
+    embeddings: dict[int, Tensor] = field(default_factory=dict)
     errors: dict[int, RequestError] = field(default_factory=dict)
 
 
@@ -161,6 +164,7 @@ class Runner:
                 plan=self._plan_attention(batch),
             )
         )
+        self._pool(chunks, hidden, result)
         self._read_prompt_logprobs(chunks, hidden, result)
         self._sample(chunks, hidden, result)
 
@@ -199,7 +203,7 @@ class Runner:
         rows, sequences, row = [], [], -1
         for chunk in chunks:
             row += chunk.length
-            if chunk.samples:
+            if chunk.samples and chunk.sequence.pooling is None:
                 rows.append(row)
                 sequences.append(chunk.sequence)
         if not rows:
@@ -210,6 +214,15 @@ class Runner:
                 result.errors[sequence.seq_id] = token
             else:
                 result.sampled[sequence.seq_id] = token
+
+    def _pool(self, chunks: SequenceOf[Chunk], hidden: Tensor, result: StepTokens) -> None:
+        row = 0
+        for chunk in chunks:
+            if chunk.sequence.pooling is not None:
+                embedding = pool(chunk.sequence, chunk.start, hidden[row : row + chunk.length])
+                if embedding is not None:
+                    result.embeddings[chunk.sequence.seq_id] = embedding
+            row += chunk.length
 
     def _read_prompt_logprobs(self, chunks: SequenceOf[Chunk], hidden: Tensor, result: StepTokens) -> None:
         row = 0
@@ -236,12 +249,6 @@ def _positions(chunk: Chunk) -> _IntRows:
     positions = chunk.sequence.positions
     if positions is None:
         return np.arange(chunk.start, chunk.end, dtype=np.int64)[None]
-    axes, known = positions.prompt.shape
-    inside = positions.prompt[:, chunk.start : min(chunk.end, known)]
-    if chunk.end <= known:
-        return inside
-    beyond = np.arange(max(chunk.start, known), chunk.end, dtype=np.int64) + positions.delta
-    return np.concatenate([inside, np.broadcast_to(beyond, (axes, len(beyond)))], axis=1)
     rows = _axes(chunk, positions)
     if positions.switch_lengths:
         rows = np.concatenate([rows, np.full((1, chunk.length), chunk.sequence.variant, np.int64)])
@@ -250,3 +257,9 @@ def _positions(chunk: Chunk) -> _IntRows:
 
 def _axes(chunk: Chunk, positions: Positions) -> _IntRows:
     """int64 (A, length): the prompt's own positions, then counting on."""
+    axes, known = positions.prompt.shape
+    inside = positions.prompt[:, chunk.start : min(chunk.end, known)]
+    if chunk.end <= known:
+        return inside
+    beyond = np.arange(max(chunk.start, known), chunk.end, dtype=np.int64) + positions.delta
+    return np.concatenate([inside, np.broadcast_to(beyond, (axes, len(beyond)))], axis=1)

@@ -252,7 +252,7 @@ class Scheduler:
 
     def _cached_blocks(self, sequence: Sequence) -> list[int] | None:
         """Cached blocks of the sequence's prefix; None if waiting for a running sequence pays."""
-        if not self._prefix_caching or _wants_prompt_logprobs(sequence):
+        if not self._prefix_caching or _needs_whole_prompt(sequence):
             return []
         # The last token is always computed: its logits are what the sequence came for.
         usable = (sequence.num_tokens - 1) // self._block_size
@@ -312,6 +312,8 @@ class Scheduler:
         self.encoder_cache.release(sequence.seq_id, [item.key for item in sequence.media])
 
 
-def _wants_prompt_logprobs(sequence: Sequence) -> bool:
-    """A cached prefix has no hidden states, so such a request computes its prompt itself."""
+def _needs_whole_prompt(sequence: Sequence) -> bool:
+    """A cached prefix has keys and values but no hidden states; who asks for those computes it again."""
+    if sequence.pooling is not None:
+        return sequence.pooling.type != "last"
     return sequence.params.prompt_logprobs is not None and sequence.index == 0

@@ -8,7 +8,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from opsin.api import PlacedMedia, Positions, ProcessedPrompt
+from opsin.api import PlacedMedia, Pooling, Positions, ProcessedPrompt
 from opsin.config import SamplingParams
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ class Sequence:
         block_ids: the cache blocks holding them, in order.
         block_keys: prefix-cache keys of the leading full blocks, as far as worked out.
         generator: this sequence's own random source, None for greedy.
+        pooling: how an embedding is made of its hidden states; None: tokens are generated.
+        dimensions: leading dimensions of the embedding to keep; None: all.
+        pooled: sum of the hidden states so far, where an embedding is their mean, or the first one.
         sampler_state: the sampler's incremental token counts.
     """
 
@@ -58,6 +61,9 @@ class Sequence:
     block_ids: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)
     generator: torch.Generator | None = None
+    pooling: Pooling | None = None
+    dimensions: int | None = None
+    pooled: torch.Tensor | None = None
     sampler_state: Any = None
 
     def __post_init__(self) -> None:
