@@ -43,6 +43,16 @@ FAMILIES = {
             },
             has_video=True,
         ),
+        Family(
+            name="llava15",
+            image_text=lambda number: "<image>",
+            embeds_input=lambda embeds, geometries: torch.stack(list(embeds)),
+        ),
+        Family(
+            name="llava_next",
+            image_text=lambda number: "<image>",
+            embeds_input=lambda embeds, geometries: list(embeds),
+        ),
     ]
 }
 

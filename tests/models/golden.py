@@ -34,9 +34,9 @@ class Case:
     def media(self) -> dict[str, Any]:
         """``multi_modal_data`` of the case."""
         media: dict[str, Any] = {}
-        if self.data["images"]:
+        if self.data.get("images"):
             media["image"] = [picture(name) for name in self.data["images"]]
-        if self.data["videos"]:
+        if self.data.get("videos"):
             media["video"] = [[picture(name) for name in video] for video in self.data["videos"]]
         return media
 

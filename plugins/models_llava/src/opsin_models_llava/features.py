@@ -1,0 +1,78 @@
+"""What config.json says of the vision tower: which states are read, and how many of a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from opsin.layers import VisionConfig
+
+DEFAULT_TOWER = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+"""The tower of a config.json without ``vision_config``: CLIP ViT-L/14 at 336 pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """The features of one square picture.
+
+    Attributes:
+        tower: the tower, only as deep as it is read.
+        num_stored_layers: layers the checkpoint has.
+        read_after: after how many layers states are read; several stand side by side.
+        image_size: side of the square the tower takes, in pixels.
+        side: patches along it.
+        drop_first: whether the first row is left out (``vision_feature_select_strategy`` "default"): CLIP's
+            class token. A SigLIP tower has none and then loses its first patch, as in transformers.
+    """
+
+    tower: VisionConfig
+    num_stored_layers: int
+    read_after: tuple[int, ...]
+    image_size: int
+    side: int
+    drop_first: bool
+
+    @property
+    def num_rows(self) -> int:
+        """Features of one picture."""
+        return self.side**2 + self.tower.class_token - self.drop_first
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Features:
+        """From config.json.
+
+        Raises:
+            ValueError: it names a layer or a strategy that there is not.
+        """
+        vision = {"model_type": DEFAULT_TOWER["model_type"], **(config.get("vision_config") or DEFAULT_TOWER)}
+        whole = VisionConfig.from_config(vision)
+        strategy = config.get("vision_feature_select_strategy", "default")
+        if strategy not in ("default", "full"):
+            raise ValueError(f'vision_feature_select_strategy is {strategy!r}; expected "default" or "full"')
+        asked = config.get("vision_feature_layer", -2)
+        # Counted as transformers counts hidden states: 0 is the embeddings, -1 the last layer's.
+        states = range(whole.num_layers + 1)
+        try:
+            read_after = tuple(states[index] for index in (asked if isinstance(asked, list) else [asked]))
+        except (IndexError, TypeError):
+            raise ValueError(
+                f"vision_feature_layer is {asked!r}; the tower has {whole.num_layers} layers"
+            ) from None
+        side = int(whole.num_positions**0.5)
+        return cls(
+            tower=VisionConfig.from_config(vision, num_layers=max(read_after, default=0)),
+            num_stored_layers=whole.num_layers,
+            read_after=read_after,
+            image_size=vision.get("image_size", 224),
+            side=side,
+            drop_first=strategy == "default",
+        )

@@ -1,0 +1,229 @@
+"""Pictures and embeddings -> LLaVA's tensors; ``<image>`` -> a run of image tokens.
+
+Pixels are those of transformers' PIL image processors (CLIP, SigLIP, LLaVA, LLaVA-NeXT), reimplemented.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from opsin.api import Expansion, InputContext, MappedMedia, MediaItem, Placeholder
+from opsin.layers import pixel_levels, pixel_values
+from opsin_models_llava.features import Features
+from opsin_models_llava.grid import Grid, Size, best_resolution, fitted_size
+
+Array = np.ndarray[Any, Any]
+
+IMAGE_TEXT = "<image>"
+DEFAULT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+MAX_ELONGATION = 64
+"""Of what is resized before the middle is cut out: a picture of 1x100000 would become gigabytes."""
+
+
+def resized(pixels: Array, size: Size, resample: Image.Resampling) -> Array:
+    """uint8 (H, W, 3) -> uint8 (*size, 3), by PIL."""
+    return np.asarray(Image.fromarray(pixels).resize((size[1], size[0]), resample))
+
+
+def centre(pixels: Array, size: Size) -> Array:
+    """The middle of a picture; where it is too small, black is put around it.
+
+    Source of the rounding: transformers, ``image_transforms.center_crop``.
+    """
+    offsets = [(have - want) // 2 for have, want in zip(pixels.shape, size)]
+    cut = pixels[tuple(slice(max(0, at), max(0, at) + want) for at, want in zip(offsets, size))]
+    short = [want - have for have, want in zip(cut.shape, size)]
+    return np.pad(cut, [*((-(-n // 2), n // 2) for n in short), (0, 0)])
+
+
+def squared(pixels: Array, colour: Sequence[int]) -> Array:
+    """A picture in the middle of a square of a colour."""
+    height, width, _ = pixels.shape
+    side = max(height, width)
+    canvas = np.empty((side, side, 3), np.uint8)
+    canvas[:] = colour
+    top, left = (side - height) // 2, (side - width) // 2
+    canvas[top : top + height, left : left + width] = pixels
+    return canvas
+
+
+class SquareProcessing:
+    """preprocessor_config.json of a CLIP or SigLIP processor: any picture -> the tower's square.
+
+    Raises:
+        ValueError: it gives pictures of another size than the tower takes.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], image_size: int) -> None:
+        kind = str(settings.get("image_processor_type", ""))
+        siglip = "Siglip" in kind
+        half = (0.5, 0.5, 0.5)
+        self.levels = pixel_levels(settings, **({"mean": half, "std": half} if siglip else {}))
+        self.resample = Image.Resampling(settings.get("resample", Image.Resampling.BICUBIC))
+        square = {"height": image_size, "width": image_size}
+        size = settings.get("size") or (square if siglip else {"shortest_edge": image_size})
+        size = size if isinstance(size, Mapping) else {"shortest_edge": size}
+        self._size = size if settings.get("do_resize", True) else {}
+        crop = settings.get("crop_size") or square
+        crop = crop if isinstance(crop, Mapping) else {"height": crop, "width": crop}
+        self._crop: Size | None = None
+        if settings.get("do_center_crop", not siglip):
+            self._crop = int(crop["height"]), int(crop["width"])
+        # LLaVA-NeXT's processor has a "do_pad" too, which means something else.
+        self._background: tuple[int, ...] | None = None
+        if kind.startswith("LlavaImageProcessor") and settings.get("do_pad", False):
+            self._background = tuple(int(mean * 255) for mean in settings["image_mean"])
+        given = self._crop or (self._size.get("height"), self._size.get("width"))
+        if given != (image_size, image_size):
+            raise ValueError(
+                f"preprocessor_config.json makes pictures of {given[1]}x{given[0]}, the vision tower takes "
+                f"{image_size}x{image_size}; they are not of one checkpoint"
+            )
+
+    def square(self, pixels: Array) -> Array:
+        """uint8 (H, W, 3) -> uint8 (image_size, image_size, 3)."""
+        if self._background is not None:
+            pixels = squared(pixels, self._background)
+        if "shortest_edge" in self._size:
+            edge = int(self._size["shortest_edge"])
+            short = min(pixels.shape[:2])
+            if self._crop is not None and max(pixels.shape[:2]) > MAX_ELONGATION * short:
+                pixels = centre(pixels, tuple(min(n, MAX_ELONGATION * short) for n in pixels.shape[:2]))
+            height, width, _ = pixels.shape
+            long = int(edge * max(height, width) / min(height, width))
+            pixels = resized(pixels, (edge, long) if height <= width else (long, edge), self.resample)
+        elif self._size:
+            pixels = resized(pixels, (self._size["height"], self._size["width"]), self.resample)
+        return pixels if self._crop is None else centre(pixels, self._crop)
+
+
+def split_embeds(data: Any, num_rows: int | None) -> list[dict[str, Tensor]]:
+    """(images, E, H), or a list of (E, H), or one (E, H) -> one item per image.
+
+    Args:
+        data: what the user gave.
+        num_rows: E, where it is the same for all pictures.
+
+    Raises:
+        ValueError: another layout.
+    """
+    wanted = f"({num_rows or 'features'}, hidden)"
+    parts = [data] if isinstance(data, Tensor) else data
+    if not isinstance(parts, Sequence) or not all(isinstance(part, Tensor) for part in parts):
+        raise ValueError(
+            f"image embeddings of this family are a tensor (images, {wanted[1:]} or a list of tensors "
+            f"{wanted}, got a {type(data).__name__}"
+        )
+    items: list[Tensor] = []
+    for part in parts:
+        if part.layout != torch.strided:
+            raise ValueError(f"image embeddings must be dense tensors, got {part.layout}")
+        items += part.unbind(0) if part.ndim == 3 else [part]
+    for item in items:
+        if item.ndim != 2 or item.shape[0] == 0 or num_rows not in (None, item.shape[0]):
+            raise ValueError(f"the embeddings of an image have shape {tuple(item.shape)}, expected {wanted}")
+    return [{"embeds": item} for item in items]
+
+
+class SquareMapper:
+    """LLaVA-1.5: every picture becomes one square, and as many embeddings as any other."""
+
+    option_names: frozenset[str] = frozenset()
+
+    def __init__(self, context: InputContext) -> None:
+        features = Features.from_config(context.config)
+        self._num_rows = features.num_rows
+        self._processing = SquareProcessing(context.preprocessor, features.image_size)
+
+    def map(self, item: MediaItem, options: Mapping[str, Any]) -> MappedMedia:
+        """See `opsin.api.InputMapper.map`; pixel_values are float32 (1, 3, size, size)."""
+        if item.embeds is not None:
+            return MappedMedia(num_embeds=self._num_rows, embeds=item.embeds["embeds"])
+        assert item.pixels is not None
+        square = self._processing.square(item.pixels)
+        values = pixel_values(square[None], self._processing.levels)
+        return MappedMedia(num_embeds=self._num_rows, tensors={"pixel_values": values})
+
+    def split_embeds(self, data: Any) -> Sequence[Mapping[str, Tensor]]:
+        """See `split_embeds`."""
+        return split_embeds(data, self._num_rows)
+
+
+class GridMapper:
+    """LLaVA-NeXT: the whole picture as one square, and a grid of crops of it."""
+
+    option_names: frozenset[str] = frozenset()
+
+    def __init__(self, context: InputContext) -> None:
+        features = Features.from_config(context.config)
+        self._crop, self._side, self._num_rows = features.image_size, features.side, features.num_rows
+        settings = context.preprocessor
+        # Checks the sizes; of the processor's own steps none changes a crop that has the tower's size.
+        processing = SquareProcessing(settings, features.image_size)
+        self._levels, self._resample = processing.levels, processing.resample
+        pinpoints = (
+            settings.get("image_grid_pinpoints")
+            or context.config.get("image_grid_pinpoints")
+            or DEFAULT_PINPOINTS
+        )
+        self._canvases = [(int(height), int(width)) for height, width in pinpoints]
+        if any(side < 1 or side % self._crop for canvas in self._canvases for side in canvas):
+            raise ValueError(
+                f"image_grid_pinpoints {self._canvases}: expected multiples of {self._crop}, the side of the "
+                "tower's pictures"
+            )
+
+    def map(self, item: MediaItem, options: Mapping[str, Any]) -> MappedMedia:
+        """See `opsin.api.InputMapper.map`.
+
+        The geometry is the `Grid`; pixel_values are float32 (1 + crops, 3, size, size): the whole picture
+        first, then the crops row by row.
+        """
+        if item.embeds is not None:
+            embeds = item.embeds["embeds"]
+            return MappedMedia(num_embeds=len(embeds), embeds=embeds)
+        assert item.pixels is not None
+        size = item.pixels.shape[0], item.pixels.shape[1]
+        canvas = best_resolution(size, self._canvases)
+        grid = Grid.of(size, canvas, crop=self._crop, side=self._side)
+        squares = np.concatenate([self._whole(item.pixels)[None], self._crops(item.pixels, canvas)])
+        return MappedMedia(
+            num_embeds=self._num_rows + grid.num_rows,
+            tensors={"pixel_values": pixel_values(squares, self._levels)},
+            geometry=grid,
+        )
+
+    def _whole(self, pixels: Array) -> Array:
+        return resized(pixels, (self._crop, self._crop), self._resample)
+
+    def _crops(self, pixels: Array, canvas: Size) -> Array:
+        """uint8 (crops, size, size, 3): the picture in the middle of its canvas, black around it."""
+        height, width = fitted_size((pixels.shape[0], pixels.shape[1]), canvas)
+        top, left = (canvas[0] - height) // 2, (canvas[1] - width) // 2
+        padded = np.zeros((*canvas, 3), np.uint8)
+        padded[top : top + height, left : left + width] = resized(pixels, (height, width), self._resample)
+        rows, columns = canvas[0] // self._crop, canvas[1] // self._crop
+        split = padded.reshape(rows, self._crop, columns, self._crop, 3).swapaxes(1, 2)
+        return split.reshape(rows * columns, self._crop, self._crop, 3)
+
+    def split_embeds(self, data: Any) -> Sequence[Mapping[str, Tensor]]:
+        """See `split_embeds`; pictures of different sizes have different numbers of embeddings."""
+        return split_embeds(data, None)
+
+
+def placeholder(context: InputContext) -> Placeholder:
+    """One image token in the text becomes one per embedding."""
+    config = context.config
+    given = config.get("image_token_index", config.get("image_token_id"))
+    token_id = context.tokenizer.convert_tokens_to_ids(IMAGE_TEXT) if given is None else int(given)
+
+    def expand(mapped: MappedMedia, number: int) -> Expansion:
+        return Expansion(token_ids=[token_id] * mapped.num_embeds, is_embed=[True] * mapped.num_embeds)
+
+    return Placeholder(text=lambda number: IMAGE_TEXT, expand=expand, token_id=token_id)
