@@ -1,0 +1,130 @@
+"""Settings are checked when they are made, and resolved by a pure function."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from opsin.api import Capabilities
+from opsin.config import BeamSearchParams, EngineConfig, PoolingParams, SamplingParams, resolve, resolve_dtype
+from opsin.errors import ConfigError
+
+CPU = Capabilities(dtypes=("float32", "bfloat16"), dtype_for={"float16": "float32"})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"n": 0},
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_k": -2},
+        {"min_p": 2.0},
+        {"seed": 2**63},
+        {"stop": ["fine", ""]},
+        {"max_tokens": 0},
+        {"min_tokens": 5, "max_tokens": 4},
+        {"presence_penalty": 3.0},
+        {"frequency_penalty": -3.0},
+        {"repetition_penalty": 0.0},
+        {"logit_bias": {5: 101.0}},
+        {"logprobs": 21},
+        {"prompt_logprobs": -1},
+    ],
+    ids=str,
+)
+def test_impossible_sampling_parameters_are_refused_by_name(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        SamplingParams(**wrong)
+
+
+def test_sampling_parameters_are_normalised() -> None:
+    params = SamplingParams(stop="end", stop_token_ids=[1], top_k=-1, logit_bias={"7": 1})  # type: ignore[dict-item]
+    assert params.stop_strings == ("end",)
+    assert params.stop_token_ids == (1,)
+    assert params.top_k == 0
+    assert params.logit_bias == {7: 1.0}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        params.n = 2  # type: ignore[misc]
+
+
+def test_generation_config_gives_defaults_that_changes_override() -> None:
+    defaults = {"do_sample": True, "temperature": 0.01, "top_k": 1, "eos_token_id": 3, "top_p": None}
+    params = SamplingParams.from_generation_config(defaults, max_tokens=7)
+    assert (params.temperature, params.top_k, params.top_p, params.max_tokens) == (0.01, 1, 1.0, 7)
+    assert SamplingParams.from_generation_config({"do_sample": False, "temperature": 0.7}).temperature == 0
+    assert SamplingParams.from_generation_config(defaults, temperature=0.5).temperature == 0.5
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: BeamSearchParams(beam_width=0),
+        lambda: BeamSearchParams(beam_width=2, max_tokens=0),
+        lambda: PoolingParams(dimensions=0),
+        lambda: EngineConfig(model="m", max_num_seqs=0),
+        lambda: EngineConfig(model="m", kv_cache_memory=0),
+        lambda: EngineConfig(model="m", limit_mm_per_prompt={"image": -1}),
+    ],
+)
+def test_other_impossible_settings_are_refused(make: Any) -> None:
+    with pytest.raises(ConfigError, match="expected"):
+        make()
+
+
+def test_auto_dtype_is_what_the_device_prefers() -> None:
+    assert resolve_dtype("auto", "bfloat16", CPU) == "bfloat16"
+    assert resolve_dtype("auto", "float16", CPU) == "float32"
+    advice = dataclasses.replace(CPU, dtypes=("float16",), advice={"bfloat16": 'pass dtype="float16"'})
+    with pytest.raises(ConfigError, match='pass dtype="float16"'):
+        resolve_dtype("bfloat16", "bfloat16", advice)
+    with pytest.raises(ConfigError, match="float32, bfloat16"):
+        resolve_dtype("float16", "float32", CPU)
+
+
+def size(free: int = 2**30, model_max_len: int = 4096, per_token: int = 1024, **settings: Any) -> Any:
+    return resolve(
+        EngineConfig(model="m", **settings),
+        CPU,
+        dtype="float32",
+        model_max_len=model_max_len,
+        kv_bytes_per_token=per_token,
+        free_bytes=free,
+    )
+
+
+def test_the_context_is_cut_to_what_fits_unless_it_was_asked_for() -> None:
+    assert size(kv_cache_memory=1024 * 160).max_model_len == 160
+    with pytest.raises(ConfigError, match="max_model_len=160"):
+        size(kv_cache_memory=1024 * 160, max_model_len=1000)
+    with pytest.raises(ConfigError, match="4096"):
+        size(max_model_len=5000)
+    with pytest.raises(ConfigError, match="no block"):
+        size(kv_cache_memory=1024)
+
+
+def test_no_more_is_taken_than_can_be_used() -> None:
+    resolved = size(free=2**40, max_num_seqs=2, model_max_len=64)
+    assert resolved.num_blocks * resolved.block_size <= 2 * (64 + 16)
+
+
+@given(
+    free=st.integers(2**20, 2**36),
+    length=st.integers(16, 131072),
+    per_token=st.integers(64, 2**20),
+    seqs=st.integers(1, 256),
+)
+def test_a_lone_sequence_always_fits(free: int, length: int, per_token: int, seqs: int) -> None:
+    try:
+        resolved = size(free=free, model_max_len=length, per_token=per_token, max_num_seqs=seqs)
+    except ConfigError as error:
+        assert "no block" in str(error)  # noqa: PT017
+        return
+    assert resolved.max_model_len <= resolved.num_blocks * resolved.block_size
+    assert resolved.num_blocks * resolved.block_size * per_token <= max(free, 1)
