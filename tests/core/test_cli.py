@@ -431,6 +431,12 @@ assert not heavy, heavy
     assert result.returncode == 0, result.stderr
 
 
+def test_running_the_package_is_the_command() -> None:
+    command = [sys.executable, "-m", "opsin", "--version"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout == f"opsin {opsin.__version__}\n"
+
+
 def test_reader_that_goes_away() -> None:
     """``opsin plugins | true`` says nothing on stderr."""
     reader, writer = os.pipe()

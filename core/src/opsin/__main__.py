@@ -1,0 +1,5 @@
+"""``python -m opsin`` is ``opsin``."""
+
+from opsin.cli import main
+
+main()
