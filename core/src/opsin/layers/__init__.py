@@ -17,6 +17,7 @@ from opsin.layers.decoder import (
     kv_geometry,
     output_head,
 )
+from opsin.layers.embeds import split_image_embeds
 from opsin.layers.linear import Embedding, Layer, Linear, Slot, dtype_name
 from opsin.layers.norm import LayerNorm, RMSNorm
 from opsin.layers.pixels import CLIP_MEAN, CLIP_STD, pixel_levels, pixel_values
@@ -57,4 +58,5 @@ __all__ = [
     "output_head",
     "pixel_levels",
     "pixel_values",
+    "split_image_embeds",
 ]

@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from opsin.api import Expansion, InputContext, MappedMedia, MediaItem, Placeholder
-from opsin.layers import pixel_levels, pixel_values
+from opsin.layers import pixel_levels, pixel_values, split_image_embeds
 from opsin_models_llava.features import Features
 from opsin_models_llava.grid import Grid, Size, best_resolution, fitted_size
 
@@ -103,34 +102,6 @@ class SquareProcessing:
         return pixels if self._crop is None else centre(pixels, self._crop)
 
 
-def split_embeds(data: Any, num_rows: int | None) -> list[dict[str, Tensor]]:
-    """(images, E, H), or a list of (E, H), or one (E, H) -> one item per image.
-
-    Args:
-        data: what the user gave.
-        num_rows: E, where it is the same for all pictures.
-
-    Raises:
-        ValueError: another layout.
-    """
-    wanted = f"({num_rows or 'features'}, hidden)"
-    parts = [data] if isinstance(data, Tensor) else data
-    if not isinstance(parts, Sequence) or not all(isinstance(part, Tensor) for part in parts):
-        raise ValueError(
-            f"image embeddings of this family are a tensor (images, {wanted[1:]} or a list of tensors "
-            f"{wanted}, got a {type(data).__name__}"
-        )
-    items: list[Tensor] = []
-    for part in parts:
-        if part.layout != torch.strided:
-            raise ValueError(f"image embeddings must be dense tensors, got {part.layout}")
-        items += part.unbind(0) if part.ndim == 3 else [part]
-    for item in items:
-        if item.ndim != 2 or item.shape[0] == 0 or num_rows not in (None, item.shape[0]):
-            raise ValueError(f"the embeddings of an image have shape {tuple(item.shape)}, expected {wanted}")
-    return [{"embeds": item} for item in items]
-
-
 class SquareMapper:
     """LLaVA-1.5: every picture becomes one square, and as many embeddings as any other."""
 
@@ -151,8 +122,8 @@ class SquareMapper:
         return MappedMedia(num_embeds=self._num_rows, tensors={"pixel_values": values})
 
     def split_embeds(self, data: Any) -> Sequence[Mapping[str, Tensor]]:
-        """See `split_embeds`."""
-        return split_embeds(data, self._num_rows)
+        """See `opsin.layers.split_image_embeds`."""
+        return [{"embeds": item} for item in split_image_embeds(data, self._num_rows)]
 
 
 class GridMapper:
@@ -213,8 +184,8 @@ class GridMapper:
         return split.reshape(rows * columns, self._crop, self._crop, 3)
 
     def split_embeds(self, data: Any) -> Sequence[Mapping[str, Tensor]]:
-        """See `split_embeds`; pictures of different sizes have different numbers of embeddings."""
-        return split_embeds(data, None)
+        """See `opsin.layers.split_image_embeds`; pictures of different sizes have different numbers."""
+        return [{"embeds": item} for item in split_image_embeds(data)]
 
 
 def placeholder(context: InputContext) -> Placeholder:
