@@ -140,7 +140,7 @@ class Detokenizer:
         self._decoder = getattr(tokenizer, "backend_tokenizer", tokenizer)  # transformers' wrapper costs 5x
         self._skip = skip_special_tokens
         self._context: list[int] = []
-        self._context_len = 0
+        self._context_text = ""
         self._held: list[int] = []
         self._text = ""
         self._shown = 0
@@ -150,7 +150,7 @@ class Detokenizer:
         """Take the next token; return the text that it completes, never ending in half a character."""
         held = self._held
         held.append(token_id)
-        text = self._decode(self._context + held)[self._context_len :]
+        text = self._decode_held()
         if text and text[-1] != REPLACEMENT:
             piece = text[self._shown :]
             self._settle(text)
@@ -182,6 +182,15 @@ class Detokenizer:
         text: str = self._decoder.decode(ids, skip_special_tokens=self._skip)
         return text
 
+    def _decode_held(self) -> str:
+        """Text of the held tokens behind the context."""
+        text = self._decode(self._context + self._held)
+        if text.startswith(self._context_text):
+            return text[len(self._context_text) :]
+        # The context ends in byte tokens, and sentencepiece decodes a run of them as a whole: bytes that are
+        # not a character (yet) spoil it. It has been shown; what is held begins with bytes and needs none.
+        return self._decode(self._held)
+
     def _adopt(self, prompt_ids: Sequence[int]) -> None:
         """Take the longest short suffix of the prompt that reads as whole characters as context."""
         tail = list(prompt_ids[-2 * self.WINDOW - MAX_HALF :])
@@ -190,7 +199,7 @@ class Detokenizer:
             for start in range(max(0, end - 2 * self.WINDOW), end):
                 text = self._decode(tail[start:end])
                 if text and REPLACEMENT not in text:
-                    self._context, self._context_len = tail[start:end], len(text)
+                    self._context, self._context_text = tail[start:end], text
                     self._held = tail[end:]
                     return
 
@@ -198,21 +207,20 @@ class Detokenizer:
         """All held tokens are final: go on behind them."""
         if len(self._held) == 1 or not self._context:
             self._context += self._held
-            self._context_len += len(text)
+            self._context_text += text
             if len(self._context) > 2 * self.WINDOW:
                 shorter = self._context[-self.WINDOW :]
                 shorter_text = self._decode(shorter)
                 if shorter_text and REPLACEMENT not in shorter_text:
-                    self._context, self._context_len = shorter, len(shorter_text)
-        # A character of several tokens does not become context: cut in its middle it would be garbage, and
-        # sentencepiece decodes a run of byte tokens as a whole (one bad byte spoils its good neighbours).
+                    self._context, self._context_text = shorter, shorter_text
+        # A character of several tokens does not become context: cut in its middle it would be garbage.
         self._held, self._text, self._shown = [], "", 0
 
     def _drop_oldest_held(self) -> None:
         """Keep garbage from growing; what was not shown yet stays."""
         unshown = len(self._text) - self._shown
         self._held = self._held[-(self.MAX_HELD - self.WINDOW) :]
-        self._text = self._decode(self._context + self._held)[self._context_len :]
+        self._text = self._decode_held()
         self._shown = max(0, len(self._text) - unshown)
 
 
