@@ -6,11 +6,13 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,8 +72,7 @@ class Worker:
         self._connection.close()  # an idle worker ends by itself then; a busy one is not waited for
         if exception is None:
             self._process.join(GRACE_S)
-        self._process.terminate()
-        self._process.join()
+        _end(self._process)
 
     def wait_loaded(self) -> None:
         """Wait for the model. Call first, once."""
@@ -123,8 +124,7 @@ def call(function: Callable[..., T], *args: object, threads: int) -> T:
         process.join()
         raise WorkerError(f"{function.__name__} ended with exit code {process.exitcode}") from None
     finally:
-        process.terminate()
-        process.join()
+        _end(process)
     if failed:
         raise WorkerError(f"in {function.__name__}:\n{answer}")
     result: T = answer
@@ -139,7 +139,7 @@ def usable_cores() -> int:
 
 
 def _serve(connection: Connection, name: str, model: Path, dtype: DType, threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    _obey_parent()
     settle(threads)
     with _reported(connection):
         start = time.perf_counter()
@@ -173,10 +173,24 @@ def _serve(connection: Connection, name: str, model: Path, dtype: DType, threads
 
 
 def _call(connection: Connection, function: Callable[..., T], args: tuple[Any, ...], threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    _obey_parent()
     settle(threads)
     with _reported(connection):
         connection.send((function(*args), False))
+
+
+def _end(process: SpawnProcess) -> None:
+    """Have it end now: on a request at first, so that it can clean up behind itself."""
+    process.terminate()
+    process.join(GRACE_S)
+    process.kill()
+    process.join()
+
+
+def _obey_parent() -> None:
+    """Leave Ctrl-C to the parent, which ends this process; end in good order when it does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
 
 
 def settle(threads: int) -> None:
@@ -200,7 +214,6 @@ def _peak_bytes() -> int:
     peak = _status_bytes("VmHWM")
     if peak is None:
         import resource
-        import sys
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return peak
