@@ -53,6 +53,19 @@ FAMILIES = {
             image_text=lambda number: "<image>",
             embeds_input=lambda embeds, geometries: list(embeds),
         ),
+        *(
+            Family(
+                name=name,
+                image_text=lambda number: "(<image>./</image>)",
+                embeds_input=lambda embeds, geometries: {
+                    # The recorded checkpoints have 16 queries.
+                    "image_embeds": torch.cat([part.unflatten(0, (-1, 16)) for part in embeds]),
+                    "image_sizes": [size for geometry in geometries for size in geometry.sizes],
+                },
+                has_video=name == "minicpmv26",
+            )
+            for name in ("minicpmv20", "minicpmv25", "minicpmv26")
+        ),
     ]
 }
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from opsin import LLM, SamplingParams
 from opsin.errors import MediaError, PromptTooLongError, RequestError, RequestsFailed
@@ -176,10 +175,10 @@ def test_bad_requests_fail_alone(llm: LLM, family: str) -> None:
     kind = FAMILIES[family]
     good = requests(family, 20, seed=7)
     mark = kind.image_text(1)
-    with Image.open(GOLDEN / "images" / PICTURES[0]) as opened:
-        opened.load()
-        width = llm.engine.executor.model.hidden_size
-        wrong = kind.embeds_input([torch.zeros(6, width + 1)], [(1, 4, 6)])
+    picture_prompt = {"prompt": mark, "multi_modal_data": {"image": picture(PICTURES[0])}}
+    [item] = llm.engine.processor.process(picture_prompt).media
+    too_wide = torch.zeros(item.mapped.num_embeds, llm.engine.executor.model.hidden_size + 1)
+    wrong = kind.embeds_input([too_wide], [item.mapped.geometry])
     limit = llm.engine.resolved.max_model_len
     bad: dict[type[RequestError], dict[str, Any]] = {
         MediaError: {"prompt": mark, "multi_modal_data": {"image": np.zeros((0, 5, 3), np.uint8)}},

@@ -1,0 +1,79 @@
+"""The torch-free door: what this plugin registers. Everything heavy is imported by the builders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from opsin import hookimpl
+from opsin.api import (
+    BuildContext,
+    InputContext,
+    InputMapper,
+    InputMapperSpec,
+    Model,
+    ModelSpec,
+    Placeholder,
+    PlaceholderSpec,
+)
+from opsin_models_minicpmv.versions import default_chat_template, version_of
+
+ARCHITECTURE = "MiniCPMV"
+
+
+def _build_model(context: BuildContext) -> Model:
+    from opsin_models_minicpmv.model import MiniCPMV
+
+    return MiniCPMV(context)
+
+
+def _image_mapper(context: InputContext) -> InputMapper:
+    from opsin_models_minicpmv.inputs import ImageMapper
+
+    return ImageMapper(context)
+
+
+def _video_mapper(context: InputContext) -> InputMapper | None:
+    from opsin_models_minicpmv.inputs import VideoMapper
+
+    return VideoMapper(context) if version_of(context.config) == "2.6" else None
+
+
+def _image_placeholder(context: InputContext) -> Placeholder:
+    from opsin_models_minicpmv.inputs import placeholder
+
+    return placeholder(context, "(<image>./</image>)")
+
+
+def _video_placeholder(context: InputContext) -> Placeholder | None:
+    from opsin_models_minicpmv.inputs import placeholder
+
+    return placeholder(context, "(<video>./</video>)") if version_of(context.config) == "2.6" else None
+
+
+@hookimpl
+def opsin_register_models() -> Sequence[ModelSpec]:
+    return [
+        ModelSpec(
+            architecture=ARCHITECTURE,
+            build=_build_model,
+            default_chat_template=default_chat_template,
+            # The published generation_config of 2.5 leaves out the end of a turn.
+            stop_tokens=("<|eot_id|>", "<|im_end|>", "<|endoftext|>"),
+        )
+    ]
+
+
+@hookimpl
+def opsin_register_input_mappers() -> Sequence[InputMapperSpec]:
+    return [
+        InputMapperSpec(architecture=ARCHITECTURE, modality="image", build=_image_mapper),
+        InputMapperSpec(architecture=ARCHITECTURE, modality="video", build=_video_mapper),
+    ]
+
+
+@hookimpl
+def opsin_register_placeholders() -> Sequence[PlaceholderSpec]:
+    return [
+        PlaceholderSpec(architecture=ARCHITECTURE, modality="image", build=_image_placeholder),
+        PlaceholderSpec(architecture=ARCHITECTURE, modality="video", build=_video_placeholder),
+    ]
