@@ -70,6 +70,14 @@ def test_what_is_absent_has_a_default(tmp_path: Path) -> None:
     assert found.chat_template is None
 
 
+def test_preprocessor_inside_of_the_processors_settings(tmp_path: Path) -> None:
+    """As transformers 5 writes it. A file of its own goes first."""
+    nested = {"image_processor": {"size": 7}, "processor_class": "ToyProcessor"}
+    assert load(tmp_path, processor_config__json=nested).preprocessor == {"size": 7}
+    found = load(tmp_path, processor_config__json=nested, preprocessor_config__json={"size": 4})
+    assert found.preprocessor == {"size": 4}
+
+
 @pytest.mark.parametrize(
     ("config", "dtype"),
     [

@@ -33,7 +33,8 @@ class Checkpoint:
         architecture: first of config.json's ``architectures``.
         config: config.json.
         generation_config: generation_config.json, empty if there is none.
-        preprocessor: preprocessor_config.json, empty if there is none.
+        preprocessor: preprocessor_config.json, or what processor_config.json has of it (as transformers 5
+            writes it); empty if there is neither.
         dtype: element type of the weights as config.json names it, ``"float32"`` if it does not.
         eos_token_ids: ids that end a text.
         chat_template: Jinja source, or None.
@@ -98,7 +99,7 @@ def load(model: str, revision: str | None = None) -> Checkpoint:
         architecture=str(architectures[0]),
         config=config,
         generation_config=generation_config,
-        preprocessor=_read_json(path / "preprocessor_config.json", needed=False),
+        preprocessor=_preprocessor(path),
         dtype=_dtype(config),
         eos_token_ids=_eos_token_ids(generation_config, config),
         chat_template=_chat_template(path),
@@ -151,6 +152,13 @@ def _read_json(path: Path, *, needed: bool = True) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} cannot be used: expected a JSON object, got a {type(data).__name__}")
     return data
+
+
+def _preprocessor(path: Path) -> dict[str, Any]:
+    settings = _read_json(path / "preprocessor_config.json", needed=False)
+    if not settings:
+        settings = _read_json(path / "processor_config.json", needed=False).get("image_processor") or {}
+    return settings
 
 
 def _dtype(config: Mapping[str, Any]) -> str:
