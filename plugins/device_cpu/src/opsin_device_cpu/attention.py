@@ -269,4 +269,5 @@ def dense_attention(
 
 def _segments(x: Tensor, first: int, count: int, length: int) -> Tensor:
     """(count, N, length, D), a view."""
-    return x.narrow(0, first, count * length).unflatten(0, (count, length)).transpose(1, 2)
+    segments: Tensor = x.narrow(0, first, count * length).unflatten(0, (count, length))
+    return segments.transpose(1, 2)

@@ -18,10 +18,13 @@ DTYPES = ("float32", "bfloat16")
 
 KV_BLOCK_SIZE = 16
 
+COPY_SHARE = 8
+"""One part in so many of all memory may hold float16 copies of weights."""
+
 
 def has_bfloat16_instructions() -> bool:
     """Whether matrix products in bfloat16 run on instructions made for them."""
-    return bool(limits.cpu_flags() & {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"})
+    return bool(limits.cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def capabilities() -> Capabilities:
@@ -49,6 +52,16 @@ def threads() -> tuple[int, str]:
                 raise ValueError(f"{name}={os.environ[name]!r}: expected a whole number, at least 1")
             return int(text), name
     return limits.usable_cores(), "cores this process may use"
+
+
+def copy_bytes() -> int:
+    """How much memory an engine may spend on second copies of weights: see `opsin_device_cpu.linear`."""
+    text = os.environ.get("OPSIN_CPU_COPY_BYTES", "").strip()
+    if not text:
+        return memory().total_bytes // COPY_SHARE
+    if not text.isdecimal():
+        raise ValueError(f"OPSIN_CPU_COPY_BYTES={text!r}: expected a whole number of bytes, 0 for no copies")
+    return int(text)
 
 
 def memory() -> MemoryInfo:

@@ -1,9 +1,19 @@
-"""Linear layers on packed weights. Numbers and rejected ways: docs/decisions/0020-cpu-linear-layers.md."""
+"""Linear layers. Why these ways, with numbers, and what was rejected: docs/decisions/0020-cpu-linear.md.
+
+Few rows (decoding) are bound by reading the weight, many (prefill, vision) by arithmetic:
+
+    many rows   oneDNN over a weight in its blocked layout, bias and activation fused; the original goes
+    few rows    the same; or, where the weights are bfloat16 or float16 numbers (those of nearly every
+                checkpoint are), a second copy in float16, multiplied in float32: half the bytes to read
+    shared      a weight that is also the embedding table stays as it is; oneDNN takes it unpacked
+
+Without bfloat16 instructions a bfloat16 layer multiplies in float32 and rounds its result.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,91 +22,165 @@ from torch import Tensor
 from opsin.api import Activation, LinearFn
 
 PACK_MIN_BYTES = 2**20
-"""A oneDNN call costs ~20 µs more than torch's; below this size a packed weight cannot win that back."""
+"""A oneDNN call costs ~20 µs more than torch's own; below this size packing cannot win that back."""
 
-MAX_ROWS_PLAIN = 3
-"""Up to this many rows torch's own GEMV reads an unpacked weight at memory speed; from there on oneDNN,
-which accepts it unpacked too, is up to twice as fast."""
+MAX_FEW_ROWS = 32
+"""Up to here the float16 copy is faster than the packed float32 weight."""
 
+MAX_GEMV_ROWS = 3
+"""Up to here torch's own product reads an unpacked weight at memory speed; oneDNN is the faster above."""
 
-@dataclass(frozen=True)
-class _PostOp:
-    """An activation as oneDNN does it while a result is still in registers."""
+MAX_NATIVE_BFLOAT16_ROWS = 4
+"""Without bfloat16 instructions: up to here oneDNN's bfloat16 product is faster than widening the weight."""
 
-    name: str = "none"
-    algorithm: str = ""
+WIDEN_ELEMENTS = 2**22
+"""A bfloat16 weight is widened in tiles of this many elements (16 MiB of float32)."""
 
-
-_POST_OPS: Mapping[Activation | None, _PostOp] = {
-    None: _PostOp(),
-    "gelu": _PostOp("gelu", "none"),
-    "gelu_tanh": _PostOp("gelu", "tanh"),
-    "silu": _PostOp("swish"),
+_POST_OPS: Mapping[Activation | None, tuple[str, str]] = {
+    None: ("none", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+    "silu": ("swish", ""),
 }
+"""Activations that oneDNN applies while a result is still in registers: its name, its algorithm."""
 
-
-def _quick_gelu_(x: Tensor) -> Tensor:
-    return x.mul_(torch.mul(x, 1.702).sigmoid_())
-
-
-_IN_PLACE: Mapping[Activation, Callable[[Tensor], Tensor]] = {
+_ON_RESULT: Mapping[Activation, Callable[[Tensor], Tensor]] = {
     "silu": lambda x: F.silu(x, inplace=True),
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "quick_gelu": _quick_gelu_,
+    "quick_gelu": lambda x: x.mul_(torch.mul(x, 1.702).sigmoid_()),
 }
 
 
-def prepare_linear(
-    weight: Tensor, bias: Tensor | None, activation: Activation | None, *, keep_weight: bool
-) -> LinearFn:
-    """`opsin.api.PrepareLinear`: packs a large weight unless it is used elsewhere; fuses bias, activation."""
-    weight = weight.detach()
-    bias = None if bias is None else bias.detach()
-    if not torch.backends.mkldnn.is_available() or weight.nbytes < PACK_MIN_BYTES:
-        return _plain(weight, bias, activation)
-    if keep_weight:
-        return _shared(weight, bias, activation)
-    return _packed(weight, bias, activation)
+class LinearPreparer:
+    """`opsin.api.PrepareLinear` of one engine.
+
+    Args:
+        copy_bytes: how many bytes of float16 copies may be made beside the weights. Layers are served in
+            the order they are loaded, so a given machine and model always end up alike.
+        bfloat16_instructions: whether the processor multiplies bfloat16 by itself.
+    """
+
+    def __init__(self, copy_bytes: int, *, bfloat16_instructions: bool) -> None:
+        self._copy_bytes = copy_bytes
+        self._bfloat16_instructions = bfloat16_instructions
+
+    def __call__(
+        self, weight: Tensor, bias: Tensor | None, activation: Activation | None, *, keep_weight: bool
+    ) -> LinearFn:
+        weight = weight.detach()
+        bias = None if bias is None else bias.detach()
+        if weight.nbytes < PACK_MIN_BYTES or not torch.backends.mkldnn.is_available():
+            return _torch(weight, bias, activation)
+        few = self._half(weight, bias, activation)
+        if weight.dtype == torch.bfloat16 and not self._bfloat16_instructions:
+            few_rows = MAX_NATIVE_BFLOAT16_ROWS if few is None else MAX_FEW_ROWS
+            few = few or _onednn(weight, bias, activation)
+            return _by_rows(few, few_rows, _widened(weight, bias, activation), weight.shape[1])
+        if not keep_weight:
+            many = _onednn(_pack(weight), bias, activation)
+            return many if few is None else _by_rows(few, MAX_FEW_ROWS, many, weight.shape[1])
+        few_rows = MAX_GEMV_ROWS if few is None else MAX_FEW_ROWS
+        few = few or _torch(weight, bias, activation)
+        return _by_rows(few, few_rows, _onednn(weight, bias, activation), weight.shape[1])
+
+    def _half(self, weight: Tensor, bias: Tensor | None, activation: Activation | None) -> LinearFn | None:
+        """Over a float16 copy, if that is possible without loss and within the budget."""
+        num_bytes = 2 * weight.numel()
+        if num_bytes > self._copy_bytes or not _fbgemm_available():
+            return None
+        exponent = float16_exponent(weight)
+        if exponent is None:
+            return None
+        self._copy_bytes -= num_bytes
+        return _float16(weight, bias, activation, exponent)
 
 
-def _plain(weight: Tensor, bias: Tensor | None, activation: Activation | None) -> LinearFn:
+def _by_rows(few: LinearFn, max_few: int, many: LinearFn, in_features: int) -> LinearFn:
+    limit = max_few * in_features
+    return lambda x: few(x) if x.numel() <= limit else many(x)
+
+
+def _then(linear: LinearFn, activation: Activation | None) -> LinearFn:
     if activation is None:
-        return lambda x: F.linear(x, weight, bias)
-    act = _IN_PLACE[activation]
-    return lambda x: act(F.linear(x, weight, bias))
+        return linear
+    act = _ON_RESULT[activation]
+    return lambda x: act(linear(x))
 
 
-def _packed(weight: Tensor, bias: Tensor | None, activation: Activation | None) -> LinearFn:
-    """Over a copy in oneDNN's blocked layout; the caller drops the original."""
-    # The batch size is a hint: the layout for 16 rows also serves 1 and 2,048 best (see the decision page).
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
-    return _onednn(packed, bias, activation)
+def _torch(weight: Tensor, bias: Tensor | None, activation: Activation | None) -> LinearFn:
+    return _then(lambda x: F.linear(x, weight, bias), activation)
 
 
-def _shared(weight: Tensor, bias: Tensor | None, activation: Activation | None) -> LinearFn:
-    """Straight from the original, e.g. a tied embedding table, without a second copy in memory."""
-    few, many = _plain(weight, bias, activation), _onednn(weight, bias, activation)
-    in_features = weight.shape[1]
-    limit = MAX_ROWS_PLAIN * in_features
-
-    def linear(x: Tensor) -> Tensor:
-        return few(x) if x.numel() <= limit else many(x)
-
-    return linear
+def _pack(weight: Tensor) -> Tensor:
+    """A copy in oneDNN's blocked layout. The hint of 16 rows gives the layout that serves 1 to 2,048 best."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
+    return packed
 
 
 def _onednn(weight: Tensor, bias: Tensor | None, activation: Activation | None) -> LinearFn:
+    """``weight`` packed, or as it is."""
     call = torch.ops.mkldnn._linear_pointwise.default
-    post = _POST_OPS.get(activation)
-    if post is not None:
-        name, algorithm = post.name, post.algorithm
+    fused = activation in _POST_OPS
+    name, algorithm = _POST_OPS[activation if fused else None]
 
-        def fused(x: Tensor) -> Tensor:
-            y: Tensor = call(x, weight, bias, name, [], algorithm)
-            return y
+    def linear(x: Tensor) -> Tensor:
+        y: Tensor = call(x, weight, bias, name, [], algorithm)
+        return y
 
-        return fused
-    assert activation is not None
-    act = _IN_PLACE[activation]
-    return lambda x: act(call(x, weight, bias, "none", [], ""))
+    return linear if fused else _then(linear, activation)
+
+
+def _fbgemm_available() -> bool:
+    return torch.backends.quantized.engine in ("x86", "fbgemm")
+
+
+def float16_exponent(weight: Tensor) -> int | None:
+    """e such that ``weight * 2**e`` in float16 loses nothing that float32 arithmetic would notice.
+
+    Every bfloat16 number has one bit pattern in float16 if a power of two brings it into range. What is
+    2**30 times smaller than the largest weight may be rounded: a float32 sum over both would not keep it.
+    None for other numbers.
+    """
+    largest = weight.abs().max().item()
+    if largest == 0 or not math.isfinite(largest):
+        return None
+    exponent = 15 - math.frexp(largest)[1]  # the largest lands in [2**14, 2**15)
+    scale, limit = 2.0**exponent, largest * 2.0**-30
+    for part in weight.split(max(1, WIDEN_ELEMENTS // weight.shape[1])):
+        wide = part.float()
+        if (wide.mul(scale).half().float().div_(scale).sub_(wide)).abs_().max().item() > limit:
+            return None
+    return exponent
+
+
+def _float16(weight: Tensor, bias: Tensor | None, activation: Activation | None, exponent: int) -> LinearFn:
+    """float32 x float16 -> float32 by FBGEMM, which widens the weight in registers."""
+    dtype, scale = weight.dtype, 2.0**-exponent
+    wide_bias = None if bias is None else bias.float()
+    packed = torch.ops.quantized.linear_prepack_fp16(weight.float() * 2.0**exponent, wide_bias)
+    call = torch.ops.quantized.linear_dynamic_fp16.default
+
+    def linear(x: Tensor) -> Tensor:
+        scaled = torch.mul(x.float(), scale)
+        y: Tensor = call(scaled, packed) if x.dim() > 1 else call(scaled.unsqueeze(0), packed).squeeze(0)
+        return y.to(dtype)
+
+    return _then(linear, activation)
+
+
+def _widened(weight: Tensor, bias: Tensor | None, activation: Activation | None) -> LinearFn:
+    """A bfloat16 weight multiplied in float32, tile by tile."""
+    out_features, in_features = weight.shape
+    tile = max(1, WIDEN_ELEMENTS // in_features)
+    wide_bias = torch.zeros(out_features) if bias is None else bias.float()
+
+    def linear(x: Tensor) -> Tensor:
+        rows = x.reshape(-1, in_features).float()
+        y = x.new_empty(rows.shape[0], out_features)
+        wide = weight.new_empty(min(tile, out_features), in_features, dtype=torch.float32)
+        for part, part_bias, target in zip(weight.split(tile), wide_bias.split(tile), y.split(tile, 1)):
+            target.copy_(F.linear(rows, wide[: part.shape[0]].copy_(part), part_bias))
+        return y.view(*x.shape[:-1], out_features)
+
+    return _then(linear, activation)

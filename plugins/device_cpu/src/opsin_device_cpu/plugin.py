@@ -44,9 +44,10 @@ def _attention(op: OpName) -> Callable[[], Callable[..., Any]]:
 
 
 def _prepare_linear() -> Callable[..., Any]:
-    from opsin_device_cpu.linear import prepare_linear
+    from opsin_device_cpu.device import copy_bytes, has_bfloat16_instructions
+    from opsin_device_cpu.linear import LinearPreparer
 
-    return prepare_linear
+    return LinearPreparer(copy_bytes(), bfloat16_instructions=has_bfloat16_instructions())
 
 
 def _supports(query: KernelQuery) -> bool:
