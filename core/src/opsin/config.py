@@ -16,6 +16,34 @@ MAX_LOGPROBS = 20
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class StructuredOutput:
+    """A constraint on the text of an answer. Exactly one field is set.
+
+    Attributes:
+        json: a JSON schema (a dict or its text).
+        json_object: any JSON object.
+        regex: a regular expression for the whole text.
+        choice: one of these texts.
+        grammar: a context-free grammar in Lark's notation, from ``start``.
+    """
+
+    json: Mapping[str, Any] | str | None = None
+    json_object: bool = False
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in self.__dataclass_fields__ if getattr(self, name) not in (None, False)]
+        if len(given) != 1:
+            raise ConfigError(
+                f"structured output has {given or 'nothing'} set: expected exactly one constraint"
+            )
+        if self.choice is not None and (not self.choice or not all(self.choice)):
+            raise ConfigError("structured output: choice needs at least one text, and none may be empty")
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen and when a request ends. Field names and meanings are vLLM's.
@@ -35,6 +63,7 @@ class SamplingParams:
         logit_bias: token id -> added to its logit.
         logprobs: return the log-probabilities of this many best tokens, and of the chosen one.
         prompt_logprobs: the same for every prompt token.
+        structured: a constraint on the text.
         skip_special_tokens: leave special tokens out of the text.
     """
 
@@ -55,6 +84,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    structured: StructuredOutput | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
 

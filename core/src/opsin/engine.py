@@ -17,6 +17,7 @@ from opsin.checkpoint import Checkpoint, load, load_tokenizer
 from opsin.config import EngineConfig, PoolingParams, Resolved, SamplingParams
 from opsin.errors import ConfigError, RequestError
 from opsin.executor import LocalExecutor
+from opsin.grammar import GrammarCompiler
 from opsin.hub import locate
 from opsin.output import RequestOutput, RequestState
 from opsin.plugins import Plugins, load_plugins
@@ -131,6 +132,9 @@ class Engine:
             prefix_caching=config.enable_prefix_caching,
             root_key=f"{self.checkpoint.revision_key}|{self.resolved.dtype}".encode(),
         )
+        self.grammars = GrammarCompiler(
+            self.tokenizer, self.executor.model.vocab_size, sorted(self.eos_token_ids)
+        )
         self._requests: dict[str, _Request] = {}
         self._num_sequences = 0
         self._seeds = random.Random(config.seed) if config.seed is not None else random.SystemRandom()
@@ -230,6 +234,8 @@ class Engine:
         length = len(prompt.token_ids)
         most = self.resolved.max_model_len
         max_len = most if params.max_tokens is None else min(most, length + params.max_tokens)
+        wanted = params.structured
+        grammars = [None if wanted is None else self.grammars.compile(wanted) for _ in range(params.n)]
         state = RequestState(
             request_id=request_id,
             prompt=prompt,
@@ -249,6 +255,7 @@ class Engine:
                 params=params,
                 max_len=max_len,
                 eos_token_ids=self.eos_token_ids,
+                grammar=grammars[index],
             )
             if not params.greedy:
                 seed = self._seeds.getrandbits(63) if params.seed is None else params.seed + index

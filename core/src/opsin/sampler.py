@@ -96,9 +96,15 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[SampledToken
         _choose_best(_take_rows(logits, argmax_rows), argmax_rows, chosen)
     if other_rows:
         work = logits[other_rows].float()
+        failed: dict[int, RequestError] = {}
         for index, row in enumerate(other_rows):
-            all_rules[row].adjust(work[index], sequences[row])
+            try:
+                all_rules[row].adjust(work[index], sequences[row])
+            except RequestError as error:
+                failed[row] = error
         _choose_adjusted(work, other_rows, sequences, chosen)
+        for row, error in failed.items():
+            chosen[row] = error
     return _with_logprobs(logits, chosen, all_rules)
 
 
@@ -170,6 +176,7 @@ class _Rules:
     Attributes:
         params: the settings.
         plain: greedy with nothing else asked: the row's best token is the answer.
+        grammar: whether the sequence's tokens are constrained.
         bias: (token ids, values to add), or None.
         ending: ids that may not be chosen before ``min_tokens``, or None.
         counts: tokens to penalise, or None.
@@ -178,6 +185,7 @@ class _Rules:
 
     params: SamplingParams
     plain: bool
+    grammar: bool
     bias: tuple[Tensor, Tensor] | None
     ending: Tensor | None
     counts: _TokenCounts | None
@@ -186,7 +194,7 @@ class _Rules:
     def adjusts(self, seq: Sequence) -> bool:
         """Whether logits change in this step before temperature and cuts."""
         blocked = self.ending is not None and seq.num_output < self.params.min_tokens
-        return self.bias is not None or self.counts is not None or blocked
+        return self.grammar or self.bias is not None or self.counts is not None or blocked
 
     def adjust(self, row: Tensor, seq: Sequence) -> None:
         """Apply bias, mask and penalties in place. ``row``: float32 (V,)."""
@@ -198,6 +206,8 @@ class _Rules:
         if self.counts is not None:
             self.counts.catch_up(seq)
             self._penalise(row, self.counts)
+        if seq.grammar is not None:
+            row[~seq.grammar.allowed(seq.output_ids, len(row)).to(row.device)] = -math.inf
 
     def _penalise(self, row: Tensor, seen: _TokenCounts) -> None:
         """Repetition (Keskar et al. 2019, section 4.1), then frequency and presence (OpenAI API)."""
@@ -237,8 +247,11 @@ def _start(seq: Sequence, logits: Tensor) -> _Rules:
     elif params.presence_penalty or params.frequency_penalty:
         counts = _TokenCounts(())
     extras = (bias, ending, counts, error, params.logprobs)
-    plain = params.greedy and all(extra is None for extra in extras)
-    rules = _Rules(params=params, plain=plain, bias=bias, ending=ending, counts=counts, error=error)
+    grammar = seq.grammar is not None
+    plain = params.greedy and not grammar and all(extra is None for extra in extras)
+    rules = _Rules(
+        params=params, plain=plain, grammar=grammar, bias=bias, ending=ending, counts=counts, error=error
+    )
     seq.sampler_state = rules
     return rules
 

@@ -14,6 +14,8 @@ from opsin.config import SamplingParams
 if TYPE_CHECKING:
     import torch
 
+    from opsin.grammar import Grammar
+
 
 class Status(enum.Enum):
     """Where a sequence stands. There is no prefill or decode status: only tokens not yet computed."""
@@ -43,6 +45,7 @@ class Sequence:
         pooling: how an embedding is made of its hidden states; None: tokens are generated.
         dimensions: leading dimensions of the embedding to keep; None: all.
         pooled: sum of the hidden states so far, where an embedding is their mean, or the first one.
+        grammar: constrains its tokens, None if nothing does.
         sampler_state: the sampler's incremental token counts.
     """
 
@@ -64,6 +67,7 @@ class Sequence:
     pooling: Pooling | None = None
     dimensions: int | None = None
     pooled: torch.Tensor | None = None
+    grammar: Grammar | None = None
     sampler_state: Any = None
 
     def __post_init__(self) -> None:

@@ -1,0 +1,52 @@
+"""Prompts being prepared in a small thread pool, in order and only so many ahead."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+from opsin.api import ProcessedPrompt
+
+
+class Feed:
+    """Decoding, mapping and hashing overlap with the engine's steps, and a thousand pictures are not all
+    in memory at once.
+
+    Args:
+        jobs: each prepares one prompt.
+        num_threads: of the pool.
+        ahead: how many are prepared before they are taken.
+    """
+
+    def __init__(
+        self, jobs: Sequence[Callable[[], ProcessedPrompt]], *, num_threads: int, ahead: int
+    ) -> None:
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="opsin-media")
+        self._jobs = deque(enumerate(jobs))
+        self._coming: deque[tuple[int, Future[ProcessedPrompt]]] = deque()
+        for _ in range(ahead):
+            self._submit()
+
+    def __bool__(self) -> bool:
+        """Whether there are more."""
+        return bool(self._coming)
+
+    def take(self, timeout_s: float | None) -> tuple[int, Future[ProcessedPrompt]] | None:
+        """The next prompt's index and finished future; None if it is not ready within ``timeout_s``."""
+        index, future = self._coming[0]
+        wait([future], timeout=timeout_s)
+        if not future.done():
+            return None
+        self._coming.popleft()
+        self._submit()
+        return index, future
+
+    def close(self) -> None:
+        """Prepare nothing more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _submit(self) -> None:
+        if self._jobs:
+            index, job = self._jobs.popleft()
+            self._coming.append((index, self._pool.submit(job)))

@@ -1,0 +1,105 @@
+"""Constrained output: which tokens may come next, by llguidance (docs/decisions/0032-constrained-output.md)."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opsin.config import StructuredOutput
+from opsin.errors import RequestError
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+
+class Grammar:
+    """One sequence's constraint and how far it has got. Steps with the sequence's tokens, in order."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+        self._num_taken = 0
+
+    def allowed(self, output_ids: Sequence[int], vocab_size: int) -> Tensor:
+        """bool (vocab_size,), the tokens that may follow ``output_ids``.
+
+        Raises:
+            RequestError: the constraint cannot be followed any further.
+        """
+        self._matcher.consume_tokens(list(output_ids[self._num_taken :]))
+        self._num_taken = len(output_ids)
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        if self._matcher.is_error():
+            raise RequestError(f"the output constraint failed: {_first_line(self._matcher.get_error())}")
+        flags = np.unpackbits(bits, bitorder="little").astype(bool)[:vocab_size]
+        if len(flags) < vocab_size:
+            flags = np.pad(flags, (0, vocab_size - len(flags)))
+        return torch.from_numpy(flags)
+
+
+class GrammarCompiler:
+    """Makes grammars for one tokenizer. Thread-safe; the tokenizer's tables are built on first use."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._eos_token_ids = list(eos_token_ids)
+        self._tables: LLTokenizer | None = None
+        self._lock = threading.Lock()
+
+    def compile(self, wanted: StructuredOutput) -> Grammar:
+        """A fresh grammar, at its beginning.
+
+        Raises:
+            RequestError: the schema, expression or grammar is not valid; or the library is missing.
+        """
+        try:
+            from llguidance import LLMatcher
+        except ImportError:
+            raise RequestError("constrained output needs llguidance; pip install llguidance") from None
+        try:
+            source = _source(wanted)
+        except ValueError as error:
+            raise RequestError(f"the output constraint is not valid: {_first_line(str(error))}") from None
+        tables = self._load_tables()
+        problem = LLMatcher.validate_grammar(source, tables)
+        if problem:
+            raise RequestError(f"the output constraint is not valid: {_first_line(problem)}")
+        return Grammar(LLMatcher(tables, source))
+
+    def _load_tables(self) -> LLTokenizer:
+        from llguidance import hf
+
+        with self._lock:
+            if self._tables is None:
+                self._tables = hf.from_tokenizer(
+                    self._tokenizer, n_vocab=self._vocab_size, eos_token=self._eos_token_ids or None
+                )
+            return self._tables
+
+
+def _source(wanted: StructuredOutput) -> str:
+    """llguidance's form of a constraint."""
+    from llguidance import LLMatcher
+
+    if wanted.json is not None:
+        schema = wanted.json if isinstance(wanted.json, str) else json.dumps(wanted.json)
+        return str(LLMatcher.grammar_from_json_schema(schema))
+    if wanted.json_object:
+        return str(LLMatcher.grammar_from_json_schema('{"type": "object"}'))
+    if wanted.regex is not None:
+        return str(LLMatcher.grammar_from_regex(wanted.regex))
+    if wanted.choice is not None:
+        options = " | ".join(json.dumps(option) for option in wanted.choice)
+        return str(LLMatcher.grammar_from_lark(f"start: {options}"))
+    assert wanted.grammar is not None
+    return str(LLMatcher.grammar_from_lark(wanted.grammar))
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0][:300] if text.strip() else "unknown error"
