@@ -24,14 +24,14 @@ setup: $(STAMP) ## make .venv and install core, plugins, demo checkpoints and to
 $(VENV)/bin/python:
 	@python="$(PYTHON)"; \
 	if [ -z "$$python" ]; then \
-	  for candidate in python3 python3.13 python3.12 python3.11; do \
-	    if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	  for candidate in python3 python3.13 python3.12 python3.11 python3.10; do \
+	    if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then \
 	      python=$$candidate; break; \
 	    fi; \
 	  done; \
 	fi; \
 	if [ -z "$$python" ]; then \
-	  echo "make: no Python >= 3.11 found (constraints.txt needs it); install one, or say PYTHON=/path/to/python" >&2; \
+	  echo "make: no Python >= 3.10 found; install one, or say PYTHON=/path/to/python" >&2; \
 	  exit 1; \
 	fi; \
 	echo "== $(VENV): made with $$($$python --version)"; \
