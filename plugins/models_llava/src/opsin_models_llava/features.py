@@ -59,17 +59,15 @@ class Features:
         if strategy not in ("default", "full"):
             raise ValueError(f'vision_feature_select_strategy is {strategy!r}; expected "default" or "full"')
         asked = config.get("vision_feature_layer", -2)
+        layers = asked if isinstance(asked, list) else [asked]
         # Counted as transformers counts hidden states: 0 is the embeddings, -1 the last layer's.
         states = range(whole.num_layers + 1)
-        try:
-            read_after = tuple(states[index] for index in (asked if isinstance(asked, list) else [asked]))
-        except (IndexError, TypeError):
-            raise ValueError(
-                f"vision_feature_layer is {asked!r}; the tower has {whole.num_layers} layers"
-            ) from None
+        if not layers or not all(isinstance(n, int) and -len(states) <= n < len(states) for n in layers):
+            raise ValueError(f"vision_feature_layer is {asked!r}; the tower has {whole.num_layers} layers")
+        read_after = tuple(states[number] for number in layers)
         side = int(whole.num_positions**0.5)
         return cls(
-            tower=VisionConfig.from_config(vision, num_layers=max(read_after, default=0)),
+            tower=VisionConfig.from_config(vision, num_layers=max(read_after)),
             num_stored_layers=whole.num_layers,
             read_after=read_after,
             image_size=vision.get("image_size", 224),
