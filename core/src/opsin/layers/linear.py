@@ -19,6 +19,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def owned(tensor: Tensor, device: str, dtype: torch.dtype) -> Tensor:
+    """A contiguous copy. What a layer keeps must not be a view: it would hold the whole mapped file."""
+    return tensor.to(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
+
+
 @dataclass(frozen=True)
 class Slot:
     """One checkpoint tensor a layer takes.
@@ -118,7 +123,7 @@ class Linear(Layer):
             if self._split == "row" and self._world > 1 and target == "_weight":
                 flat = flat.narrow(1, self._rank * self.in_features, self.in_features)
             if len(self._parts) == 1:
-                setattr(self, target, flat.to(device=self._device, dtype=self._dtype).contiguous())
+                setattr(self, target, owned(flat, self._device, self._dtype))
             else:
                 whole = getattr(self, target)
                 if whole is None:
@@ -177,7 +182,7 @@ class Embedding(Layer):
         yield Slot("weight", self._shape, self._put)
 
     def _put(self, tensor: Tensor) -> None:
-        self.weight = tensor.to(device=self._device, dtype=self._dtype).contiguous()
+        self.weight = owned(tensor, self._device, self._dtype)
         for head in self._tied:
             head.adopt(self.weight)
 

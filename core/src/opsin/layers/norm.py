@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from opsin.api import BuildContext, KernelQuery
-from opsin.layers.linear import Layer, Slot, dtype_name
+from opsin.layers.linear import Layer, Slot, dtype_name, owned
 
 
 class Norm(Layer):
@@ -28,7 +28,7 @@ class Norm(Layer):
             yield Slot("bias", (self._size,), lambda tensor: setattr(self, "bias", self._own(tensor)))
 
     def _own(self, tensor: Tensor) -> Tensor:
-        return tensor.to(device=self._device, dtype=self._dtype, copy=True)
+        return owned(tensor, self._device, self._dtype)
 
 
 class RMSNorm(Norm):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from opsin.api import Activation, BuildContext, KernelQuery
-from opsin.layers.linear import Layer, Linear, Slot, dtype_name
+from opsin.layers.linear import Layer, Linear, Slot, dtype_name, owned
 from opsin.layers.norm import LayerNorm
 
 _ACTIVATIONS: Mapping[str, Activation] = {
@@ -86,7 +86,7 @@ class Table(Layer):
         yield Slot(self._name, self._shape, self._put, beside=True)
 
     def _put(self, tensor: Tensor) -> None:
-        self.value = tensor.to(device=self._device, dtype=self._dtype, copy=True)
+        self.value = owned(tensor, self._device, self._dtype)
 
     def forward(self) -> Tensor:
         """The tensor, in its stored shape."""
