@@ -7,7 +7,8 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-done
-TOOLS := av hatchling hypothesis import-linter mypy pytest pytest-timeout ruff
+TOOLS := av hatchling hypothesis import-linter mypy openai pytest pytest-timeout requests ruff schemathesis \
+  types-PyYAML types-requests
 PYPROJECTS := $(sort core/pyproject.toml $(wildcard plugins/*/pyproject.toml demo/checkpoints/*/pyproject.toml))
 PACKAGES := $(patsubst %/pyproject.toml,%,$(PYPROJECTS))
 SOURCES := $(patsubst %/__init__.py,%,$(wildcard core/src/*/__init__.py plugins/*/src/*/__init__.py))
@@ -43,7 +44,7 @@ $(VENV)/bin/python:
 $(STAMP): $(PYPROJECTS) constraints.txt | $(VENV)/bin/python
 	@echo "== $(VENV): installing $(PACKAGES)"
 	@$(PY) -m pip install --disable-pip-version-check -c constraints.txt $(PIP_EXTRA) \
-	  $(addprefix -e ./,$(PACKAGES)) $(TOOLS)
+	  $(patsubst ./core,./core[serve],$(addprefix -e ./,$(PACKAGES))) $(TOOLS)
 	@touch $@
 
 demo: $(STAMP) ## ask the demonstration model about fresh pictures (family=NAME seed=NUMBER)

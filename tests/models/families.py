@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,12 +23,15 @@ class Family:
         embeds_input: (embeddings of each item, their geometries) -> what ``multi_modal_data["image"]``
             takes instead of pictures.
         has_video: whether it takes videos.
+        case_options: recorded case -> ``mm_processor_kwargs`` it needs beside the recorded ones, where it was
+            recorded from another implementation than the rest.
     """
 
     name: str
     image_text: Callable[[int], str]
     embeds_input: Callable[[Sequence[Tensor], Sequence[Any]], Any]
     has_video: bool = False
+    case_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 FAMILIES = {
@@ -52,6 +55,12 @@ FAMILIES = {
             name="llava_next",
             image_text=lambda number: "<image>",
             embeds_input=lambda embeds, geometries: list(embeds),
+        ),
+        Family(
+            name="phi3v",
+            image_text=lambda number: f"<|image_{number}|>",
+            embeds_input=lambda embeds, geometries: list(embeds),
+            case_options={"single_image_whole_prompt": {"tokenize_whole_prompt": True}},
         ),
         *(
             Family(

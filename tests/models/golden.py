@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from opsin import LLM
+from tests.models.families import FAMILIES
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -45,8 +46,18 @@ class Case:
         return {
             "prompt": self.data["prompt"],
             "multi_modal_data": self.media(),
-            "mm_processor_kwargs": self.data.get("mm_processor_kwargs") or {},
+            "mm_processor_kwargs": self.options(),
         }
+
+    def options(self) -> dict[str, Any]:
+        """``mm_processor_kwargs`` of the case."""
+        more = FAMILIES[self.family].case_options.get(self.name, {})
+        return {**(self.data.get("mm_processor_kwargs") or {}), **more}
+
+    def token_ids(self) -> list[int]:
+        """The expanded prompt; where the recording marks pictures with negative ids, with the token's id."""
+        ids: list[int] = self.data.get("prompt_token_ids_image_token") or self.data["prompt_token_ids"]
+        return ids
 
     def differs(self, name: str, value: Tensor) -> float:
         """Largest absolute difference of a tensor from the recorded one (or its recorded sample)."""

@@ -90,9 +90,8 @@ def test_messages_render_to_the_recorded_prompt(llms: dict[str, LLM], case: Case
     assert rendered + case.data["prompt"].removeprefix(rendered) == case.data["prompt"]
     params = SamplingParams(temperature=0, max_tokens=1)
     if rendered == case.data["prompt"]:
-        options = case.prompt()["mm_processor_kwargs"]
-        [output] = llm.chat(messages, params, use_tqdm=False, mm_processor_kwargs=options)
-        assert output.prompt_token_ids == case.data["prompt_token_ids"]
+        [output] = llm.chat(messages, params, use_tqdm=False, mm_processor_kwargs=case.options())
+        assert output.prompt_token_ids == case.token_ids()
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

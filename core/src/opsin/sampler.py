@@ -100,8 +100,8 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[SampledToken
         for index, row in enumerate(other_rows):
             try:
                 all_rules[row].adjust(work[index], sequences[row])
-            except RequestError as error:
-                failed[row] = error
+            except RequestError as problem:
+                failed[row] = problem
         _choose_adjusted(work, other_rows, sequences, chosen)
         for row, error in failed.items():
             chosen[row] = error

@@ -21,6 +21,9 @@ GROUP_TOKENS = 1024
 """Short decoding sequences are gathered and padded together up to this many tokens: fewer calls, and the
 gathered rows are still in the L2 cache when they are used."""
 
+MASK_ELEMENTS = 2**16
+"""Up to this many query x key pairs a mask is cheaper than attending to past and present apart."""
+
 VIEW_MIN_TOKENS = 256
 """From this context length on a sequence that needs no gather is cheaper alone than in a padded group."""
 
@@ -85,7 +88,7 @@ class DecodeGroup:
         first, count: its queries in the flat batch.
         source: slots, ``count * length`` of them. Padding repeats a slot of the same sequence, so that
             what is masked is finite and its own.
-        mask: [count, 1, 1, length], 0 or -inf in the run dtype's float32; None if nothing is padded.
+        mask: float32 [count, 1, 1, length], 0 or -inf; None if nothing is padded.
     """
 
     first: int
@@ -102,12 +105,14 @@ class Chunk:
         first, count: its queries in the flat batch.
         past: context tokens before them.
         source: slots of the whole context.
+        mask: float32 [count, past + count], 0 or -inf; None: nothing is past, or the mask would be large.
     """
 
     first: int
     count: int
     past: int
     source: Run | Gather
+    mask: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,8 @@ def _parts(batch: AttentionBatch) -> Iterator[DecodeGroup | Chunk]:
             yield _group(at - len(waiting), waiting, size)
             waiting = []
         if query_len > 1:
-            yield Chunk(at, query_len, length - query_len, run or _gather([context], length, size))
+            source = run or _gather([context], length, size)
+            yield Chunk(at, query_len, length - query_len, source, _chunk_mask(query_len, length))
         elif alone:
             yield _group(at, [context], size)
         else:
@@ -178,6 +184,13 @@ def _group(first: int, contexts: Sequence[_Context], size: int) -> DecodeGroup:
         mask = torch.zeros(len(contexts), 1, 1, longest)
         mask.masked_fill_(torch.arange(longest) >= lengths, float("-inf"))
     return DecodeGroup(first, len(contexts), _gather(contexts, longest, size), mask)
+
+
+def _chunk_mask(count: int, length: int) -> Tensor | None:
+    """Bottom-right causal."""
+    if count == length or count * length > MASK_ELEMENTS:
+        return None
+    return torch.full((count, length), float("-inf")).triu_(length - count + 1)
 
 
 def _gather(contexts: Sequence[_Context], length: int, size: int) -> Gather:
@@ -224,6 +237,8 @@ def _chunk(q: Tensor, layer: RowsKVLayer, part: Chunk, scale: float) -> Tensor:
     k, v = both.expand(-1, -1, q.shape[1], -1, -1).unbind(0)
     if part.past == 0:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    elif part.mask is not None:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=part.mask.to(q.dtype), scale=scale)
     else:
         out = _past_and_present(q, k, v, part.past, scale)
     return out.permute(2, 0, 1, 3).flatten(1, 2)

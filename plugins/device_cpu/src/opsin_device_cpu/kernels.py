@@ -7,6 +7,7 @@ activations counts; both are kept down by working in place on what was just made
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +24,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     """
     h = x if residual is None else residual.add_(x)
     norm = torch.linalg.vector_norm(h, dim=-1, keepdim=True, dtype=torch.float32)
-    scale = norm.square_().mul_(1.0 / h.shape[-1]).add_(eps).rsqrt_()
+    scale = torch.addcmul(_scalar(eps), norm, norm, value=1.0 / h.shape[-1]).rsqrt_()
     if h.dtype == torch.float32:
         return torch.mul(h, scale).mul_(weight), h
     return torch.mul(h, scale).to(h.dtype).mul_(weight), h
+
+
+@cache
+def _scalar(value: float) -> Tensor:
+    """float32 (1,): torch makes a new tensor of a Python number at every call."""
+    return torch.tensor([value])
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
