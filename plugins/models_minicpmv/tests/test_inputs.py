@@ -20,13 +20,16 @@ from tests.models.golden import GOLDEN, Case, cases, picture
 FAMILIES = ["minicpmv20", "minicpmv25", "minicpmv26"]
 
 
-def context(family: str, **changes: Any) -> InputContext:
-    """Of the recorded checkpoint; ``changes`` to its preprocessor settings."""
+def context(family: str, *, options: dict[str, Any] | None = None, **changes: Any) -> InputContext:
+    """Of the recorded checkpoint; ``options`` of the engine, ``changes`` to its preprocessor settings."""
     folder = GOLDEN / family / "model"
     config = json.loads((folder / "config.json").read_text())
     preprocessor = json.loads((folder / "preprocessor_config.json").read_text())
     return InputContext(
-        config=config, preprocessor={**preprocessor, **changes}, tokenizer=load_tokenizer(folder)
+        config=config,
+        preprocessor={**preprocessor, **changes},
+        tokenizer=load_tokenizer(folder),
+        options=options or {},
     )
 
 
@@ -179,6 +182,12 @@ def test_embeddings_of_a_picture_cut_otherwise() -> None:
     assert mapper.map(media, {"max_slice_nums": 2}).num_embeds == 48
     with pytest.raises(ValueError, match="expected \\(7 slices, 16 queries"):
         mapper.map(media, {})
+
+
+def test_embeddings_are_split_by_the_engines_option() -> None:
+    mapper = ImageMapper(context("minicpmv26", options={"max_slice_nums": 2}))
+    items = mapper.split_embeds({"image_embeds": embeds(4), "image_sizes": SIZES})
+    assert [len(item["embeds"]) for item in items] == [3, 1]
 
 
 def test_embeddings_of_a_videos_frames() -> None:
