@@ -87,8 +87,11 @@ class PromptProcessor:
                 f"{sorted(placeholders)}; its plugin must register both for each modality"
             )
         require_known("limit_mm_per_prompt", limits or {}, mappers, ConfigError)
-        readers = [*mappers.values(), *placeholders.values()]
-        self._option_names = frozenset(chain.from_iterable(reader.option_names for reader in readers))
+        names = [
+            *(m.option_names for m in mappers.values()),
+            *(p.option_names for p in placeholders.values()),
+        ]
+        self._option_names = frozenset(chain.from_iterable(names))
         require_known("mm_processor_kwargs", options or {}, self._option_names, ConfigError)
         self.limits: Mapping[Modality, int] = {**model_spec.default_limits, **(limits or {})}
         self.mapped_media: ByteLRU[MappedMedia] = ByteLRU(media_cache_bytes)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from opsin.api import Activation, BuildContext, KernelQuery, LinearFn
+from opsin.api import Activation, BuildContext, KernelQuery, LinearFn, PrepareLinear
 
 Split = Literal["column", "row"]
 
@@ -62,6 +62,9 @@ class Linear(Layer):
             ranks); None: every rank has the whole layer.
         stored_shape: shape of the checkpoint's weight where it is not (out, in), e.g. a convolution
             whose stride equals its kernel.
+        num_sums: in float32, compute the product as this many shorter sums over the input, which round
+            less: for the patches of a picture, whose many large and equal values a following norm takes
+            away again, rounding errors with them not. Not with an activation.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Linear(Layer):
         activation: Activation | None = None,
         split: Split | None = None,
         stored_shape: tuple[int, ...] | None = None,
+        num_sums: int = 1,
     ) -> None:
         super().__init__()
         self._parts = {"": out_features} if isinstance(out_features, int) else dict(out_features)
@@ -97,6 +101,9 @@ class Linear(Layer):
                 bias=bias,
             )
         )
+        if num_sums > 1 and context.dtype == torch.float32:  # others round each sum's result, and lose by it
+            assert activation is None, "an activation is of the whole sum"
+            self._prepare = in_shorter_sums(self._prepare, num_sums)
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
         self._to_come = len(self._parts) * (2 if bias else 1)
@@ -157,6 +164,29 @@ class Linear(Layer):
         if self._split == "row" and self._world > 1:
             torch.distributed.all_reduce(y)
         return y
+
+
+def in_shorter_sums(prepare: PrepareLinear, num_sums: int) -> PrepareLinear:
+    """x @ W.T as the sum of ``num_sums`` products over equal parts of the input."""
+
+    def prepared(
+        weight: Tensor, bias: Tensor | None, activation: Activation | None, *, keep_weight: bool
+    ) -> LinearFn:
+        first, *others = (
+            prepare(part.contiguous(), None if index else bias, activation, keep_weight=False)
+            for index, part in enumerate(weight.chunk(num_sums, dim=1))
+        )
+
+        def linear(x: Tensor) -> Tensor:
+            part, *rest = x.chunk(num_sums, dim=-1)
+            y = first(part)
+            for run, part in zip(others, rest, strict=True):
+                y = y + run(part)
+            return y
+
+        return linear
+
+    return prepared
 
 
 class Embedding(Layer):

@@ -106,6 +106,7 @@ class VisionEmbeddings(nn.Module):
             width,
             bias=config.patch_bias,
             stored_shape=(width, config.num_channels, patch, patch),
+            num_sums=config.num_channels,
         )
         self.position = Table(context, "position_embedding.weight", (config.num_positions, width))
         self.first = Table(context, "class_embedding", (width,)) if config.class_token else None

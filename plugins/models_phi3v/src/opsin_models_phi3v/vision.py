@@ -1,0 +1,118 @@
+"""Phi-3-vision's picture embeddings: CLIP over each crop, 2x2 patches merged, rows and views separated.
+
+The order is that of the hub repository's ``image_embedding_phi3_v.py`` (``hd_feature_transform``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opsin.api import BuildContext, MappedMedia
+from opsin.layers import Linear, Table, VisionConfig, VisionTransformer, flatten_patches
+from opsin_models_phi3v.inputs import CROP, TOKENS
+
+CLIP = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": CROP,
+    "patch_size": 14,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+"""openai/clip-vit-large-patch14-336, which the published config.json names and does not describe."""
+
+SETTINGS: Mapping[tuple[str, str], Any] = {
+    ("embd_layer", "hd_transform_order"): "sub_glb",
+    ("embd_layer", "projection_cls"): "mlp",
+    ("embd_layer", "use_hd_transform"): True,
+    ("embd_layer", "with_learnable_separator"): True,
+    ("img_processor", "type_feature"): "patch",
+}
+"""Settings of config.json that the hub's code has alternatives for and no published checkpoint uses."""
+
+
+def used_layers(config: Mapping[str, Any]) -> int:
+    """How many layers of the tower there are up to the state that is read."""
+    num_layers = {**CLIP, **config.get("vision_config", {})}["num_hidden_layers"]
+    read = config.get("img_processor", {}).get("layer_idx", -2)
+    return int(num_layers + 1 + read if read < 0 else read)
+
+
+class VisionEmbedding(nn.Module):
+    """The part of a checkpoint below ``model.vision_embed_tokens``.
+
+    A ``vision_config`` in config.json overrides `CLIP`, e.g. for a smaller tower.
+
+    Raises:
+        ValueError: config.json asks for another arrangement, or a tower that is not read as 24x24 patches.
+    """
+
+    def __init__(self, context: BuildContext, config: Mapping[str, Any], out: int) -> None:
+        super().__init__()
+        for (section, name), supported in SETTINGS.items():
+            asked = config.get(section, {}).get(name, supported)
+            if asked != supported:
+                raise ValueError(f"{section}.{name} is {asked!r}; only {supported!r} is supported")
+        tower = VisionConfig.from_config(
+            {**CLIP, **config.get("vision_config", {}), "model_type": CLIP["model_type"]},
+            num_layers=used_layers(config),
+        )
+        self._patch = tower.patch_size
+        self._patches = (CROP // self._patch) ** 2
+        if self._patches != (2 * TOKENS) ** 2 or tower.num_positions != self._patches + 1:
+            raise ValueError(
+                f"a tower with patches of {self._patch} pixels and {tower.num_positions} positions; expected "
+                f"{2 * TOKENS}x{2 * TOKENS} patches of a {CROP}x{CROP} crop, and a class token"
+            )
+        wide = 4 * tower.hidden_size
+        self.img_processor = nn.ModuleDict(
+            {"vision_model": VisionTransformer(context, tower, post_norm=False)}
+        )
+        self.img_projection = nn.ModuleDict(
+            {
+                "0": Linear(context, wide, out, bias=True, activation="gelu"),
+                "2": Linear(context, out, out, bias=True),
+            }
+        )
+        self.newline = Table(context, "sub_GN", (1, 1, 1, wide))
+        self.separator = Table(context, "glb_GN", (1, 1, wide))
+
+    def forward(self, items: Sequence[MappedMedia]) -> list[Tensor]:
+        """Crops of all items in one pass of the tower -> embeddings (E, out) of each."""
+        views = [item.tensors["pixel_values"] for item in items]
+        merged = self._merge(torch.cat(views)).split([len(view) for view in views])
+        arranged = [self._arrange(view, item.geometry) for view, item in zip(merged, items)]
+        projected = self.img_projection["2"](self.img_projection["0"](torch.cat(arranged)))
+        return list(projected.split([len(rows) for rows in arranged]))
+
+    def _merge(self, crops: Tensor) -> Tensor:
+        """float32 (C, 3, CROP, CROP) -> (C, TOKENS, TOKENS, 4 * width), 2x2 patches side by side."""
+        tower = self.img_processor["vision_model"]
+        states = tower(flatten_patches(crops, self._patch), [self._patches] * len(crops))
+        patches = states.unflatten(0, (len(crops), -1))[:, 1:]
+        blocks: Tensor = patches.reshape(len(crops), TOKENS, 2, TOKENS, 2, -1).transpose(2, 3)
+        return blocks.reshape(len(crops), TOKENS, TOKENS, -1)
+
+    def _arrange(self, views: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(1 + rows * columns, TOKENS, TOKENS, wide), global view first -> (E, wide), global view last."""
+        rows, columns = grid
+        whole, crops = views[0], views[1:]
+        picture = (
+            crops.unflatten(0, (rows, columns))
+            .transpose(1, 2)
+            .reshape(rows * TOKENS, columns * TOKENS, views.shape[-1])
+        )
+        separator = self.separator().flatten(0, 1)
+        return torch.cat([self._with_newlines(picture), separator, self._with_newlines(whole)])
+
+    def _with_newlines(self, rows: Tensor) -> Tensor:
+        """(rows, columns, wide) -> (rows * (columns + 1), wide)."""
+        newlines = self.newline()[0].expand(len(rows), 1, -1)
+        return torch.cat([rows, newlines], dim=1).flatten(0, 1)
