@@ -15,7 +15,7 @@ from opsin.chat import ChatRenderer
 from opsin.chat_template import resolve_chat_template
 from opsin.checkpoint import Checkpoint, load, load_tokenizer
 from opsin.config import EngineConfig, PoolingParams, Resolved, SamplingParams
-from opsin.errors import ConfigError, RequestError
+from opsin.errors import CheckpointError, ConfigError, RequestError
 from opsin.executor import LocalExecutor
 from opsin.grammar import GrammarCompiler
 from opsin.hub import locate
@@ -147,16 +147,19 @@ class Engine:
             tokenizer=self.tokenizer,
             options=self.config.mm_processor_kwargs,
         )
-        mappers = {
-            modality: mapper
-            for modality, spec in self.plugins.input_mappers(architecture).items()
-            if (mapper := spec.build(context)) is not None
-        }
-        placeholders = {
-            modality: placeholder
-            for modality, spec in self.plugins.placeholders(architecture).items()
-            if (placeholder := spec.build(context)) is not None
-        }
+        try:
+            mappers = {
+                modality: mapper
+                for modality, spec in self.plugins.input_mappers(architecture).items()
+                if (mapper := spec.build(context)) is not None
+            }
+            placeholders = {
+                modality: placeholder
+                for modality, spec in self.plugins.placeholders(architecture).items()
+                if (placeholder := spec.build(context)) is not None
+            }
+        except ValueError as error:  # settings the family cannot follow
+            raise CheckpointError(f"the settings in {self.checkpoint.path}: {error}") from error
         processor = PromptProcessor(
             model_spec=self.model_spec,
             mappers=mappers,

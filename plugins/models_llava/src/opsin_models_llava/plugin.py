@@ -82,7 +82,8 @@ MISTRAL_TEMPLATE = (
     "{% else %}{{ raise_exception('expected the roles system, user and assistant') }}{% endif %}"
     + _PARTS.replace("SEPARATOR", "")
     + "{{ text }}"
-    "{% if message['role'] == 'system' %}\n<</SYS>>\n\n{% elif message['role'] == 'user' %} [/INST]"
+    # In an expression: Jinja drops a line break that follows a tag.
+    "{% if message['role'] == 'system' %}{{ '\n<</SYS>>\n\n' }}{% elif message['role'] == 'user' %} [/INST]"
     "{% else %}</s> {% endif %}"
     "{% endfor %}"
 )
