@@ -1,0 +1,1 @@
+"""`opsin serve`: the OpenAI-compatible HTTP server."""
