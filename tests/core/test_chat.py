@@ -245,6 +245,13 @@ def test_malformed_messages_are_refused_by_name(messages: Any, complaint: str) -
         renderer().render(messages)
 
 
+@pytest.mark.parametrize("value", [str(PICTURE), PICTURE, PICTURE.read_bytes()])
+def test_embeddings_are_tensors_and_never_a_file(value: Any) -> None:
+    message = user({"type": "image_embeds", "image_embeds": value}, "q")
+    with pytest.raises(MediaError, match=r"content\[0\]: got embeddings as a .*expected tensors"):
+        renderer(local_files=False).render([message])
+
+
 def test_files_are_read_only_for_trusted_callers() -> None:
     chat = renderer(local_files=False)
     for part in (image(str(PICTURE)), {"type": "image_url", "image_url": {"url": PICTURE.as_uri()}}):

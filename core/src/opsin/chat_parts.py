@@ -18,11 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from opsin.api import Modality
 from opsin.decoding import MediaLimits
-from opsin.errors import RequestError
+from opsin.errors import MediaError, RequestError
 from opsin.media import Fetch, errors_at, image_item, video_item
 from opsin.prompt_dict import require_known
 
@@ -50,6 +51,11 @@ class MediaPart:
             MediaError: the item cannot be used.
         """
         if self.is_embeds:
+            # Further on, text or bytes would be taken for a file's name or content.
+            if isinstance(self.value, (str, bytes, bytearray, Path)):
+                raise MediaError(
+                    f"{self.where}: got embeddings as a {type(self.value).__name__}; expected tensors"
+                )
             return self.value
         build = image_item if self.modality == "image" else video_item
         with errors_at(self.where):
