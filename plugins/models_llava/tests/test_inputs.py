@@ -20,7 +20,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from opsin.api import InputContext, MappedMedia, MediaItem
-from opsin_models_llava.grid import Grid, best_resolution, fitted_size
+from opsin_models_llava.grid import Grid, best_resolution, fitted_size, grids_of
 from opsin_models_llava.inputs import (
     DEFAULT_PINPOINTS,
     MAX_ELONGATION,
@@ -249,6 +249,7 @@ def test_geometry_is_transformers(height: int, width: int, pinpoints: list[tuple
     )
     grid = Grid.of(size, canvas, crop=crop, side=side)
     assert (grid.rows, grid.columns) == get_anyres_image_grid_shape(size, canvases, crop)
+    assert grid in set(grids_of(canvas, crop=crop, side=side))
     features = torch.arange(grid.rows * grid.columns * side**2).view(1, grid.rows * side, grid.columns * side)
     seen = features[0, grid.top : grid.top + grid.height, grid.left : grid.left + grid.width]
     assert torch.equal(seen, unpad_image(features, size)[0])
@@ -345,9 +346,11 @@ def test_embeddings_are_one_item_per_picture(mapper: Any, as_list: bool) -> None
 
 def test_embeddings_of_grids_differ_in_number() -> None:
     ours = GridMapper(context())
-    items = ours.split_embeds([torch.zeros(700, 8), torch.zeros(1, 900, 8)])
+    items = ours.split_embeds([torch.zeros(1176, 8), torch.zeros(1, 1464, 8)])
     mapped = [ours.map(MediaItem(modality="image", digest="0", embeds=item), {}) for item in items]
-    assert [item.num_embeds for item in mapped] == [700, 900]
+    assert [item.num_embeds for item in mapped] == [1176, 1464]
+    with pytest.raises(ValueError, match="no size of picture gives 1177"):
+        ours.split_embeds([torch.zeros(1176, 8), torch.zeros(1177, 8)])
 
 
 @pytest.mark.parametrize(

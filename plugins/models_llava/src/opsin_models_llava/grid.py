@@ -8,7 +8,7 @@ LLaVA-NeXT code (haotian-liu/LLaVA, ``mm_utils.py``).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 Size = tuple[int, int]
@@ -92,3 +92,10 @@ class Grid:
     def num_rows(self) -> int:
         """Features of the unpadded grid, each row closed by one for the line break."""
         return self.height * (self.width + 1)
+
+
+def grids_of(canvas: Size, *, crop: int, side: int) -> Iterator[Grid]:
+    """Every grid that some picture has on a canvas; ``crop`` and ``side`` as in `Grid.of`."""
+    rows, columns = canvas[0] // crop, canvas[1] // crop
+    yield from (Grid(rows, columns, top, 0, side) for top in range(rows * side // 2 + 1))
+    yield from (Grid(rows, columns, 0, left, side) for left in range(1, columns * side // 2 + 1))

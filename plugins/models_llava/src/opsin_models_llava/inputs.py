@@ -15,7 +15,7 @@ from torch import Tensor
 from opsin.api import Expansion, InputContext, MappedMedia, MediaItem, Placeholder
 from opsin.layers import pixel_levels, pixel_values, split_image_embeds
 from opsin_models_llava.features import Features
-from opsin_models_llava.grid import Grid, Size, best_resolution, fitted_size
+from opsin_models_llava.grid import Grid, Size, best_resolution, fitted_size, grids_of
 
 Array = np.ndarray[Any, Any]
 
@@ -149,6 +149,11 @@ class GridMapper:
                 f"image_grid_pinpoints {self._canvases}: expected multiples of {self._crop}, the side of the "
                 "tower's pictures"
             )
+        self._counts = frozenset(
+            self._num_rows + grid.num_rows
+            for canvas in self._canvases
+            for grid in grids_of(canvas, crop=self._crop, side=self._side)
+        )
 
     def map(self, item: MediaItem, options: Mapping[str, Any]) -> MappedMedia:
         """See `opsin.api.InputMapper.map`.
@@ -184,8 +189,15 @@ class GridMapper:
         return split.reshape(rows * columns, self._crop, self._crop, 3)
 
     def split_embeds(self, data: Any) -> Sequence[Mapping[str, Tensor]]:
-        """See `opsin.layers.split_image_embeds`; pictures of different sizes have different numbers."""
-        return [{"embeds": item} for item in split_image_embeds(data)]
+        """See `opsin.layers.split_image_embeds`; E is what some size of picture gives."""
+        items = split_image_embeds(data)
+        for item in items:
+            if len(item) not in self._counts:
+                raise ValueError(
+                    f"the embeddings of an image have shape {tuple(item.shape)}; no size of picture gives "
+                    f"{len(item)} embeddings: {self._num_rows} for the whole and those of a grid"
+                )
+        return [{"embeds": item} for item in items]
 
 
 def placeholder(context: InputContext) -> Placeholder:

@@ -17,12 +17,11 @@ from PIL import Image
 from torch import Tensor
 
 from opsin.api import Expansion, InputContext, MappedMedia, MediaItem, Modality, Placeholder
+from opsin.layers import pixel_levels
 
 Array = np.ndarray[Any, Any]
 
 MAX_ASPECT_RATIO = 200
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -77,9 +76,6 @@ class Patching:
     @classmethod
     def from_config(cls, settings: Mapping[str, Any]) -> Patching:
         """From preprocessor_config.json; what is absent takes the family's defaults."""
-        mean = np.asarray(settings.get("image_mean", CLIP_MEAN), np.float32)[:, None]
-        std = np.asarray(settings.get("image_std", CLIP_STD), np.float32)[:, None]
-        scaled = (np.arange(256) * float(settings.get("rescale_factor", 1 / 255))).astype(np.float32)
         size = settings.get("size") or {}
         return cls(
             patch_size=settings.get("patch_size", 14),
@@ -87,7 +83,7 @@ class Patching:
             temporal_patch_size=settings.get("temporal_patch_size", 2),
             min_pixels=settings.get("min_pixels") or size.get("shortest_edge") or 56 * 56,
             max_pixels=settings.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280,
-            levels=(scaled[None, :] - mean) / std,
+            levels=pixel_levels(settings),
         )
 
     @property
@@ -130,7 +126,6 @@ class Patching:
             grid[0], span, grid[1] // merge, merge, patch, grid[2] // merge, merge, patch, 3
         ).transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
         rows = split.reshape(grid[0] * grid[1] * grid[2], 3, span * patch * patch)
-        # A table look-up per channel gives the very floats of rescaling and normalising, in one pass.
         values = np.empty(rows.shape, np.float32)
         for channel in range(3):
             np.take(self.levels[channel], rows[:, channel], out=values[:, channel])
