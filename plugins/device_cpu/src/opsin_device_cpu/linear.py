@@ -62,7 +62,7 @@ class LinearPreparer:
     """
 
     def __init__(self, copy_bytes: int, *, bfloat16_instructions: bool) -> None:
-        self._copy_bytes = copy_bytes
+        self.copy_bytes_left = copy_bytes
         self._bfloat16_instructions = bfloat16_instructions
 
     def __call__(
@@ -87,12 +87,12 @@ class LinearPreparer:
     def _half(self, weight: Tensor, bias: Tensor | None, activation: Activation | None) -> LinearFn | None:
         """Over a float16 copy, if that is possible without loss and within the budget."""
         num_bytes = 2 * weight.numel()
-        if num_bytes > self._copy_bytes or not _fbgemm_available():
+        if num_bytes > self.copy_bytes_left or not _fbgemm_available():
             return None
         exponent = float16_exponent(weight)
         if exponent is None:
             return None
-        self._copy_bytes -= num_bytes
+        self.copy_bytes_left -= num_bytes
         return _float16(weight, bias, activation, exponent)
 
 
