@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -46,11 +47,15 @@ def test_grids_are_within_the_limit_and_near_the_ratio(width: int, height: int, 
         return
     assert grid is not None
     columns, rows = grid
-    # One slice beside the overview only where two are the most and the picture wants no grid of two.
+    wanted = min(math.ceil(width * height / 448**2), max_slices)
     assert 2 <= columns * rows <= max_slices
-    turned = REAL.grid((height, width), max_slices)
-    assert turned is not None
-    assert sorted(turned) == sorted(grid) or columns * rows != turned[0] * turned[1]
+    assert abs(columns * rows - wanted) <= 1
+
+    def error(columns: float, rows: float) -> float:
+        return abs(math.log(width / height) - math.log(columns / rows))
+
+    divisors = [count for count in range(1, wanted + 1) if wanted % count == 0]
+    assert error(columns, rows) <= min(error(count, wanted // count) for count in divisors)
 
 
 @given(width=sides, height=sides, max_slices=st.integers(1, 12))
