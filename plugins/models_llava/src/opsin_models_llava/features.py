@@ -65,12 +65,12 @@ class Features:
         if not layers or not all(isinstance(n, int) and -len(states) <= n < len(states) for n in layers):
             raise ValueError(f"vision_feature_layer is {asked!r}; the tower has {whole.num_layers} layers")
         read_after = tuple(states[number] for number in layers)
-        side = int(whole.num_positions**0.5)
+        image_size = int(vision.get("image_size", 224))
         return cls(
             tower=VisionConfig.from_config(vision, num_layers=max(read_after)),
             num_stored_layers=whole.num_layers,
             read_after=read_after,
-            image_size=vision.get("image_size", 224),
-            side=side,
+            image_size=image_size,
+            side=image_size // whole.patch_size,
             drop_first=strategy == "default",
         )
