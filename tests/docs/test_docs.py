@@ -11,7 +11,7 @@ import pytest
 from opsin import hookspecs
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
 def test_every_hook_has_its_exact_signature_as_a_heading() -> None:
@@ -37,7 +37,10 @@ def test_python_examples_are_python(page: Path) -> None:
         compile(block, str(page), "exec")
 
 
-@pytest.mark.parametrize("page", ["tour.md", "hooks.md", "write-a-model-plugin.md", "write-a-device-plugin.md"])
+GUIDES = ["tour.md", "hooks.md", "write-a-model-plugin.md", "write-a-device-plugin.md"]
+
+
+@pytest.mark.parametrize("page", GUIDES)
 def test_files_named_in_backticks_exist(page: str) -> None:
     places = [ROOT, ROOT / "core/src/opsin", ROOT / "plugins/models_qwen2vl"]
     places.append(ROOT / "plugins/models_qwen2vl/src/opsin_models_qwen2vl")

@@ -1,4 +1,4 @@
-"""Constrained output: which tokens may come next, by llguidance (docs/decisions/0032-constrained-output.md)."""
+"""Constrained output: which tokens may come next. Why llguidance: docs/decisions/0050."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ from opsin.errors import RequestError
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
+
+
+_JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""JSON as json.dumps writes it: a model left free may go on with white space for ever."""
 
 
 class Grammar:
@@ -89,9 +93,9 @@ def _source(wanted: StructuredOutput) -> str:
 
     if wanted.json is not None:
         schema = wanted.json if isinstance(wanted.json, str) else json.dumps(wanted.json)
-        return str(LLMatcher.grammar_from_json_schema(schema))
+        return str(LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_STYLE))
     if wanted.json_object:
-        return str(LLMatcher.grammar_from_json_schema('{"type": "object"}'))
+        return str(LLMatcher.grammar_from_json_schema('{"type": "object"}', overrides=_JSON_STYLE))
     if wanted.regex is not None:
         return str(LLMatcher.grammar_from_regex(wanted.regex))
     if wanted.choice is not None:
