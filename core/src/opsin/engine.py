@@ -5,24 +5,18 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from opsin.api import InputContext, ModelSpec, Pooling, ProcessedPrompt, Tokenizer
+from opsin.api import ModelSpec, Pooling, ProcessedPrompt
 from opsin.cache import BlockPool
-from opsin.chat import ChatRenderer
-from opsin.chat_template import resolve_chat_template
-from opsin.checkpoint import Checkpoint, load, load_tokenizer
+from opsin.checkpoint import Checkpoint, load
 from opsin.config import EngineConfig, PoolingParams, Resolved, SamplingParams
-from opsin.errors import CheckpointError, ConfigError, RequestError
+from opsin.errors import ConfigError, RequestError
 from opsin.executor import LocalExecutor
-from opsin.grammar import GrammarCompiler
-from opsin.hub import locate
+from opsin.frontend import build_frontend
 from opsin.output import RequestOutput, RequestState
 from opsin.plugins import Plugins, load_plugins
 from opsin.pooling import PoolingRequestOutput, PoolingState
-from opsin.prompt import PromptProcessor
 from opsin.runner import StepTokens
 from opsin.sampler import SampledToken, make_generator
 from opsin.scheduler import Scheduler, Step
@@ -108,8 +102,6 @@ class Engine:
             normalize=default.normalize if config.normalize is None else config.normalize,
         )
         device_spec, device_index, _ = self.plugins.select_device(config.device)
-        source = locate(config.tokenizer) if config.tokenizer else self.checkpoint.path
-        self.tokenizer = load_tokenizer(source)
         self.executor = LocalExecutor(
             config,
             self.checkpoint,
@@ -119,8 +111,18 @@ class Engine:
             kernel_specs=self.plugins.kernel_specs(device_spec.name),
         )
         self.resolved: Resolved = self.executor.resolved
-        self.eos_token_ids: frozenset[int] = _eos_token_ids(self.checkpoint, self.model_spec, self.tokenizer)
-        self.processor, self.renderer = self._build_inputs()
+        frontend = build_frontend(
+            config,
+            self.checkpoint,
+            self.model_spec,
+            self.plugins,
+            max_model_len=self.resolved.max_model_len,
+            vocab_size=self.executor.model.vocab_size,
+            hidden_size=self.executor.model.hidden_size,
+        )
+        self.tokenizer = frontend.tokenizer
+        self.processor, self.renderer = frontend.processor, frontend.renderer
+        self.eos_token_ids, self.grammars = frontend.eos_token_ids, frontend.grammars
         self.scheduler = Scheduler(
             blocks=BlockPool(self.resolved.num_blocks),
             encoder_cache=self.executor.encoder_cache,
@@ -132,59 +134,9 @@ class Engine:
             prefix_caching=config.enable_prefix_caching,
             root_key=f"{self.checkpoint.revision_key}|{self.resolved.dtype}".encode(),
         )
-        self.grammars = GrammarCompiler(
-            self.tokenizer, self.executor.model.vocab_size, sorted(self.eos_token_ids)
-        )
         self._requests: dict[str, _Request] = {}
         self._num_sequences = 0
         self._seeds = random.Random(config.seed) if config.seed is not None else random.SystemRandom()
-
-    def _build_inputs(self) -> tuple[PromptProcessor, ChatRenderer]:
-        architecture = self.checkpoint.architecture
-        context = InputContext(
-            config=self.checkpoint.config,
-            preprocessor=self.checkpoint.preprocessor,
-            tokenizer=self.tokenizer,
-            options=self.config.mm_processor_kwargs,
-        )
-        try:
-            mappers = {
-                modality: mapper
-                for modality, spec in self.plugins.input_mappers(architecture).items()
-                if (mapper := spec.build(context)) is not None
-            }
-            placeholders = {
-                modality: placeholder
-                for modality, spec in self.plugins.placeholders(architecture).items()
-                if (placeholder := spec.build(context)) is not None
-            }
-        except ValueError as error:  # settings the family cannot follow
-            raise CheckpointError(f"the settings in {self.checkpoint.path}: {error}") from error
-        processor = PromptProcessor(
-            model_spec=self.model_spec,
-            mappers=mappers,
-            placeholders=placeholders,
-            tokenizer=self.tokenizer,
-            config=self.checkpoint.config,
-            limits=self.config.limit_mm_per_prompt,
-            options=self.config.mm_processor_kwargs,
-            max_model_len=self.resolved.max_model_len,
-            vocab_size=self.executor.model.vocab_size,
-            hidden_size=self.executor.model.hidden_size,
-            media_cache_bytes=self.config.media_cache_memory,
-        )
-        renderer = ChatRenderer(
-            tokenizer=self.tokenizer,
-            chat_template=resolve_chat_template(
-                self.config.chat_template,
-                own=self.checkpoint.chat_template,
-                default=_default_chat_template(self.model_spec, self.checkpoint.config),
-            ),
-            placeholders=placeholders,
-            limits=processor.limits,
-            local_files=self.config.local_media,
-        )
-        return processor, renderer
 
     # ---- requests -----------------------------------------------------------------------------
 
@@ -375,19 +327,3 @@ class Engine:
         for request_id in list(self._requests):
             self.abort(request_id)
         self.executor.close()
-
-
-def _default_chat_template(spec: ModelSpec, config: Mapping[str, Any]) -> str | None:
-    template = spec.default_chat_template
-    return template(config) if callable(template) else template
-
-
-def _eos_token_ids(checkpoint: Checkpoint, spec: ModelSpec, tokenizer: Tokenizer) -> frozenset[int]:
-    """Ids that end a text: the checkpoint's, and the family's so far as the tokenizer has them."""
-    ids = set(checkpoint.eos_token_ids)
-    for text in spec.stop_tokens:
-        token = tokenizer.convert_tokens_to_ids(text)
-        # A text that is no token is given the id of the unknown one, or None.
-        if token is not None and tokenizer.decode([token], skip_special_tokens=False) == text:
-            ids.add(token)
-    return frozenset(ids)
