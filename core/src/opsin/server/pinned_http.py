@@ -18,6 +18,7 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from functools import lru_cache
 from http import HTTPStatus
 
 import httpx
@@ -71,7 +72,7 @@ class PinnedHTTP:
         # httpx's transport rather than its client: a client has cookies, proxies and redirects of its own.
         # Connections are not kept: one is known by its address, and could be handed to another host's URL.
         self._transport = httpx.AsyncHTTPTransport(
-            verify=tls or httpx.create_ssl_context(),
+            verify=tls or _trusted(),
             limits=httpx.Limits(max_keepalive_connections=0),
             trust_env=False,
         )
@@ -215,6 +216,12 @@ async def _read(url: httpx.URL, response: httpx.Response, receive: Callable[[byt
     assert isinstance(response.stream, httpx.AsyncByteStream)
     async for piece in response.stream:
         receive(piece)
+
+
+@lru_cache(maxsize=1)
+def _trusted() -> ssl.SSLContext:
+    """The usual certificates: reading them takes a tenth of a second."""
+    return httpx.create_ssl_context()
 
 
 def _canonical(host: str) -> str:
