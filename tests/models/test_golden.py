@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from opsin import LLM, SamplingParams
+from opsin.errors import RequestError
 from tests.models.families import FAMILIES
 from tests.models.golden import GOLDEN, Case, cases, largest_difference, recorded_logits
 
@@ -63,6 +64,19 @@ def test_prompt_logprobs_are_the_recorded_ones(llms: dict[str, LLM], case: Case)
     expected = case.tensors["prompt_logprobs"]
     assert len(given) == len(expected)
     assert largest_difference(torch.tensor(given)[known], expected[known]) < 1e-4
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "pooled_last_l2" in case.tensors], ids=str)
+def test_embeddings_are_the_recorded_ones(llms: dict[str, LLM], case: Case) -> None:
+    llm = llms[case.family]
+    if "embed" not in llm.engine.model_spec.tasks:
+        with pytest.raises(RequestError, match="embeddings"):
+            llm.embed(case.prompt(), use_tqdm=False)
+        return
+    [output] = llm.embed(case.prompt(), use_tqdm=False)
+    assert output.prompt_token_ids == case.token_ids()
+    assert output.outputs is not None
+    assert case.differs("pooled_last_l2", output.outputs.data) < 1e-5
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.data["messages"]], ids=str)
