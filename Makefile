@@ -7,15 +7,16 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-done
+CHROMIUM := chromium
 TOOLS := av hatchling hypothesis import-linter mypy openai pytest pytest-timeout requests ruff schemathesis \
-  types-PyYAML types-requests
+  trustme types-PyYAML types-requests
 PYPROJECTS := $(sort core/pyproject.toml $(wildcard plugins/*/pyproject.toml demo/checkpoints/*/pyproject.toml))
 PACKAGES := $(patsubst %/pyproject.toml,%,$(PYPROJECTS))
 SOURCES := $(patsubst %/__init__.py,%,$(wildcard core/src/*/__init__.py plugins/*/src/*/__init__.py))
 FORMATTED := $(wildcard core plugins demo tests benchmarks examples docs tools)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check format test test-full bench docs clean
+.PHONY: help setup demo check format test test-full test-browser bench docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -62,8 +63,15 @@ format: $(STAMP) ## rewrite the sources as `make check` wants them
 test: $(STAMP) ## the tests, without those that take minutes
 	@$(PY) -m pytest
 
-test-full: $(STAMP) ## all tests
-	@$(PY) -m pytest -m "not bench"
+test-full: $(STAMP) ## all tests but those in a browser
+	@$(PY) -m pytest -m "not bench and not browser"
+
+test-browser: $(STAMP) ## the playground page in a real browser (needs Chromium; CHROMIUM=PATH)
+	@command -v "$(CHROMIUM)" >/dev/null || { \
+	  echo "make: no $(CHROMIUM) found; on Debian and Ubuntu: apt install chromium; or say CHROMIUM=PATH" >&2; \
+	  exit 1; }
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_EXTRA) playwright
+	@CHROMIUM="$(CHROMIUM)" $(PY) -m pytest -m browser
 
 bench: $(STAMP) ## measure against transformers, write a Markdown table
 	@$(PY) benchmarks/run.py
