@@ -1,0 +1,1 @@
+"""Cambricon MLU370 cards as a device of opsin."""

@@ -1,0 +1,223 @@
+"""MLU cards: whether one can be used here and why not, what it can do, how much memory there is."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from opsin.api import Capabilities, Device, KVGeometry, KVLayer, MemoryInfo, Probe
+from opsin_device_mlu.attention import allocate_kv
+from opsin_device_mlu.ops import PACKAGE, Ops, find_ops, no_window, version_numbers
+from opsin_device_mlu.settings import Settings
+
+SCORE, SCORE_WITHOUT_OPS = 100, 50
+
+KV_BLOCK_SIZE = 16
+"""The only block size paged flash_attention is documented for."""
+
+MAX_TENSOR_ELEMENTS = 2**31 - 1
+"""The vendor's tests skip larger tensors on the 300 series."""
+
+BFLOAT16_MAJOR = 5
+"""Capability from which torch_mlu calls bfloat16 supported; an MLU370 is 3."""
+
+GUIDE = "docs/devices/mlu370.md"
+
+KNOWN_STACKS = {("2.5", "1.24", "1.3")}
+"""(torch, torch_mlu, torch_mlu_ops) that the vendor ships together for the MLU370."""
+
+_VISIBLE = ("CN_VISIBLE_DEVICES", "MLU_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
+"""Variables that torch_mlu looks at; the first that is set rules, even the one of CUDA."""
+
+
+class Unusable(Exception):
+    """No MLU can be used here.
+
+    Attributes:
+        reason, next_step: as in `opsin.api.Probe`.
+    """
+
+    def __init__(self, reason: str, next_step: str) -> None:
+        super().__init__(f"{reason}; {next_step}")
+        self.reason, self.next_step = reason, next_step
+
+
+def backend() -> Any:
+    """``torch.mlu``, which exists once torch_mlu is imported: nothing imports it by itself.
+
+    Raises:
+        Unusable: there is no driver, no library or no card.
+    """
+    try:
+        importlib.import_module("torch_mlu")
+    except ModuleNotFoundError as error:
+        if error.name == "torch_mlu":
+            raise Unusable(
+                "torch_mlu is not installed",
+                f"it is on no public registry: run in Cambricon's container for the MLU370, see {GUIDE}",
+            ) from error
+        raise _broken(error) from error
+    except Exception as error:  # a driver or a library that is absent raises whatever it likes
+        raise _broken(error) from error
+    module = torch.get_device_module("mlu")
+    if module.device_count() == 0 or not module.is_available():
+        variable = visible_devices_variable()
+        if variable is None:
+            raise Unusable(
+                "torch_mlu sees no device",
+                "check the driver with cnmon, and that /dev/cambricon_dev* is there",
+            )
+        raise Unusable(
+            f"torch_mlu sees no device: {variable}={os.environ[variable]!r} rules which are visible",
+            f"correct or unset {variable}",
+        )
+    return module
+
+
+def _broken(error: Exception) -> Unusable:
+    return Unusable(
+        f"torch_mlu cannot be imported: {type(error).__name__}: {error}",
+        "check the driver with cnmon, and that torch_mlu was built for this torch; in a container pass the "
+        "card's devices through (/dev/cambricon_ctl, /dev/cambricon_dev0, ...)",
+    )
+
+
+def visible_devices_variable() -> str | None:
+    """The variable that says which cards are visible, if any does."""
+    return next((name for name in _VISIBLE if name in os.environ), None)
+
+
+def probe() -> Probe:
+    """Never raises."""
+    try:
+        module = backend()
+    except Unusable as error:
+        return Probe(score=0, reason=error.reason, next_step=error.next_step)
+    try:
+        settings = Settings.read()
+    except ValueError as error:
+        return Probe(score=0, reason=str(error), next_step="correct or unset the variable")
+    ops = find_ops(settings)
+    count = module.device_count()
+    cards = f"{count} × {module.get_device_properties(0).name}"
+    details = describe(module, 0, settings, ops)
+    if ops.missing:
+        reason = f"{cards}; {ops.missing}: everything runs on the reference kernels, slowly"
+        step = "" if not settings.ops else f"install {PACKAGE} as the vendor's container has it: see {GUIDE}"
+        return Probe(score=SCORE_WITHOUT_OPS, reason=reason, next_step=step, details=details)
+    if ops.refused:
+        reason = f"{cards}; {len(ops.refused)} kernels of {PACKAGE} are not used"
+        return Probe(score=SCORE, reason=reason, next_step="; ".join(ops.refused.values()), details=details)
+    return Probe(score=SCORE, reason=f"{cards}, {PACKAGE} {ops.version}", details=details)
+
+
+def describe(module: Any, index: int, settings: Settings, ops: Ops) -> Mapping[str, Any]:
+    """Facts for ``opsin doctor``."""
+    properties = module.get_device_properties(index)
+    free, total = module.mem_get_info(index)
+    variable = visible_devices_variable()
+    torch_mlu = importlib.import_module("torch_mlu")
+    stack = (torch.__version__, getattr(torch_mlu, "__version__", None), ops.version)
+    known = tuple(".".join(map(str, version_numbers(version)[:2])) for version in stack) in KNOWN_STACKS
+    details: dict[str, Any] = {
+        "card": f"{properties.name}, capability {properties.major}.{properties.minor}",
+        "devices": f"{module.device_count()}" + (f" ({variable}={os.environ[variable]})" if variable else ""),
+        "memory": f"{free / 2**30:.1f} GiB free of {total / 2**30:.1f} GiB",
+        "torch": stack[0],
+        "torch_mlu": stack[1] or "does not tell its version",
+        PACKAGE: ops.missing or ops.version or "does not tell its version",
+        "stack": "the vendor's for the MLU370"
+        if known
+        else "not one this plugin was written for: run `opsin doctor --device mlu --selftest`",
+        "kernels not used": "; ".join(ops.refused.values()) or "none",
+        "decode window": f"{no_window(ops, settings)} means none",
+        "head sizes": ", ".join(map(str, settings.head_sizes)),
+        "switches": ", ".join(f"{name}={value}" for name, value in settings.changed().items())
+        or "all at their defaults",
+    }
+    return details
+
+
+def capabilities(module: Any, index: int, settings: Settings) -> Capabilities:
+    """float16 unless asked otherwise: float32 takes twice the memory and a third of the speed."""
+    properties = module.get_device_properties(index)
+    bfloat16 = properties.major >= BFLOAT16_MAJOR
+    dtypes = ("float16", "float32", *(("bfloat16",) if bfloat16 else ()))
+    return Capabilities(
+        dtypes=dtypes,
+        dtype_for={
+            "float32": "float16",
+            "float16": "float16",
+            "bfloat16": "bfloat16" if bfloat16 else "float16",
+        },
+        kv_block_size=KV_BLOCK_SIZE,
+        max_tensor_elements=MAX_TENSOR_ELEMENTS,
+        pinned_memory=settings.pinned_memory,
+        graphs=settings.graphs,
+        communication="cncl",
+        advice={
+            "bfloat16": f"{properties.name} (capability {properties.major}.{properties.minor}) does not "
+            'compute in it; pass dtype="float16" (a bfloat16 checkpoint is cast while it is loaded), or '
+            'dtype="float32" if float16 overflows'
+        },
+    )
+
+
+def open_device(index: int) -> Device:
+    """Make a card the current one and describe it.
+
+    Raises:
+        ValueError: there is no such card, or a switch is set to what cannot be.
+    """
+    try:
+        module = backend()
+    except Unusable as error:
+        raise ValueError(f'device "mlu:{index}": {error}') from error
+    settings = Settings.read()
+    count = module.device_count()
+    if not 0 <= index < count:
+        variable = visible_devices_variable()
+        ruled = f" ({variable}={os.environ[variable]})" if variable else ""
+        raise ValueError(
+            f'device "mlu:{index}": {count} visible{ruled}; pass device="mlu:0"'
+            + (f' to "mlu:{count - 1}"' if count > 1 else "")
+        )
+    ops = find_ops(settings)
+    if settings.weight_int8 and not ops.has("weight_only_quant_matmul"):
+        raise ValueError(
+            f"OPSIN_MLU_WEIGHT_INT8=1 needs weight_only_quant_matmul, which "
+            f"{ops.missing or f'{PACKAGE} {ops.version} does not have'}; unset it"
+        )
+    module.set_device(index)  # the vendor's kernels launch on the current device
+    name = f"mlu:{index}"
+    return Device(
+        name="mlu",
+        torch_device=name,
+        capabilities=capabilities(module, index, settings),
+        memory=partial(_memory, module, index),
+        allocate_kv=partial(_allocate_kv, name, settings.head_sizes),
+        synchronize=partial(module.synchronize, index),
+        details=describe(module, index, settings, ops),
+    )
+
+
+def _memory(module: Any, index: int) -> MemoryInfo:
+    free, total = module.mem_get_info(index)
+    return MemoryInfo(free_bytes=free, total_bytes=total)
+
+
+def _allocate_kv(
+    device: str,
+    head_sizes: Sequence[int],
+    num_blocks: int,
+    block_size: int,
+    geometry: KVGeometry,
+    dtype: torch.dtype,
+) -> Sequence[KVLayer]:
+    return allocate_kv(num_blocks, block_size, geometry, dtype, device=device, head_sizes=head_sizes)

@@ -1,0 +1,94 @@
+"""What no public source settles about MLU370 and its software, as ``OPSIN_MLU_*`` variables.
+
+Each has a default that is the safe reading of docs/devices/mlu370.md, is shown by ``opsin doctor``, and can
+be changed by whoever has a card and sees otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+
+PREFIX = "OPSIN_MLU_"
+
+HEAD_SIZES = (32, 64, 96, 128, 160, 192, 224, 256)
+"""Those every known caller of these kernels uses (vLLM pull request 10315). Others are padded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The switches.
+
+    Attributes:
+        ops: use torch_mlu_ops at all.
+        trust_signatures: call torch_mlu_ops even where its argument names are not the known ones.
+        decode_window: what means "no window" to the decoding kernel: 0 or -1; None: by its version.
+        head_sizes: head sizes the attention kernels take as they are, ascending.
+        rotary_in_place: rotate q and k where they stand in the fused projection, without a copy.
+        fused_activation: let matmul apply SiLU and GELU.
+        half_softmax: let attention compute in float16 instead of float32.
+        weight_int8: keep linear weights as int8 with a scale per row (float16 only).
+        pinned_memory, graphs: declared in the device's capabilities; the core does not use them yet.
+    """
+
+    ops: bool = True
+    trust_signatures: bool = False
+    decode_window: int | None = None
+    head_sizes: tuple[int, ...] = HEAD_SIZES
+    rotary_in_place: bool = True
+    fused_activation: bool = True
+    half_softmax: bool = False
+    weight_int8: bool = False
+    pinned_memory: bool = False
+    graphs: bool = False
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str] | None = None) -> Settings:
+        """From ``OPSIN_MLU_<NAME>`` variables.
+
+        Raises:
+            ValueError: a variable has a value that cannot be, or there is no such switch.
+        """
+        given = os.environ if environment is None else environment
+        known = {f"{PREFIX}{field.name.upper()}": field.name for field in fields(cls)}
+        found: dict[str, object] = {}
+        for variable, text in given.items():
+            if not variable.startswith(PREFIX):
+                continue
+            if variable not in known:
+                raise ValueError(f"{variable} is no switch of this device; there are: {', '.join(known)}")
+            name = known[variable]
+            found[name] = _PARSERS.get(name, _flag)(variable, text.strip())
+        return cls(**found)  # type: ignore[arg-type]
+
+    def changed(self) -> dict[str, str]:
+        """Variable -> value, of the switches that are not at their defaults."""
+        default = Settings()
+        return {
+            f"{PREFIX}{field.name.upper()}": str(getattr(self, field.name))
+            for field in fields(self)
+            if getattr(self, field.name) != getattr(default, field.name)
+        }
+
+
+def _flag(variable: str, text: str) -> bool:
+    if text not in ("0", "1"):
+        raise ValueError(f"{variable}={text!r}: expected 0 or 1")
+    return text == "1"
+
+
+def _window(variable: str, text: str) -> int | None:
+    if text not in ("auto", "0", "-1"):
+        raise ValueError(f"{variable}={text!r}: expected auto, 0 or -1")
+    return None if text == "auto" else int(text)
+
+
+def _sizes(variable: str, text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and 0 < int(part) <= 256 for part in parts):
+        raise ValueError(f"{variable}={text!r}: expected head sizes up to 256 such as 64,96,128")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+_PARSERS: Mapping[str, Callable[[str, str], object]] = {"decode_window": _window, "head_sizes": _sizes}
