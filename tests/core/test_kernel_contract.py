@@ -120,24 +120,41 @@ def _query_lengths_for_keys(
 
 
 def _bias_after_activation(
-    weight: Tensor, bias: Tensor | None, activation: Activation | None, *, keep_weight: bool
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: Activation | None,
+    *,
+    keep_weight: bool,
+    few_rows: bool = False,
 ) -> LinearFn:
-    plain = kernels.prepare_linear(weight, None, activation, keep_weight=keep_weight)
+    plain = kernels.prepare_linear(weight, None, activation, keep_weight=keep_weight, few_rows=few_rows)
     return plain if bias is None else lambda x: plain(x) + bias
 
 
 def _spoiled_weight(
-    weight: Tensor, bias: Tensor | None, activation: Activation | None, *, keep_weight: bool
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: Activation | None,
+    *,
+    keep_weight: bool,
+    few_rows: bool = False,
 ) -> LinearFn:
     own = weight.clone()
     weight.zero_()
-    return kernels.prepare_linear(own, bias, activation, keep_weight=keep_weight)
+    return kernels.prepare_linear(own, bias, activation, keep_weight=keep_weight, few_rows=few_rows)
 
 
 def _rounded_weight(
-    weight: Tensor, bias: Tensor | None, activation: Activation | None, *, keep_weight: bool
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: Activation | None,
+    *,
+    keep_weight: bool,
+    few_rows: bool = False,
 ) -> LinearFn:
-    return kernels.prepare_linear(weight.half().to(weight.dtype), bias, activation, keep_weight=keep_weight)
+    return kernels.prepare_linear(
+        weight.half().to(weight.dtype), bias, activation, keep_weight=keep_weight, few_rows=few_rows
+    )
 
 
 BROKEN: list[tuple[OpName, Callable[..., Any]]] = [

@@ -410,10 +410,18 @@ class PrepareLinear(Protocol):
 
     Called once per layer while loading; may pack, transpose or quantise. If it keeps its own copy, the
     caller drops the original weight unless ``keep_weight`` says that it is also used elsewhere.
+    ``few_rows``: the layer also sees single rows, again and again (it decodes). There the time goes into
+    reading the weight, and a second form of it may be worth its memory.
     """
 
     def __call__(
-        self, weight: Tensor, bias: Tensor | None, activation: Activation | None, *, keep_weight: bool
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: Activation | None,
+        *,
+        keep_weight: bool,
+        few_rows: bool = False,
     ) -> LinearFn: ...
 
 

@@ -162,7 +162,12 @@ def dense_attention(
 
 
 def prepare_linear(
-    weight: Tensor, bias: Tensor | None, activation: Activation | None, *, keep_weight: bool
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: Activation | None,
+    *,
+    keep_weight: bool,
+    few_rows: bool = False,
 ) -> LinearFn:
     """Reference of `opsin.api.PrepareLinear`."""
     act = None if activation is None else ACTIVATIONS[activation]

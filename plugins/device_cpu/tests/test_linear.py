@@ -8,7 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from opsin_device_cpu.linear import MAX_FEW_ROWS, PACK_MIN_BYTES, LinearPreparer, float16_exponent
+from opsin_device_cpu import half
+from opsin_device_cpu.half import Float16Copies, float16_exponent
+from opsin_device_cpu.linear import MAX_FEW_ROWS, PACK_MIN_BYTES, LinearPreparer
 
 OUT, IN = 704, 768  # more than PACK_MIN_BYTES in both dtypes, and no power of two
 PLENTY = 2**30
@@ -41,8 +43,8 @@ def test_all_ways_agree(
     x = torch.randn(rows, IN, generator=generator).to(dtype)
     bias = torch.randn(OUT, generator=generator).to(dtype)
     expected = F.linear(x.double(), weight.double(), bias.double())
-    prepare = LinearPreparer(copy_bytes, bfloat16_instructions=instructions)
-    got = prepare(weight, bias, None, keep_weight=keep)(x)
+    prepare = LinearPreparer(Float16Copies(copy_bytes, 1), bfloat16_instructions=instructions)
+    got = prepare(weight, bias, None, keep_weight=keep, few_rows=True)(x)
     assert got.dtype == dtype
     limit = 1e-5 if dtype == torch.float32 else 2**-8  # half a unit in the last place
     torch.testing.assert_close(got.double(), expected, rtol=limit, atol=limit)
@@ -50,10 +52,10 @@ def test_all_ways_agree(
 
 def test_a_copy_is_made_only_without_loss_and_within_the_budget() -> None:
     def copies(weight: torch.Tensor, budget: int) -> int:
-        preparer = LinearPreparer(budget, bfloat16_instructions=False)
+        preparer = LinearPreparer(Float16Copies(budget, 2), bfloat16_instructions=False)
         for _ in range(3):
-            preparer(weight, None, None, keep_weight=False)
-        return (budget - preparer.copy_bytes_left) // (2 * weight.numel())
+            preparer(weight, None, None, keep_weight=False, few_rows=True)
+        return (budget - preparer.copies.bytes_left) // (2 * weight.numel())
 
     coarse = random_weight().bfloat16().float()
     assert copies(coarse, PLENTY) == 3
@@ -61,6 +63,26 @@ def test_a_copy_is_made_only_without_loss_and_within_the_budget() -> None:
     assert copies(coarse, 0) == 0
     assert copies(random_weight(), PLENTY) == 0
     assert copies(coarse[:64], PLENTY) == 0  # small: as it is
+
+
+def test_no_copy_without_need() -> None:
+    copies = Float16Copies(PLENTY, 1)
+    coarse = random_weight().bfloat16()
+    for instructions in (False, True):
+        preparer = LinearPreparer(copies, bfloat16_instructions=instructions)
+        preparer(coarse.float(), None, None, keep_weight=False, few_rows=False)
+    preparer(coarse, None, None, keep_weight=False, few_rows=True)  # reads two bytes a weight as it is
+    assert copies.bytes_left == PLENTY
+
+
+def test_a_weight_with_many_rows_is_packed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(half, "PART_ELEMENTS", 100 * IN)
+    weight = random_weight().bfloat16().float()
+    bias, x = torch.arange(OUT).float(), torch.randn(2, 3, IN)
+    linear = Float16Copies(PLENTY, 2).linear(weight, bias)
+    assert linear is not None
+    torch.testing.assert_close(linear(x), F.linear(x, weight, bias))
+    torch.testing.assert_close(linear(x[0, 0]), F.linear(x[0, 0], weight, bias))
 
 
 @pytest.mark.parametrize("largest", [1e-20, 0.3, 1.0, 70_000.0, 1e30])

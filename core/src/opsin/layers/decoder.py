@@ -78,8 +78,9 @@ class Attention(nn.Module):
             sum(parts.values()) if config.fused else parts,
             bias=config.qkv_bias,
             split="column",
+            few_rows=True,
         )
-        self.o_proj = Linear(context, heads, config.hidden_size, bias=False, split="row")
+        self.o_proj = Linear(context, heads, config.hidden_size, bias=False, split="row", few_rows=True)
         query = KernelQuery(
             op="rotary",
             dtype=dtype_name(context.dtype),
@@ -113,8 +114,9 @@ class GatedMLP(nn.Module):
             2 * wide if config.fused else {"gate_proj": wide, "up_proj": wide},
             bias=False,
             split="column",
+            few_rows=True,
         )
-        self.down_proj = Linear(context, wide, config.hidden_size, bias=False, split="row")
+        self.down_proj = Linear(context, wide, config.hidden_size, bias=False, split="row", few_rows=True)
         self._activation: Activation = config.activation
         query = KernelQuery(
             op="gated_act", dtype=dtype_name(context.dtype), size=wide, activation=config.activation
@@ -193,7 +195,7 @@ class OutputHead(Linear):
     """hidden -> vocabulary; every rank has it whole."""
 
     def __init__(self, context: BuildContext, config: DecoderConfig) -> None:
-        super().__init__(context, config.hidden_size, config.vocab_size, bias=False)
+        super().__init__(context, config.hidden_size, config.vocab_size, bias=False, few_rows=True)
         self._scale = config.logit_scale
 
     def forward(self, x: Tensor) -> Tensor:

@@ -65,6 +65,7 @@ class Linear(Layer):
         num_sums: in float32, compute the product as this many shorter sums over the input, which round
             less: for the patches of a picture, whose many large and equal values a following norm takes
             away again, rounding errors with them not. Not with an activation.
+        few_rows: a decoder's layer: it also sees single rows, again and again.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Linear(Layer):
         split: Split | None = None,
         stored_shape: tuple[int, ...] | None = None,
         num_sums: int = 1,
+        few_rows: bool = False,
     ) -> None:
         super().__init__()
         self._parts = {"": out_features} if isinstance(out_features, int) else dict(out_features)
@@ -87,7 +89,7 @@ class Linear(Layer):
         self._split = split
         self._in, self._stored_shape = in_features, stored_shape
         self._dtype, self._device = context.dtype, context.device
-        self._activation, self._has_bias = activation, bias
+        self._activation, self._has_bias, self._few_rows = activation, bias, few_rows
         out = sum(self._parts.values())
         self.in_features = in_features // (self._world if split == "row" else 1)
         self.out_features = out // (self._world if split == "column" else 1)
@@ -154,7 +156,9 @@ class Linear(Layer):
         bias = self._bias
         if self._split == "row" and self._rank > 0:
             bias = None  # the sum over ranks must hold it once
-        self._run = self._prepare(self._weight, bias, self._activation, keep_weight=keep_weight)
+        self._run = self._prepare(
+            self._weight, bias, self._activation, keep_weight=keep_weight, few_rows=self._few_rows
+        )
         self._weight = self._bias = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -170,10 +174,21 @@ def in_shorter_sums(prepare: PrepareLinear, num_sums: int) -> PrepareLinear:
     """x @ W.T as the sum of ``num_sums`` products over equal parts of the input."""
 
     def prepared(
-        weight: Tensor, bias: Tensor | None, activation: Activation | None, *, keep_weight: bool
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: Activation | None,
+        *,
+        keep_weight: bool,
+        few_rows: bool = False,
     ) -> LinearFn:
         first, *others = (
-            prepare(part.contiguous(), None if index else bias, activation, keep_weight=False)
+            prepare(
+                part.contiguous(),
+                None if index else bias,
+                activation,
+                keep_weight=False,
+                few_rows=few_rows,
+            )
             for index, part in enumerate(weight.chunk(num_sums, dim=1))
         )
 

@@ -242,8 +242,8 @@ def _linears(dtype: str) -> Iterator[KernelCase]:
     for (wide, out), bias, activation in itertools.product((small, large), (False, True), ACTIVATIONS):
         for rows, keep in itertools.product((1, 9), (False, True)):
             yield _linear(dtype, wide, out, (rows, wide), bias, activation, keep)
-    for shape, coarse in itertools.product(((2, 5, 640), (640,)), (False, True)):
-        yield _linear(dtype, *large, shape, True, "gelu", False, coarse)
+    for shape, decodes in itertools.product(((2, 5, 640), (640,)), (False, True)):
+        yield _linear(dtype, *large, shape, True, "gelu", False, decodes)
     if dtype == "float32":
         for rows, bias, keep in itertools.product((0, 1, 2, 31, 32, 33, 70), (False, True), (False, True)):
             yield _linear(dtype, *large, (rows, 640), bias, None, keep, True)
@@ -259,9 +259,9 @@ def _linear(
     bias: bool,
     activation: Activation | None,
     keep: bool,
-    coarse: bool = False,
+    decodes: bool = False,
 ) -> KernelCase:
-    """``coarse``: the weight's numbers are bfloat16's whatever its dtype is, as most checkpoints' are."""
+    """``decodes``: a decoder's layer, whose weights are bfloat16 numbers as those of most checkpoints are."""
     query = KernelQuery(
         op="prepare_linear",
         dtype=dtype,
@@ -270,23 +270,25 @@ def _linear(
         activation=activation,
         bias=bias,
     )
-    marks = [mark for mark, there in (("bias", bias), ("kept", keep), ("coarse", coarse)) if there]
+    marks = [mark for mark, there in (("bias", bias), ("kept", keep), ("decodes", decodes)) if there]
     name = "-".join(
         ["linear", dtype, f"{'x'.join(map(str, shape))}-to-{out}", *marks, *filter(None, [activation])]
     )
-    return KernelCase(name, query, partial(_check_linear, shape=shape, keep=keep, coarse=coarse))
+    return KernelCase(name, query, partial(_check_linear, shape=shape, keep=keep, decodes=decodes))
 
 
-def _check_linear(bench: Bench, *, shape: tuple[int, ...], keep: bool, coarse: bool) -> None:
+def _check_linear(bench: Bench, *, shape: tuple[int, ...], keep: bool, decodes: bool) -> None:
     query = bench.query
     assert query.in_features is not None
     assert query.out_features is not None
     weight = bench.draw(query.out_features, query.in_features, scale=query.in_features**-0.5)
-    if coarse:
+    if decodes:
         weight = weight.bfloat16().float()
     bias = bench.draw(query.out_features) if query.bias else None
     put_weight, put_bias = bench.put(weight), None if bias is None else bench.put(bias)
-    linear = bench.kernels.prepare_linear(query)(put_weight, put_bias, query.activation, keep_weight=keep)
+    linear = bench.kernels.prepare_linear(query)(
+        put_weight, put_bias, query.activation, keep_weight=keep, few_rows=decodes
+    )
     expected = reference_prepare_linear(weight, bias, query.activation, keep_weight=True)
     if keep:
         bench.compare(put_weight, weight, "the weight, which is also used elsewhere")

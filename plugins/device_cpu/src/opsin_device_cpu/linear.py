@@ -3,8 +3,8 @@
 Few rows (decoding) are bound by reading the weight, many (prefill, vision) by arithmetic:
 
     many rows   oneDNN over a weight in its blocked layout, bias and activation fused; the original goes
-    few rows    the same; or, where the weights are bfloat16 or float16 numbers (those of nearly every
-                checkpoint are), a second copy in float16, multiplied in float32: half the bytes to read
+    few rows    the same; or, in a decoder, a second copy in float16 where that loses nothing (see
+                `opsin_device_cpu.half`): half the bytes to read
     shared      a weight that is also the embedding table stays as it is; oneDNN takes it unpacked
 
 Without bfloat16 instructions a bfloat16 layer multiplies in float32 and rounds its result.
@@ -12,7 +12,6 @@ Without bfloat16 instructions a bfloat16 layer multiplies in float32 and rounds 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opsin.api import Activation, LinearFn
+from opsin_device_cpu.half import Float16Copies
 
 PACK_MIN_BYTES = 2**20
 """A oneDNN call costs ~20 µs more than torch's own; below this size packing cannot win that back."""
@@ -56,44 +56,47 @@ class LinearPreparer:
     """`opsin.api.PrepareLinear` of one engine.
 
     Args:
-        copy_bytes: how many bytes of float16 copies may be made beside the weights. Layers are served in
-            the order they are loaded, so a given machine and model always end up alike.
+        copies: makes float16 copies, within a budget.
         bfloat16_instructions: whether the processor multiplies bfloat16 by itself.
     """
 
-    def __init__(self, copy_bytes: int, *, bfloat16_instructions: bool) -> None:
-        self.copy_bytes_left = copy_bytes
+    def __init__(self, copies: Float16Copies, *, bfloat16_instructions: bool) -> None:
+        self.copies = copies
         self._bfloat16_instructions = bfloat16_instructions
 
     def __call__(
-        self, weight: Tensor, bias: Tensor | None, activation: Activation | None, *, keep_weight: bool
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: Activation | None,
+        *,
+        keep_weight: bool,
+        few_rows: bool = False,
     ) -> LinearFn:
         weight = weight.detach()
         bias = None if bias is None else bias.detach()
         if weight.nbytes < PACK_MIN_BYTES or not torch.backends.mkldnn.is_available():
             return _torch(weight, bias, activation)
-        few = self._half(weight, bias, activation)
-        if weight.dtype == torch.bfloat16 and not self._bfloat16_instructions:
-            few_rows = MAX_NATIVE_BFLOAT16_ROWS if few is None else MAX_FEW_ROWS
+        narrow = weight.dtype == torch.bfloat16
+        native = narrow and self._bfloat16_instructions
+        few = self._half(weight, bias, activation) if few_rows and not native else None
+        if narrow and not native:
+            limit = MAX_NATIVE_BFLOAT16_ROWS if few is None else MAX_FEW_ROWS
             few = few or _onednn(weight, bias, activation)
-            return _by_rows(few, few_rows, _widened(weight, bias, activation), weight.shape[1])
+            return _by_rows(few, limit, _widened(weight, bias, activation), weight.shape[1])
         if not keep_weight:
             many = _onednn(_pack(weight), bias, activation)
             return many if few is None else _by_rows(few, MAX_FEW_ROWS, many, weight.shape[1])
-        few_rows = MAX_GEMV_ROWS if few is None else MAX_FEW_ROWS
+        limit = MAX_GEMV_ROWS if few is None else MAX_FEW_ROWS
         few = few or _torch(weight, bias, activation)
-        return _by_rows(few, few_rows, _onednn(weight, bias, activation), weight.shape[1])
+        return _by_rows(few, limit, _onednn(weight, bias, activation), weight.shape[1])
 
     def _half(self, weight: Tensor, bias: Tensor | None, activation: Activation | None) -> LinearFn | None:
-        """Over a float16 copy, if that is possible without loss and within the budget."""
-        num_bytes = 2 * weight.numel()
-        if num_bytes > self.copy_bytes_left or not _fbgemm_available():
-            return None
-        exponent = float16_exponent(weight)
-        if exponent is None:
-            return None
-        self.copy_bytes_left -= num_bytes
-        return _float16(weight, bias, activation, exponent)
+        """Over a float16 copy, if there is one."""
+        copy, dtype = self.copies.linear(weight, bias), weight.dtype  # holds no reference to the weight
+        if copy is None or dtype == torch.float32:
+            return copy and _then(copy, activation)
+        return _then(lambda x: copy(x.float()).to(dtype), activation)
 
 
 def _by_rows(few: LinearFn, max_few: int, many: LinearFn, in_features: int) -> LinearFn:
@@ -129,44 +132,6 @@ def _onednn(weight: Tensor, bias: Tensor | None, activation: Activation | None) 
         return y
 
     return linear if fused else _then(linear, activation)
-
-
-def _fbgemm_available() -> bool:
-    return torch.backends.quantized.engine in ("x86", "fbgemm")
-
-
-def float16_exponent(weight: Tensor) -> int | None:
-    """e such that ``weight * 2**e`` in float16 loses nothing that float32 arithmetic would notice.
-
-    Every bfloat16 number has one bit pattern in float16 if a power of two brings it into range. What is
-    2**30 times smaller than the largest weight may be rounded: a float32 sum over both would not keep it.
-    None for other numbers.
-    """
-    largest = weight.abs().max().item()
-    if largest == 0 or not math.isfinite(largest):
-        return None
-    exponent = 15 - math.frexp(largest)[1]  # the largest lands in [2**14, 2**15)
-    scale, limit = 2.0**exponent, largest * 2.0**-30
-    for part in weight.split(max(1, WIDEN_ELEMENTS // weight.shape[1])):
-        wide = part.float()
-        if (wide.mul(scale).half().float().div_(scale).sub_(wide)).abs_().max().item() > limit:
-            return None
-    return exponent
-
-
-def _float16(weight: Tensor, bias: Tensor | None, activation: Activation | None, exponent: int) -> LinearFn:
-    """float32 x float16 -> float32 by FBGEMM, which widens the weight in registers."""
-    dtype, scale = weight.dtype, 2.0**-exponent
-    wide_bias = None if bias is None else bias.float()
-    packed = torch.ops.quantized.linear_prepack_fp16(weight.float() * 2.0**exponent, wide_bias)
-    call = torch.ops.quantized.linear_dynamic_fp16.default
-
-    def linear(x: Tensor) -> Tensor:
-        scaled = torch.mul(x.float(), scale)
-        y: Tensor = call(scaled, packed) if x.dim() > 1 else call(scaled.unsqueeze(0), packed).squeeze(0)
-        return y.to(dtype)
-
-    return _then(linear, activation)
 
 
 def _widened(weight: Tensor, bias: Tensor | None, activation: Activation | None) -> LinearFn:

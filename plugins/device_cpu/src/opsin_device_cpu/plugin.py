@@ -44,10 +44,12 @@ def _attention(op: OpName) -> Callable[[], Callable[..., Any]]:
 
 
 def _prepare_linear() -> Callable[..., Any]:
-    from opsin_device_cpu.device import copy_bytes, has_bfloat16_instructions
+    from opsin_device_cpu.device import copy_bytes, has_bfloat16_instructions, threads
+    from opsin_device_cpu.half import Float16Copies
     from opsin_device_cpu.linear import LinearPreparer
 
-    return LinearPreparer(copy_bytes(), bfloat16_instructions=has_bfloat16_instructions())
+    copies = Float16Copies(copy_bytes(), threads()[0])
+    return LinearPreparer(copies, bfloat16_instructions=has_bfloat16_instructions())
 
 
 def _supports(query: KernelQuery) -> bool:

@@ -39,7 +39,13 @@ class LinearPreparer:
         self._matmul, self._fused_activation, self._int8 = matmul, fused_activation, int8
 
     def __call__(
-        self, weight: Tensor, bias: Tensor | None, activation: Activation | None, *, keep_weight: bool
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: Activation | None,
+        *,
+        keep_weight: bool,
+        few_rows: bool = False,
     ) -> LinearFn:
         weight = weight.contiguous()
         fused = activation in _FUSED and self._fused_activation
