@@ -88,13 +88,20 @@ def test_auto_dtype_is_what_the_device_prefers() -> None:
         resolve_dtype("float16", "float32", CPU)
 
 
-def size(free: int = 2**30, model_max_len: int = 4096, per_token: int = 1024, **settings: Any) -> Any:
+def size(
+    free: int = 2**30,
+    model_max_len: int = 4096,
+    per_token: int = 1024,
+    capabilities: Capabilities = CPU,
+    **settings: Any,
+) -> Any:
     return resolve(
         EngineConfig(model="m", **settings),
-        CPU,
+        capabilities,
         dtype="float32",
         model_max_len=model_max_len,
         kv_bytes_per_token=per_token,
+        kv_row_elements=64,
         free_bytes=free,
     )
 
@@ -112,6 +119,17 @@ def test_the_context_is_cut_to_what_fits_unless_it_was_asked_for() -> None:
 def test_no_more_is_taken_than_can_be_used() -> None:
     resolved = size(free=2**40, max_num_seqs=2, model_max_len=64)
     assert resolved.num_blocks * resolved.block_size <= 2 * (64 + 16)
+
+
+def test_a_device_with_its_own_memory_says_how_much_of_it_the_cache_takes() -> None:
+    own = dataclasses.replace(CPU, kv_memory_share=0.75)
+    resolved = size(free=2**30, capabilities=own, model_max_len=2**20)
+    assert resolved.num_blocks * resolved.block_size * 1024 == 0.75 * 2**30
+
+
+def test_no_cache_tensor_is_larger_than_the_device_takes() -> None:
+    narrow = dataclasses.replace(CPU, max_tensor_elements=64 * 16 * 10 + 5)
+    assert size(capabilities=narrow).num_blocks == 10
 
 
 @given(

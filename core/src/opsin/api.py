@@ -433,7 +433,9 @@ class Capabilities:
         dtypes: supported element types.
         dtype_for: ``dtype="auto"``: the checkpoint's dtype -> the dtype to run it in.
         kv_block_size: tokens per KV block.
-        max_tensor_elements: upper bound for one tensor, or None.
+        max_tensor_elements: upper bound for one tensor of the KV cache, or None.
+        kv_memory_share: share of the free memory the KV cache takes by default, for a device with memory of
+            its own; None: a cautious share, as of a host that others use too.
         pinned_memory, graphs: optional mechanisms.
         communication: torch.distributed backend.
         advice: per unsupported dtype, the sentence that says what to pass instead.
@@ -443,6 +445,7 @@ class Capabilities:
     dtype_for: Mapping[str, str]
     kv_block_size: int = 16
     max_tensor_elements: int | None = None
+    kv_memory_share: float | None = None
     pinned_memory: bool = False
     graphs: bool = False
     communication: str = "gloo"

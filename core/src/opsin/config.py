@@ -211,9 +211,16 @@ class EngineConfig:
         encoder_cache_memory: bytes for encoder outputs kept by digest.
         media_cache_memory: host bytes for mapped media kept by digest.
         chat_template: file or Jinja text used instead of the checkpoint's own.
+        chat_template_content_format: what the template wants as content: ``"string"`` (text with
+            placeholders) or ``"openai"`` (a list of parts); ``"auto"`` finds out from the template.
         local_media: whether chat messages may name files of this machine.
         limit_mm_per_prompt: modality -> most items in one prompt; None: the family's defaults.
         mm_processor_kwargs: options of the family's input mapper, for every request.
+        max_media_bytes: most encoded bytes of one picture or video.
+        max_image_pixels: most pixels of one picture or frame.
+        max_video_frames: most frames of a video given as frames.
+        max_video_pixels: most pixels of all frames of a video.
+        sampled_video_frames: a video file with more frames is sampled down to this many.
         seed: of requests that bring none; None: not reproducible.
         trust_remote_code: accepted for compatibility. Code from a model repository is never run.
         preprocess_threads: threads that decode, map and hash media.
@@ -237,9 +244,15 @@ class EngineConfig:
     encoder_cache_memory: int = 512 * 2**20
     media_cache_memory: int = 512 * 2**20
     chat_template: str | None = None
+    chat_template_content_format: Literal["auto", "openai", "string"] = "auto"
     local_media: bool = False
     limit_mm_per_prompt: Mapping[str, int] | None = None
     mm_processor_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    max_media_bytes: int = 64 * 2**20
+    max_image_pixels: int = 64 * 2**20
+    max_video_frames: int = 768
+    max_video_pixels: int = 256 * 2**20
+    sampled_video_frames: int = 32
     seed: int | None = None
     trust_remote_code: bool = False
     preprocess_threads: int = 2
@@ -298,9 +311,19 @@ def resolve(
     dtype: str,
     model_max_len: int,
     kv_bytes_per_token: int,
+    kv_row_elements: int,
     free_bytes: int,
 ) -> Resolved:
     """Fix the sizes of a running engine. Pure: equal arguments give equal results.
+
+    Args:
+        config: what the user asked for.
+        capabilities: what the device can do.
+        dtype: the run dtype.
+        model_max_len: longest context of the model.
+        kv_bytes_per_token: of all layers.
+        kv_row_elements: elements of one token's keys in one layer.
+        free_bytes: device memory, after the weights were loaded.
 
     Raises:
         ConfigError: the context asked for is longer than the model's, or the memory holds no block.
@@ -315,7 +338,10 @@ def resolve(
     size = capabilities.kv_block_size
     budget = config.kv_cache_memory
     if budget is None:
-        budget = min(int(free_bytes * KV_SHARE), KV_DEFAULT_CEILING)
+        share = capabilities.kv_memory_share
+        budget = (
+            min(int(free_bytes * KV_SHARE), KV_DEFAULT_CEILING) if share is None else int(free_bytes * share)
+        )
         # More than every sequence at full length can never be used.
         budget = min(budget, (config.max_num_seqs * (wanted_len + size)) * kv_bytes_per_token)
     num_blocks = budget // (kv_bytes_per_token * size)
@@ -324,6 +350,8 @@ def resolve(
             f"kv_cache_memory={budget} bytes hold no block of {size} tokens "
             f"({kv_bytes_per_token * size} bytes); pass more"
         )
+    if capabilities.max_tensor_elements is not None:
+        num_blocks = min(num_blocks, capabilities.max_tensor_elements // (kv_row_elements * size))
     capacity = num_blocks * size
     max_len = min(wanted_len, capacity)
     if asked is not None and max_len < asked:

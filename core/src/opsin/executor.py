@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -68,7 +69,8 @@ class LocalExecutor:
         except ValueError as error:  # a config.json the family cannot follow
             raise CheckpointError(f"{checkpoint.path / 'config.json'}: {error}") from error
         stream = model_spec.load_checkpoint or (lambda path: read_safetensors(checkpoint.weight_files()))
-        self.weights = load_weights(self.model, stream(checkpoint.path))
+        with _out_of_memory_explained(self.device, "weights", 'pass a smaller checkpoint or dtype="float16"'):
+            self.weights = load_weights(self.model, stream(checkpoint.path))
         self.weights.check()
         geometry = self.model.kv_geometry
         self.resolved: Resolved = resolve(
@@ -77,17 +79,21 @@ class LocalExecutor:
             dtype=name,
             model_max_len=_max_len(model_spec, checkpoint),
             kv_bytes_per_token=_kv_bytes_per_token(geometry, dtype),
+            kv_row_elements=geometry.num_kv_heads * geometry.head_size,
             free_bytes=self.device.memory().free_bytes,
         )
         self.encoder_cache = EncoderCache(config.encoder_cache_memory)
         self.embed_bytes = self.model.hidden_size * dtype.itemsize
+        num_blocks, block_size = self.resolved.num_blocks, self.resolved.block_size
+        with _out_of_memory_explained(self.device, "KV cache", "pass a smaller kv_cache_memory"):
+            kv = allocate_kv(self.device, num_blocks, block_size, geometry, dtype)
         self._runner = Runner(
             model=self.model,
             device=self.device,
-            kv=allocate_kv(self.device, self.resolved.num_blocks, self.resolved.block_size, geometry, dtype),
+            kv=kv,
             plan_attention=self.kernels.plan_attention,
             encoder_cache=self.encoder_cache,
-            block_size=self.resolved.block_size,
+            block_size=block_size,
             dtype=dtype,
         )
         logger.info(
@@ -134,6 +140,18 @@ def allocate_kv(
         )
         for _ in range(geometry.num_layers)
     ]
+
+
+@contextmanager
+def _out_of_memory_explained(device: Device, what: str, cure: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        known = device.memory()
+        raise ConfigError(
+            f"no room for the {what} on {device.torch_device}, where {known.free_bytes / 2**30:.2f} GiB of "
+            f"{known.total_bytes / 2**30:.2f} GiB are free: {error}; {cure}"
+        ) from error
 
 
 def _kv_bytes_per_token(geometry: KVGeometry, dtype: torch.dtype) -> int:

@@ -95,21 +95,26 @@ class Runner:
         failed: dict[str, RequestError] = {}
         for modality in dict.fromkeys(item.modality for item in items):
             group = [item for item in items if item.modality == modality]
-            try:
-                self._encode_group(modality, group)
-            except DeviceLostError:
-                raise
-            except Exception:
-                logger.exception("encoding %d %s item(s) failed; trying one by one", len(group), modality)
+            if self._encode_or_explain(modality, group) is not None:
                 for item in group:
-                    try:
-                        self._encode_group(modality, [item])
-                    except DeviceLostError:
-                        raise
-                    except Exception as error:
-                        logger.exception("encoding one %s failed", modality)
-                        failed[item.key] = RequestError(f"the {modality} could not be encoded: {error}")
+                    problem = self._encode_or_explain(modality, [item])
+                    if problem is not None:
+                        failed[item.key] = RequestError(f"the {modality} could not be encoded: {problem}")
         return failed
+
+    def _encode_or_explain(self, modality: str, items: SequenceOf[PlacedMedia]) -> str | None:
+        """Encode items together; what went wrong, if something did.
+
+        Not the exception: its traceback would hold on to device memory that the next attempt needs.
+        """
+        try:
+            self._encode_group(modality, items)
+        except DeviceLostError:
+            raise
+        except Exception as error:
+            logger.exception("encoding %d %s item(s) failed", len(items), modality)
+            return _text(error)
+        return None
 
     def _encode_group(self, modality: str, items: SequenceOf[PlacedMedia]) -> None:
         outputs = self._model.encode(modality, [item.mapped for item in items])
@@ -126,24 +131,31 @@ class Runner:
     # ---- tokens -------------------------------------------------------------------------------
 
     def _compute(self, chunks: SequenceOf[Chunk], result: StepTokens) -> None:
-        if not chunks:
+        if not chunks or self._computed(chunks, result) or len(chunks) == 1:
             return
+        # Writing keys and values again is harmless, so the culprit can be found one by one.
+        for chunk in chunks:
+            self._computed([chunk], result)
+
+    def _computed(self, chunks: SequenceOf[Chunk], result: StepTokens) -> bool:
+        """Compute chunks together; False if that failed. The error of a single chunk is in ``result``.
+
+        When this returns, the failed attempt's tensors are gone: the next one may need their memory.
+        """
         try:
             self._compute_batch(chunks, result)
         except DeviceLostError:
             raise
         except Exception as error:
+            logger.exception("a step of %d sequence(s) failed", len(chunks))
             if len(chunks) == 1:
-                logger.exception("a step of one sequence failed")
-                message = f"computing this request failed: {type(error).__name__}: {error}"
                 result.errors[chunks[0].sequence.seq_id] = (
-                    error if isinstance(error, RequestError) else RequestError(message)
+                    error.with_traceback(None)
+                    if isinstance(error, RequestError)
+                    else RequestError(f"computing this request failed: {_text(error)}")
                 )
-                return
-            # Writing keys and values again is harmless, so the culprit can be found one by one.
-            logger.exception("a step of %d sequences failed; computing them one by one", len(chunks))
-            for chunk in chunks:
-                self._compute([chunk], result)
+            return False
+        return True
 
     def _compute_batch(self, chunks: SequenceOf[Chunk], result: StepTokens) -> None:
         embeds = self._embeds(chunks)
@@ -239,6 +251,10 @@ class Runner:
                     prompt_logprobs(logits, targets, wanted),
                 )
             row += chunk.length
+
+
+def _text(error: Exception) -> str:
+    return str(error) if isinstance(error, RequestError) else f"{type(error).__name__}: {error}"
 
 
 _IntRows = np.ndarray[tuple[int, int], np.dtype[np.int64]]

@@ -114,15 +114,15 @@ class VisionEmbeddings(nn.Module):
     def forward(self, patches: Tensor, lengths: Sequence[int], positions: Tensor | None) -> Tensor:
         """patches (P, channels * patch**2), ``lengths`` of each image -> (P + images if class token, width).
 
-        ``positions`` int64 (P,) are rows of the position table for each patch (without the class token's
+        ``positions`` int64 (P,), on the host, are rows of the position table for each patch (without the class token's
         row 0, where there is one); None: 0, 1, 2, ... in each image.
         """
         table: Tensor = self.position()
         x: Tensor = self.patch_embedding(patches)
         offset = 0 if self.first is None else 1
         if positions is None:
-            positions = torch.cat([torch.arange(n) for n in lengths]).to(x.device)
-        x = x + table.index_select(0, positions + offset)
+            positions = torch.cat([torch.arange(n) for n in lengths])
+        x = x + table.index_select(0, (positions + offset).to(x.device))
         if self.first is None:
             return x
         start = (self.first() + table[0]).unsqueeze(0)
