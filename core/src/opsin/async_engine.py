@@ -14,7 +14,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 from opsin.api import ProcessedPrompt
-from opsin.config import EngineConfig, PoolingParams, SamplingParams
+from opsin.beam import BeamSearch, BeamSearchOutput
+from opsin.config import BeamSearchParams, EngineConfig, PoolingParams, SamplingParams
 from opsin.engine import Engine, Output
 from opsin.errors import OpsinError, RequestError
 from opsin.output import RequestOutput
@@ -29,22 +30,33 @@ _Result = Output | BaseException
 
 
 class _Stream:
-    """The way of one request's outputs from the engine's thread to its consumer's event loop."""
+    """The way of one request's outputs from the engine's thread to its consumer's event loop.
+
+    Outputs hold all there is so far, so that only the latest is kept: a slow consumer costs no memory.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._queue: asyncio.Queue[_Result] = asyncio.Queue()
+        self._latest: _Result | None = None
+        self._ready = asyncio.Event()
 
     def put(self, result: _Result) -> None:
         """Called on the engine's thread."""
         try:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, result)
+            self._loop.call_soon_threadsafe(self._set, result)
         except RuntimeError:  # the consumer's loop is closed: nobody listens any more
             logger.debug("an output came after its event loop had closed")
 
+    def _set(self, result: _Result) -> None:
+        self._latest = result
+        self._ready.set()
+
     async def get(self) -> Output:
-        """The next output; raises what the engine's thread put instead."""
-        result = await self._queue.get()
+        """The latest output that was not taken yet; raises what the engine's thread put instead."""
+        await self._ready.wait()
+        self._ready.clear()
+        result = self._latest
+        assert result is not None, "ready means there is one"
         if isinstance(result, BaseException):
             raise result
         return result
@@ -93,7 +105,8 @@ class AsyncEngine:
     ) -> AsyncIterator[RequestOutput]:
         """Stream a request's outputs, each with all there is so far.
 
-        Leaving the iteration early (a break, a cancelled task, a closed client) aborts the request.
+        Whoever takes them more slowly than they are made gets fewer of them. Leaving the iteration early
+        (a break, a cancelled task, a closed client) aborts the request.
 
         Raises:
             RequestError: this request cannot be served.
@@ -126,6 +139,41 @@ class AsyncEngine:
                 return output
         raise AssertionError("an embedding request ends with its embedding or an error")
 
+    async def beam_search(
+        self, prompt: ProcessedPrompt, params: BeamSearchParams, request_id: str | None = None
+    ) -> BeamSearchOutput:
+        """The most probable continuations of a prompt, computed beside whatever else runs.
+
+        Raises:
+            RequestError, DeviceLostError: as in `generate`.
+        """
+        request_id = request_id if request_id is not None else f"async-{next(self._ids)}"
+        engine = self.engine
+        search = BeamSearch.begin(prompt, params, engine.eos_token_ids, engine.resolved.max_model_len)
+        for round_number in itertools.count():
+            tasks = [
+                asyncio.ensure_future(
+                    self._last(continued, search.one_token, f"{request_id}-{round_number}-{index}")
+                )
+                for index, continued in enumerate(search.prompts())
+            ]
+            try:
+                for index, output in enumerate(await asyncio.gather(*tasks)):
+                    search.take(index, output)
+            finally:
+                for task in tasks:
+                    task.cancel()
+            if not search.advance():
+                break
+        return search.output(engine.tokenizer)
+
+    async def _last(self, prompt: ProcessedPrompt, params: SamplingParams, request_id: str) -> RequestOutput:
+        last = None
+        async for output in self.generate(prompt, params, request_id):
+            last = output
+        assert last is not None, "a request ends with an output or an error"
+        return last
+
     async def _outputs(
         self, prompt: ProcessedPrompt, params: SamplingParams | PoolingParams, request_id: str | None
     ) -> AsyncGenerator[Output, None]:
@@ -143,6 +191,11 @@ class AsyncEngine:
         finally:
             if not finished:
                 self._commands.put(lambda: self._abort(request_id))
+
+    @property
+    def death(self) -> BaseException | None:
+        """What ended the engine's thread; None while it runs."""
+        return self._death
 
     async def abort(self, request_id: str) -> None:
         """End a request; its stream gets a last output with what there is."""

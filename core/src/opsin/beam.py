@@ -87,22 +87,15 @@ def beam_search(
         At most ``beam_width`` sequences for each prompt, in the order of the prompts. A prompt that the
         engine refuses has ``error`` set; the others go on.
     """
-    ends = frozenset(() if params.ignore_eos else eos_token_ids)
-    searches = [
-        _Search(prompt, params, ends, min(params.max_tokens, max_len - len(prompt.token_ids)))
-        for prompt in prompts
-    ]
-    one_token = SamplingParams(
-        max_tokens=1, temperature=0, logprobs=min(params.beam_width + len(ends), MAX_LOGPROBS)
-    )
+    searches = [BeamSearch.begin(prompt, params, eos_token_ids, max_len) for prompt in prompts]
     numbers = count()
-    asked: dict[str, tuple[_Search, int]] = {}
+    asked: dict[str, tuple[BeamSearch, int]] = {}
 
-    def ask(search: _Search) -> None:
-        for index, beam in enumerate(search.beams):
+    def ask(search: BeamSearch) -> None:
+        for index, prompt in enumerate(search.prompts()):
             request_id = f"beam-{next(numbers)}"
             try:
-                engine.add(request_id, search.continued(beam), one_token)
+                engine.add(request_id, prompt, search.one_token)
             except RequestError as error:
                 search.error = error
                 return
@@ -137,8 +130,10 @@ class _Beam(NamedTuple):
 
 
 @dataclass(eq=False)
-class _Search:
+class BeamSearch:
     """The search for one prompt's continuations.
+
+    It goes in rounds: ask for one token behind each of `prompts`, `take` the answers, `advance`.
 
     Attributes:
         beams: live ones, best first; results: ended ones, best score first, at most ``beam_width``.
@@ -155,9 +150,27 @@ class _Search:
     error: RequestError | None = None
     _next_tokens: dict[int, Mapping[int, Logprob]] = field(default_factory=dict)
 
-    def continued(self, beam: _Beam) -> ProcessedPrompt:
-        """The prompt with a beam's tokens appended. Positions need no change: ``delta`` carries them on."""
-        return replace(self.prompt, token_ids=[*self.prompt.token_ids, *beam.tokens])
+    @classmethod
+    def begin(
+        cls, prompt: ProcessedPrompt, params: BeamSearchParams, eos_token_ids: Collection[int], max_len: int
+    ) -> BeamSearch:
+        """A search at its beginning; arguments as for `beam_search`."""
+        ends = frozenset(() if params.ignore_eos else eos_token_ids)
+        return cls(prompt, params, ends, min(params.max_tokens, max_len - len(prompt.token_ids)))
+
+    @property
+    def one_token(self) -> SamplingParams:
+        """How the next token of each beam is asked for."""
+        num_candidates = min(self.params.beam_width + len(self.ends), MAX_LOGPROBS)
+        return SamplingParams(max_tokens=1, temperature=0, logprobs=num_candidates)
+
+    def prompts(self) -> list[ProcessedPrompt]:
+        """The prompt with each beam's tokens appended.
+
+        Positions need no change: ``delta`` carries them on.
+        """
+        ids = self.prompt.token_ids
+        return [replace(self.prompt, token_ids=[*ids, *beam.tokens]) for beam in self.beams]
 
     def take(self, index: int, output: RequestOutput) -> None:
         """Take the answer for beam ``index``."""

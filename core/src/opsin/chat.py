@@ -12,7 +12,7 @@ from opsin.api import Modality, Placeholder
 from opsin.chat_parts import MediaPart, Part, parse_content
 from opsin.chat_template import ChatTemplate, ChatTokenizer, ContentFormat
 from opsin.decoding import MediaLimits
-from opsin.errors import RequestError
+from opsin.errors import ConfigError, RequestError
 from opsin.media import Fetch
 from opsin.placeholders import is_numbered, text_pattern
 from opsin.prompt import check_limits
@@ -68,11 +68,17 @@ class ChatRenderer:
         Raises:
             ConfigError: the template is not valid Jinja.
         """
+        self._tokenizer = tokenizer
         self._template = chat_template and ChatTemplate(chat_template, tokenizer, content_format)
         self._placeholders = placeholders
         self._limits = limits or {}
         self._media_limits = media_limits or MediaLimits()
         self._local_files = local_files
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja text in use, None if there is none."""
+        return self._template.source if self._template else None
 
     def render(
         self,
@@ -82,6 +88,7 @@ class ChatRenderer:
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
         fetch: Fetch | None = None,
     ) -> dict[str, Any]:
         """One conversation -> ``{"prompt": text, "multi_modal_data": {modality: [item, ...]}}``.
@@ -92,13 +99,15 @@ class ChatRenderer:
             continue_final_message: leave the last message open, for the model to go on with.
             tools: JSON schemas of functions, for templates that show them.
             chat_template_kwargs: further variables of the template.
+            chat_template: Jinja text used instead, for this conversation.
             fetch: fetches http(s) URLs; None: they are refused.
 
         Raises:
             RequestError: a message or part is malformed; the error names it.
             MediaError: a media part cannot be used, or there are too many.
         """
-        if not self._template:
+        template = self._template if chat_template is None else self._own_template(chat_template)
+        if not template:
             raise RequestError(
                 "this model has no chat template; pass chat_template (opsin serve: --chat-template), "
                 "or use a plain prompt instead of messages"
@@ -116,8 +125,8 @@ class ChatRenderer:
         self._check_modalities(media)
         check_limits(counts, self._limits)
 
-        text = self._template.render(
-            self._for_template(parsed, self._template),
+        text = template.render(
+            self._for_template(parsed, template),
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             tools=tools,
@@ -127,6 +136,12 @@ class ChatRenderer:
         for part in media:
             items[part.modality].append(part.load(self._media_limits, fetch, self._local_files))
         return {"prompt": text, "multi_modal_data": dict(items)}
+
+    def _own_template(self, source: str) -> ChatTemplate:
+        try:
+            return ChatTemplate(source, self._tokenizer)
+        except ConfigError as error:
+            raise RequestError(str(error)) from None
 
     def _check_modalities(self, media: Sequence[MediaPart]) -> None:
         for part in media:

@@ -55,7 +55,7 @@ class ChatTemplate:
         Raises:
             ConfigError: the template is not valid Jinja.
         """
-        self._source = source
+        self.source = source
         self._tokenizer = tokenizer
         self.traits = template_traits(source, content_format)
 
@@ -82,7 +82,7 @@ class ChatTemplate:
             text = self._tokenizer.apply_chat_template(
                 list(messages),
                 tools=None if tools is None else list(tools),
-                chat_template=self._source,
+                chat_template=self.source,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 tokenize=False,

@@ -11,6 +11,7 @@ from opsin.chat import ChatRenderer
 from opsin.chat_template import ChatTokenizer, resolve_chat_template
 from opsin.checkpoint import Checkpoint, load_tokenizer
 from opsin.config import EngineConfig
+from opsin.decoding import MediaLimits
 from opsin.errors import CheckpointError
 from opsin.grammar import GrammarCompiler
 from opsin.hub import locate
@@ -74,6 +75,13 @@ def build_frontend(
         }
     except ValueError as error:  # settings the family cannot follow
         raise CheckpointError(f"the settings in {checkpoint.path}: {error}") from error
+    media_limits = MediaLimits(
+        max_bytes=config.max_media_bytes,
+        max_pixels=config.max_image_pixels,
+        max_frames=config.max_video_frames,
+        max_video_pixels=config.max_video_pixels,
+        sampled_frames=config.sampled_video_frames,
+    )
     processor = PromptProcessor(
         model_spec=spec,
         mappers=mappers,
@@ -85,8 +93,10 @@ def build_frontend(
         max_model_len=max_model_len,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
+        media_limits=media_limits,
         media_cache_bytes=config.media_cache_memory,
     )
+    content_format = config.chat_template_content_format
     renderer = ChatRenderer(
         tokenizer=tokenizer,
         chat_template=resolve_chat_template(
@@ -95,7 +105,9 @@ def build_frontend(
             default=_default_chat_template(spec, checkpoint.config),
         ),
         placeholders=placeholders,
+        content_format=None if content_format == "auto" else content_format,
         limits=processor.limits,
+        media_limits=media_limits,
         local_files=config.local_media,
     )
     eos = _eos_token_ids(checkpoint, spec, tokenizer)
