@@ -90,6 +90,9 @@ class ChatTemplate:
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise RequestError(f"the chat template refused these messages: {error}") from None
+        except (ArithmeticError, AttributeError, LookupError, RecursionError) as error:
+            # Not what a template says on purpose, so the text would tell a client nothing.
+            raise RequestError(f"the chat template refused these messages: {type(error).__name__}") from None
         return str(text)
 
 

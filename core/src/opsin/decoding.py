@@ -159,6 +159,10 @@ def _open_image(data: bytes, limits: MediaLimits, what: str) -> Image.Image:
     check_num_bytes(len(data), limits.max_bytes)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError:  # PIL's own check of the header
+        raise MediaError(
+            f"the {what} has too many pixels; at most {limits.max_pixels} are accepted"
+        ) from None
     except Exception:
         formats = ", ".join(FORMATS) + (", MP4, MOV, WebM, MKV, AVI" if what == "video" else "")
         raise MediaError(f"the {what} cannot be read; expected one of {formats}") from None
