@@ -32,7 +32,7 @@ HOST = Device(
 
 @pytest.mark.parametrize("case", kernel_cases(["float32", "float16"]), ids=str)
 def test_the_reference_fulfils_the_contract(case: KernelCase) -> None:
-    assert check_kernel(case, HOST, []) == "reference"
+    assert check_kernel(case, HOST, []).provider == "reference"
 
 
 def test_names_are_unique() -> None:

@@ -36,6 +36,9 @@ def run(
     device: Annotated[
         str | None, typer.Option(help="Open this device too (NAME or NAME:INDEX), and show its details.")
     ] = None,
+    selftest: Annotated[
+        bool, typer.Option(help="Compare every kernel of --device with the reference, on the device itself.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Probe devices and plugins; say why something does not work and what to do next.
@@ -43,7 +46,7 @@ def run(
     The exit status is 1 when something needs attention: a plugin failed, no model or device is there, or the
     device asked for cannot be used.
     """
-    report = examine(device)
+    report = examine(device, selftest=selftest)
     if as_json:
         print(json.dumps(report, indent=2, default=str))
     else:
@@ -52,7 +55,7 @@ def run(
         sys.exit(1)
 
 
-def examine(device: str | None) -> dict[str, Any]:
+def examine(device: str | None, *, selftest: bool = False) -> dict[str, Any]:
     """Everything ``opsin doctor`` has to say, as plain data."""
     from opsin.errors import OpsinError, PluginError
     from opsin.plugins import load_plugins
@@ -78,8 +81,14 @@ def examine(device: str | None) -> dict[str, Any]:
         try:
             chosen, index, _ = found.select_device(device or "auto")
             report["device"] = f"{chosen.name}:{index}"
-            if device is not None:
-                report["opened"] = _describe_opened(chosen.open(index))
+            if device is not None or selftest:
+                opened = chosen.open(index)
+                report["opened"] = _describe_opened(opened)
+                if selftest:
+                    from opsin.cli import selftest as tests  # it imports torch
+
+                    report["selftest"] = tests.selftest(opened, found.kernel_specs(chosen.name))
+                    report["advice"] += tests.advice(report["selftest"])
         except (OpsinError, ValueError) as error:  # a device's `open` says ValueError
             report["advice"].append(str(error))
     return report
@@ -142,6 +151,11 @@ def print_report(report: Mapping[str, Any]) -> None:
         kernels = [[k["device"], k["op"], k["from"]] for k in report["kernels"]]
         print_table("Kernels", ("device", "op", "from"), kernels)
     _print_details(f"Opened {report.get('device')}", report.get("opened", {}))
+    if "selftest" in report:
+        from opsin.cli.selftest import rows
+
+        columns = ("op", "dtype", "cases", "by the device", "by the reference", "failed", "worst error")
+        print_table(f"Self-test of {report['device']}", columns, rows(report["selftest"]))
     if "device" in report:
         print(f"device={report['device']} is what a model would run on.")
     print("Everything is in order." if not report["advice"] else "To do:")

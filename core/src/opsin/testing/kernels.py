@@ -5,7 +5,7 @@
 
     @pytest.mark.parametrize("case", kernel_cases(DEVICE.capabilities.dtypes), ids=str)
     def test_kernel(case):
-        assert check_kernel(case, DEVICE, SPECS) == "mydevice"
+        assert check_kernel(case, DEVICE, SPECS).provider == "mydevice"
 
 Every case draws inputs from a seed of its own, computes the result with the reference in float32 on the
 host, and compares the device's. What a layer may hand to a kernel is what the cases hand to it: views with
@@ -63,12 +63,30 @@ class KernelCase:
         return self.name
 
 
+@dataclass(frozen=True)
+class KernelOutcome:
+    """A case that passed.
+
+    Attributes:
+        provider: who served it: the device's name, or ``"reference"`` if its specs decline it.
+        worst: the largest error, as a share of the allowed one.
+    """
+
+    provider: str
+    worst: float
+
+
 class Bench:
-    """A device under test, with inputs that depend on the case's name only."""
+    """A device under test, with inputs that depend on the case's name only.
+
+    Attributes:
+        worst: the largest error so far, as a share of the allowed one.
+    """
 
     def __init__(self, case: KernelCase, device: Device, kernels: Kernels) -> None:
         self.device, self.kernels, self.query = device, kernels, case.query
         self.dtype: torch.dtype = getattr(torch, case.query.dtype)
+        self.worst = 0.0
         self._generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
 
     def draw(self, *shape: int, scale: float = 1.0) -> Tensor:
@@ -105,9 +123,10 @@ class Bench:
         )
         largest = expected.abs().max().item() if expected.numel() else 0.0
         limit = TOLERANCE[self.dtype] * max(1.0, largest)
-        torch.testing.assert_close(
-            got.to("cpu").float(), expected, rtol=0.0, atol=limit, msg=lambda text: f"{what}: {text}"
-        )
+        given = got.to("cpu").float()
+        torch.testing.assert_close(given, expected, rtol=0.0, atol=limit, msg=lambda text: f"{what}: {text}")
+        if expected.numel():
+            self.worst = max(self.worst, (given - expected).abs().max().item() / limit)
 
 
 def kernel_cases(dtypes: Sequence[str] = ("float32", "bfloat16")) -> list[KernelCase]:
@@ -116,7 +135,7 @@ def kernel_cases(dtypes: Sequence[str] = ("float32", "bfloat16")) -> list[Kernel
     return [case for dtype in dtypes for maker in makers for case in maker(dtype)]
 
 
-def check_kernel(case: KernelCase, device: Device, specs: Sequence[KernelSpec]) -> str:
+def check_kernel(case: KernelCase, device: Device, specs: Sequence[KernelSpec]) -> KernelOutcome:
     """Run one case.
 
     Args:
@@ -125,20 +144,21 @@ def check_kernel(case: KernelCase, device: Device, specs: Sequence[KernelSpec]) 
         specs: its kernels.
 
     Returns:
-        Who served the case: the device's name, or ``"reference"`` if its specs decline it. A plugin's
-        tests compare this with what they expect, so that a kernel is not passed over unnoticed.
+        Who served the case, and how well. A plugin's tests compare the provider with what they expect, so
+        that a kernel is not passed over unnoticed.
 
     Raises:
         AssertionError: the result is wrong; the message says where.
     """
     kernels = Kernels(device.name, specs)
     with torch.inference_mode():
-        case.check(Bench(case, device, kernels))
+        bench = Bench(case, device, kernels)
+        case.check(bench)
         if device.synchronize is not None:
             device.synchronize()
     providers = {choice.provider for choice in kernels.choices}
     assert kernels.choices[Choice(case.query.op, next(iter(providers)))], case
-    return providers.pop()
+    return KernelOutcome(providers.pop(), bench.worst)
 
 
 # --------------------------------------------------------------------------------------------------

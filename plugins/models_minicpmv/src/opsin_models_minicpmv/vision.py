@@ -56,13 +56,13 @@ class SliceTower(nn.Module):
     def __init__(self, context: BuildContext, config: VisionConfig, *, flat: bool) -> None:
         super().__init__()
         self.tower = VisionTransformer(context, config, post_norm=True)
-        self._side, self._flat, self._device = round(config.num_positions**0.5), flat, context.device
+        self._side, self._flat = round(config.num_positions**0.5), flat
 
     def forward(self, patches: Tensor, shapes: Sequence[Shape]) -> Tensor:
         """patches (P, 3 * patch**2) of slices one after another -> (P, width)."""
         positions = torch.cat([position_rows(shape, self._side, flat=self._flat) for shape in shapes])
         lengths = [rows * columns for rows, columns in shapes]
-        return self.tower(patches, lengths, positions.to(self._device))  # type: ignore[no-any-return]
+        return self.tower(patches, lengths, positions)  # type: ignore[no-any-return]
 
 
 class ResampledTower(nn.Module):

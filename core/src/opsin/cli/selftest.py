@@ -1,0 +1,79 @@
+"""``opsin doctor --selftest``: every kernel of a device against the reference, on the device itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tqdm import tqdm
+
+from opsin.api import Device, KernelSpec
+from opsin.testing.kernels import check_kernel, kernel_cases
+
+
+@dataclass
+class OpResult:
+    """What came of the cases of one op in one dtype.
+
+    Attributes:
+        op, dtype: of the cases.
+        cases: how many there are.
+        on_device: served by a kernel of the device.
+        on_reference: declined by the device, served by the reference (on the device too).
+        worst: largest error of a case, as a share of the allowed one; of the cases that passed.
+        failures: case -> what was wrong.
+    """
+
+    op: str
+    dtype: str
+    cases: int = 0
+    on_device: int = 0
+    on_reference: int = 0
+    worst: float = 0.0
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+def selftest(device: Device, specs: Sequence[KernelSpec]) -> list[dict[str, Any]]:
+    """Run all kernel cases for the device's dtypes. Shows progress on a terminal; never raises for a case."""
+    results: dict[tuple[str, str], OpResult] = {}
+    for case in tqdm(kernel_cases(device.capabilities.dtypes), desc="self-test", unit="case", disable=None):
+        op, dtype = case.query.op, case.query.dtype
+        result = results.setdefault((op, dtype), OpResult(op, dtype))
+        result.cases += 1
+        try:
+            outcome = check_kernel(case, device, specs)
+        except Exception as error:  # a wrong result, or whatever a vendor's kernel raises
+            result.failures[str(case)] = f"{type(error).__name__}: {error}"
+            continue
+        result.on_device += outcome.provider != "reference"
+        result.on_reference += outcome.provider == "reference"
+        result.worst = max(result.worst, outcome.worst)
+    return [asdict(result) for result in results.values()]
+
+
+def advice(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One line for each op that failed."""
+    lines = []
+    for result in results:
+        if result["failures"]:
+            case, text = next(iter(result["failures"].items()))
+            lines.append(
+                f"self-test: {result['op']} in {result['dtype']} failed {len(result['failures'])} of "
+                f"{result['cases']} cases; first {case}: {' '.join(text.split())[:300]}"
+            )
+    return lines
+
+
+def rows(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """For the table: op, dtype, cases, device, reference, failed, worst error."""
+    return [
+        [
+            result["op"],
+            result["dtype"],
+            *(str(result[name]) for name in ("cases", "on_device", "on_reference")),
+            str(len(result["failures"])),
+            f"{result['worst']:.0%} of the allowed",
+        ]
+        for result in results
+    ]
