@@ -7,7 +7,7 @@ import itertools
 import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from functools import partial
@@ -102,7 +102,7 @@ class AsyncEngine:
         prompt: str | Sequence[int] | Mapping[str, Any] | ProcessedPrompt,
         params: SamplingParams | None = None,
         request_id: str | None = None,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Stream a request's outputs, each with all there is so far.
 
         Whoever takes them more slowly than they are made gets fewer of them. Leaving the iteration early

@@ -40,6 +40,7 @@ class PromptProcessor:
 
     Attributes:
         limits: most items of each modality in one prompt; a modality not named is unlimited.
+        modalities: that the model takes beside text.
         mapped_media: the mapped items kept by content and options, with their hit counters.
     """
 
@@ -94,6 +95,7 @@ class PromptProcessor:
         self._option_names = frozenset(chain.from_iterable(names))
         require_known("mm_processor_kwargs", options or {}, self._option_names, ConfigError)
         self.limits: Mapping[Modality, int] = {**model_spec.default_limits, **(limits or {})}
+        self.modalities: Sequence[Modality] = sorted(mappers)
         self.mapped_media: ByteLRU[MappedMedia] = ByteLRU(media_cache_bytes)
         self._model_spec = model_spec
         self._mappers = mappers

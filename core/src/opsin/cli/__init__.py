@@ -1,4 +1,4 @@
-"""The command line: ``opsin generate``, ``opsin plugins``, ``opsin doctor``.
+"""The command line: ``opsin serve``, ``opsin generate``, ``opsin plugins``, ``opsin doctor``.
 
 Each command is a module with a function `run`; whatever is heavy is imported inside of it, so that help comes
 at once.
@@ -12,8 +12,9 @@ from typing import Annotated
 import typer
 
 import opsin
-from opsin.cli import doctor, generate, plugins
+from opsin.cli import doctor, generate, plugins, serve
 from opsin.cli.errors import reported
+from opsin.cli.serve_arguments import ServeCommand
 
 app = typer.Typer(
     name="opsin",
@@ -23,6 +24,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command(
+    "serve", epilog=serve.EXAMPLES, cls=ServeCommand, context_settings={"auto_envvar_prefix": "OPSIN"}
+)(reported(serve.run))
 app.command("generate", epilog=generate.EXAMPLES)(reported(generate.run))
 app.command("plugins")(reported(plugins.run))
 app.command("doctor")(reported(doctor.run))

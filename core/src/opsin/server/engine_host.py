@@ -1,0 +1,105 @@
+"""Loads the engine on a thread of its own, while the server already answers."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from http import HTTPStatus
+
+from opsin.async_engine import AsyncEngine
+from opsin.config import EngineConfig, PoolingParams, SamplingParams, StructuredOutput
+from opsin.engine import Engine
+from opsin.errors import ConfigError
+from opsin.server.api_error import ApiError
+
+logger = logging.getLogger(__name__)
+
+_RETRY_LOADING_S = 5
+
+
+class EngineHost:
+    """Holds the engine, from nothing over loading to ready, failed or closed.
+
+    Attributes:
+        config: of the engine.
+        failure: why loading failed, or what ended the engine; None while all is well.
+    """
+
+    def __init__(self, config: EngineConfig, build: Callable[[EngineConfig], Engine] = Engine) -> None:
+        """``build`` makes the engine; it runs on the thread."""
+        self.config = config
+        self._build = build
+        self._engine: AsyncEngine | None = None
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._load, name="opsin-load", daemon=True)
+
+    def start(self) -> None:
+        """Begin to load."""
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until it is loaded, or has failed."""
+        self._thread.join()
+
+    @property
+    def loading(self) -> bool:
+        """Whether the thread is still at it."""
+        return self._thread.is_alive()
+
+    @property
+    def failure(self) -> BaseException | None:
+        """See the class."""
+        return self._failure or (self._engine.death if self._engine is not None else None)
+
+    @property
+    def loaded(self) -> Engine | None:
+        """The engine, once it is ready."""
+        return None if self._engine is None else self._engine.engine
+
+    def engine(self) -> AsyncEngine:
+        """The engine.
+
+        Raises:
+            ApiError: 503 while it is loading, or after it has failed.
+        """
+        if self.failure is not None:
+            raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "the engine has failed; the server has to restart")
+        if self._engine is None:
+            raise ApiError(
+                HTTPStatus.SERVICE_UNAVAILABLE, "the model is loading", retry_after_s=_RETRY_LOADING_S
+            )
+        return self._engine
+
+    def close(self) -> None:
+        """Stop the engine, aborting what runs."""
+        if self._engine is not None and self._engine.death is None:
+            self._engine.close()
+
+    def _load(self) -> None:
+        try:
+            started = time.monotonic()
+            engine = self._build(self.config)
+            if self.config.task == "generate" and engine.renderer.chat_template is None:
+                raise ConfigError(
+                    "this model has no chat template; pass one with --chat-template FILE (or its Jinja text)"
+                )
+            _warm_up(engine)
+            self._engine = AsyncEngine(engine)
+            logger.info("%s is ready after %.1f s", self.config.model, time.monotonic() - started)
+        except BaseException as error:
+            logger.debug("loading failed", exc_info=True)
+            self._failure = error
+
+
+def _warm_up(engine: Engine) -> None:
+    """A first request and a first grammar, so that no user waits for what is only built once."""
+    prompt = engine.processor.process([0], min_new_tokens=0)
+    if engine.config.task == "generate":
+        engine.grammars.compile(StructuredOutput(json_object=True))
+        engine.add("warm-up", prompt, SamplingParams(max_tokens=2, ignore_eos=True))
+    else:
+        engine.add("warm-up", prompt, PoolingParams())
+    while engine.has_unfinished():
+        engine.step()

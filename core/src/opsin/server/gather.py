@@ -1,0 +1,46 @@
+"""Several coroutines, or several streams, as one that ends them all when one fails."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+async def all_of(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Results in order; after the first failure, or when cancelled, none of the others goes on."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
+    """Items of all streams as they come, each with its stream's number."""
+
+    async def next_of(number: int) -> tuple[int, T] | None:
+        try:
+            return number, await anext(streams[number])
+        except StopAsyncIteration:
+            return None
+
+    waiting = {asyncio.ensure_future(next_of(number)) for number in range(len(streams))}
+    try:
+        while waiting:
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                found = task.result()
+                if found is not None:
+                    yield found
+                    waiting.add(asyncio.ensure_future(next_of(found[0])))
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        for stream in streams:
+            await stream.aclose()

@@ -1,0 +1,98 @@
+"""One prompt through the engine: sampled, best of several, or by beam search."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+
+from opsin.api import ProcessedPrompt
+from opsin.beam import BeamSearchOutput
+from opsin.config import BeamSearchParams, SamplingParams
+from opsin.output import CompletionOutput, RequestMetrics, RequestOutput
+from opsin.server.responses import PromptTokensDetails, Usage
+from opsin.server.serving import Serving
+
+
+async def outputs(
+    serving: Serving,
+    prompt: ProcessedPrompt,
+    params: SamplingParams,
+    *,
+    request_id: str,
+    started: float,
+    num_samples: int,
+    beams: BeamSearchParams | None = None,
+) -> AsyncGenerator[RequestOutput, None]:
+    """A request's outputs, each with all there is so far.
+
+    Args:
+        serving: the model.
+        prompt: ready for the engine.
+        params: of sampling.
+        request_id: unique.
+        started: when the request arrived, in seconds of `time.monotonic`.
+        num_samples: to give; the most probable ones where ``params.n`` is more.
+        beams: search instead of sampling; there is only one output then.
+
+    Raises:
+        RequestError: the engine refuses the request.
+    """
+    engine, track = serving.engine, serving.metrics.track(started)
+    if params.structured is not None:
+        # Also makes the tokenizer's tables. The engine's thread, which all requests share, has it easy then.
+        await engine.in_pool(engine.engine.grammars.compile, params.structured)
+    if beams is not None:
+        arrived = time.monotonic()
+        found = await engine.beam_search(prompt, beams, request_id)
+        output = _of_beams(prompt, found, request_id, arrived, num_samples)
+        track.saw(output)
+        yield output
+        return
+    async with aclosing(engine.generate(prompt, params, request_id)) as stream:
+        async for output in stream:
+            track.saw(output)
+            if num_samples < params.n:
+                if not output.finished:
+                    continue
+                output = replace(output, outputs=_best(output.outputs, num_samples))
+            yield output
+
+
+async def last_output(stream: AsyncIterator[RequestOutput]) -> RequestOutput:
+    """The finished one."""
+    last = None
+    async for output in stream:
+        last = output
+    assert last is not None, "a request ends with an output or an error"
+    return last
+
+
+def usage(*finished: RequestOutput) -> Usage:
+    """Tokens of requests, so far."""
+    prompt = sum(len(output.prompt_token_ids) for output in finished)
+    generated = sum(len(sample.token_ids) for output in finished for sample in output.outputs)
+    cached = sum(output.metrics.num_cached_tokens for output in finished if output.metrics is not None)
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=generated,
+        total_tokens=prompt + generated,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
+    )
+
+
+def _best(samples: Sequence[CompletionOutput], count: int) -> list[CompletionOutput]:
+    ranked = sorted(samples, key=lambda sample: -(sample.cumulative_logprob or 0.0))
+    return [replace(sample, index=index) for index, sample in enumerate(ranked[:count])]
+
+
+def _of_beams(
+    prompt: ProcessedPrompt, found: BeamSearchOutput, request_id: str, arrived: float, count: int
+) -> RequestOutput:
+    samples = [
+        CompletionOutput(index, beam.text, beam.tokens, beam.cum_logprob, None, beam.finish_reason)
+        for index, beam in enumerate(found.sequences[:count])
+    ]
+    times = RequestMetrics(arrived, finished_time=time.monotonic())
+    return RequestOutput(request_id, prompt.text, list(prompt.token_ids), None, samples, True, times)

@@ -1,0 +1,36 @@
+"""The ``prompt`` and ``input`` fields: text or token ids, one or several."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, cast
+
+from pydantic import BeforeValidator
+
+_EXPECTED = (
+    "expected a text, a list of texts, a list of token ids, or a list of such lists; none of them empty"
+)
+
+
+def _known_shape(value: Any) -> Any:
+    """One clear error in the place of one for each alternative of the union."""
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, list) and value:
+        is_text = all(isinstance(element, str) and element for element in value)
+        is_lists = all(isinstance(element, list) and element and _are_ids(element) for element in value)
+        if is_text or is_lists or _are_ids(value):
+            return value
+    raise ValueError(_EXPECTED)
+
+
+def _are_ids(value: list[Any]) -> bool:
+    return all(type(element) is int for element in value)
+
+
+Prompts = Annotated[str | list[str] | list[int] | list[list[int]], BeforeValidator(_known_shape)]
+
+
+def listed(prompts: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+    """One prompt or several -> a list."""
+    one = isinstance(prompts, str) or isinstance(prompts[0], int)
+    return cast(list[str | list[int]], [prompts] if one else prompts)

@@ -1,0 +1,72 @@
+"""What all request bodies have in common: strict types, and a word on every field that is not followed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic_core import PydanticCustomError
+
+
+def field_error(name: str, text: str) -> PydanticCustomError:
+    """An error of one field, raised where pydantic does not know which; its text names it, too."""
+    return PydanticCustomError("field", "{text}", {"text": text, "param": plain(name)})
+
+
+def plain(name: str) -> str:
+    """A name that a client chose, short and without anything that could mean something elsewhere."""
+    return re.sub(r"[^\w-]", "?", name[:40], flags=re.ASCII)
+
+
+class StrictModel(BaseModel):
+    """No type is guessed, nothing is NaN, no field is unknown."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+class RequestBody(StrictModel):
+    """The body of a request.
+
+    Unknown fields are refused, with the name that was probably meant: a misspelt setting that is silently
+    passed over is worse than an error. Fields that other servers know fall into two groups. Those without
+    any effect on the answer (``ignored``) are accepted. Those with one (``unsupported``) are refused unless
+    they hold a value that asks for nothing.
+    """
+
+    ignored: ClassVar[frozenset[str]] = frozenset(
+        {
+            "guided_decoding_backend",
+            "metadata",
+            "prompt_cache_key",
+            "prompt_cache_retention",
+            "safety_identifier",
+            "service_tier",
+            "user",
+        }
+    )
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {"priority": (0,), "store": (False,)}
+    """Field -> values that ask for nothing; null is always one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_asks_for_nothing(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        kept = {}
+        for name, value in data.items():
+            if name in cls.model_fields:
+                kept[name] = value
+            elif name in cls.unsupported:
+                harmless = cls.unsupported[name]
+                # Not `in`: True equals 1.
+                if value is not None and not any(type(value) is type(h) and value == h for h in harmless):
+                    raise field_error(name, f"{name} is not supported by this server")
+            elif name not in cls.ignored:
+                close = get_close_matches(name[:64], cls.model_fields, n=1)
+                if close:
+                    raise field_error(name, f"unknown field {plain(name)!r}; did you mean {close[0]!r}?")
+                kept[name] = value  # refused by the model, by name
+        return kept

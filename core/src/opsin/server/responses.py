@@ -1,0 +1,230 @@
+"""What the server answers with. Fields that are never set are left out of the JSON, nulls are kept."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+
+class PromptTokensDetails(BaseModel):
+    """Of the prompt's tokens."""
+
+    cached_tokens: int
+
+
+class Usage(BaseModel):
+    """Tokens, those that pictures expand to included."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class TopLogprob(BaseModel):
+    """A token that could have been."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    """A token and its alternatives."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """Log-probabilities of an answer's tokens."""
+
+    content: list[TokenLogprob]
+
+
+class FunctionCall(BaseModel):
+    """A function and its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """A call the model asks for."""
+
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
+class AssistantMessage(BaseModel):
+    """The answer."""
+
+    role: str
+    content: str | None
+    tool_calls: list[ToolCall] = []
+
+
+class ChatChoice(BaseModel):
+    """One sample."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str
+    stop_reason: int | str | None
+
+
+class ChatCompletion(BaseModel):
+    """Answer of ``/v1/chat/completions``."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    prompt_logprobs: list[dict[str, dict[str, Any]] | None] | None
+
+
+class FunctionCallDelta(BaseModel):
+    """A piece of a call: the name once, then the arguments as they come."""
+
+    name: str = ""
+    arguments: str
+
+
+class ToolCallDelta(BaseModel):
+    """A piece of the call number ``index``."""
+
+    index: int
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: FunctionCallDelta
+
+
+class ChatDelta(BaseModel):
+    """What is new."""
+
+    role: str = ""
+    content: str = ""
+    tool_calls: list[ToolCallDelta] = []
+
+
+class ChatChunkChoice(BaseModel):
+    """What is new of one sample."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+    stop_reason: int | str | None = None
+
+
+class ChatChunk(BaseModel):
+    """An event of a streamed chat."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+
+
+class CompletionLogprobs(BaseModel):
+    """Log-probabilities of a completion's tokens; None where nothing predicts a token."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    """One sample, or what is new of it."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+    prompt_logprobs: list[dict[str, dict[str, Any]] | None] | None = None
+
+
+class Completion(BaseModel):
+    """Answer of ``/v1/completions``, and event of a streamed one."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class Embedding(BaseModel):
+    """One vector: numbers, or float32 (little-endian) in base64."""
+
+    index: int
+    object: Literal["embedding"]
+    embedding: list[float] | str
+
+
+class EmbeddingList(BaseModel):
+    """Answer of ``/v1/embeddings``."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Embedding]
+    usage: Usage
+
+
+class ModelCard(BaseModel):
+    """A served model."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: str | None
+    max_model_len: int
+    task: str
+    modalities: list[str]
+
+
+class ModelList(BaseModel):
+    """Answer of ``/v1/models``."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class Tokens(BaseModel):
+    """Answer of ``/tokenize``."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Text(BaseModel):
+    """Answer of ``/detokenize``."""
+
+    prompt: str
+
+
+class Version(BaseModel):
+    """Answer of ``/version``."""
+
+    version: str
+
+
+class Status(BaseModel):
+    """Answer of ``/health`` and ``/ready``."""
+
+    status: str

@@ -1,0 +1,146 @@
+"""The server process: socket, signals, a graceful end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from types import FrameType
+
+import uvicorn
+
+from opsin.config import EngineConfig
+from opsin.server.app import App
+from opsin.server.engine_host import EngineHost
+from opsin.server.settings import ServerSettings
+
+logger = logging.getLogger(__name__)
+
+_KEEP_ALIVE_S = 75
+"""Longer than the 60 s after which common proxies close an idle connection: they should do it, not we."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listen:
+    """Where the server is reached.
+
+    Attributes:
+        host, port: TCP address; port 0 takes a free one.
+        uds: path of a Unix socket instead.
+        ssl_keyfile, ssl_certfile, ssl_keyfile_password, ssl_ca_certs: TLS, as uvicorn has them.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    uds: str | None = None
+    ssl_keyfile: str | None = None
+    ssl_certfile: str | None = None
+    ssl_keyfile_password: str | None = None
+    ssl_ca_certs: str | None = None
+
+
+def serve(config: EngineConfig, settings: ServerSettings, listen: Listen) -> int:
+    """Run a server until a signal ends it.
+
+    The socket is open before the model is loaded; until then requests get a 503.
+
+    Returns:
+        Exit status: 0 after SIGTERM, 130 after SIGINT.
+
+    Raises:
+        BaseException: whatever made loading fail, or ended the engine.
+    """
+    host = EngineHost(config)
+    app = App(host, settings)
+    server = _Server(app, listen, settings.shutdown_timeout_s)
+    host.start()
+    asyncio.run(server.run_until_stopped())
+    if host.loading:
+        # A thread inside of torch cannot be told to stop, and Python would crash tearing it down.
+        sys.stderr.flush()
+        os._exit(server.status)
+    if server.failure is not None:
+        raise server.failure
+    return server.status
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which goes on answering (with 503) while accepted requests finish."""
+
+    def __init__(self, app: App, listen: Listen, shutdown_timeout_s: float | None) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app.api,
+                host=listen.host,
+                port=listen.port,
+                uds=listen.uds,
+                ssl_keyfile=listen.ssl_keyfile,
+                ssl_certfile=listen.ssl_certfile,
+                ssl_keyfile_password=listen.ssl_keyfile_password,
+                ssl_ca_certs=listen.ssl_ca_certs,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                lifespan="off",
+                timeout_keep_alive=_KEEP_ALIVE_S,
+            )
+        )
+        self.status = 0
+        self.failure: BaseException | None = None
+        self._app = app
+        self._shutdown_timeout_s = shutdown_timeout_s
+        self._stopping: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def run_until_stopped(self) -> None:
+        """Serve; returns when everything accepted is answered."""
+        self._loop = asyncio.get_running_loop()
+        try:
+            await self.serve()
+        finally:
+            self.failure = self._app.host.failure
+            await self._app.aclose()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal came: the first stops the server in good order, the second at once."""
+        if self._app.admission.stopping:
+            self.should_exit = self.force_exit = True
+            return
+        self.status = 130 if sig == signal.SIGINT else 0
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._begin_to_stop)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second; True ends the server."""
+        if self._app.host.failure is not None:
+            return True
+        return await super().on_tick(counter)
+
+    async def startup(self, sockets: object = None) -> None:
+        """Open the socket and say where it is."""
+        await super().startup()
+        if self.started:
+            print(f"opsin: listening on {self._address()}", file=sys.stderr, flush=True)
+
+    def _address(self) -> str:
+        if self.config.uds is not None:
+            return self.config.uds
+        scheme = "https" if self.config.is_ssl else "http"
+        host, port, *_ = self.servers[0].sockets[0].getsockname()
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def _begin_to_stop(self) -> None:
+        logger.info("stopping; %d requests are being finished", self._app.admission.num_requests)
+        self._app.admission.stop()
+        self._stopping = asyncio.ensure_future(self._stop_when_empty())
+
+    async def _stop_when_empty(self) -> None:
+        try:
+            await asyncio.wait_for(self._app.admission.empty(), self._shutdown_timeout_s)
+        except asyncio.TimeoutError:
+            logger.warning("%d requests were not finished in time", self._app.admission.num_requests)
+            self.force_exit = True
+        self.should_exit = True
