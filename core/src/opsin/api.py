@@ -471,6 +471,8 @@ class Device:
         memory: free and total memory now.
         allocate_kv: (num_blocks, block_size, geometry, torch dtype) -> one `KVLayer` per model layer.
             None: core allocates [num_blocks, block_size, K, D].
+        kv_row_elements: elements that one token's keys take in one layer of that cache (its values take as
+            many), for a device that fills heads up; None: K * D.
         synchronize: wait until queued work is done; None where nothing is queued.
         details: facts for ``opsin doctor`` (threads, driver versions, switches).
     """
@@ -480,6 +482,7 @@ class Device:
     capabilities: Capabilities
     memory: Callable[[], MemoryInfo]
     allocate_kv: Callable[[int, int, KVGeometry, torch.dtype], Sequence[KVLayer]] | None = None
+    kv_row_elements: Callable[[KVGeometry], int] | None = None
     synchronize: Callable[[], None] | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
 

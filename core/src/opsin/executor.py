@@ -73,13 +73,14 @@ class LocalExecutor:
             self.weights = load_weights(self.model, stream(checkpoint.path))
         self.weights.check()
         geometry = self.model.kv_geometry
+        row_elements = _kv_row_elements(self.device, geometry)
         self.resolved: Resolved = resolve(
             config,
             self.device.capabilities,
             dtype=name,
             model_max_len=_max_len(model_spec, checkpoint),
-            kv_bytes_per_token=_kv_bytes_per_token(geometry, dtype),
-            kv_row_elements=geometry.num_kv_heads * geometry.head_size,
+            kv_bytes_per_token=2 * geometry.num_layers * row_elements * dtype.itemsize,
+            kv_row_elements=row_elements,
             free_bytes=self.device.memory().free_bytes,
         )
         self.encoder_cache = EncoderCache(config.encoder_cache_memory)
@@ -154,8 +155,11 @@ def _out_of_memory_explained(device: Device, what: str, cure: str) -> Iterator[N
         ) from error
 
 
-def _kv_bytes_per_token(geometry: KVGeometry, dtype: torch.dtype) -> int:
-    return 2 * geometry.num_layers * geometry.num_kv_heads * geometry.head_size * dtype.itemsize
+def _kv_row_elements(device: Device, geometry: KVGeometry) -> int:
+    """Elements of one token's keys in one layer, as the device lays them out."""
+    if device.kv_row_elements is not None:
+        return device.kv_row_elements(geometry)
+    return geometry.num_kv_heads * geometry.head_size
 
 
 def _max_len(spec: ModelSpec, checkpoint: Checkpoint) -> int:

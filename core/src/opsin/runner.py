@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from traceback import format_exc
 
 import numpy as np
 import torch
@@ -105,14 +106,15 @@ class Runner:
     def _encode_or_explain(self, modality: str, items: SequenceOf[PlacedMedia]) -> str | None:
         """Encode items together; what went wrong, if something did.
 
-        Not the exception: its traceback would hold on to device memory that the next attempt needs.
+        Neither returned nor logged is the exception itself: its traceback would hold on to device memory that
+        the next attempt needs.
         """
         try:
             self._encode_group(modality, items)
         except DeviceLostError:
             raise
         except Exception as error:
-            logger.exception("encoding %d %s item(s) failed", len(items), modality)
+            logger.error("encoding %d %s item(s) failed\n%s", len(items), modality, format_exc())
             return _text(error)
         return None
 
@@ -147,7 +149,7 @@ class Runner:
         except DeviceLostError:
             raise
         except Exception as error:
-            logger.exception("a step of %d sequence(s) failed", len(chunks))
+            logger.error("a step of %d sequence(s) failed\n%s", len(chunks), format_exc())
             if len(chunks) == 1:
                 result.errors[chunks[0].sequence.seq_id] = (
                     error.with_traceback(None)

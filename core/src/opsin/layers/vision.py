@@ -114,8 +114,8 @@ class VisionEmbeddings(nn.Module):
     def forward(self, patches: Tensor, lengths: Sequence[int], positions: Tensor | None) -> Tensor:
         """patches (P, channels * patch**2), ``lengths`` of each image -> (P + images if class token, width).
 
-        ``positions`` int64 (P,), on the host, are rows of the position table for each patch (without the class
-        token's row 0, where there is one); None: 0, 1, 2, ... in each image.
+        ``positions`` int64 (P,), on the host, are rows of the position table for each patch (without the
+        class token's row 0, where there is one); None: 0, 1, 2, ... in each image.
         """
         table: Tensor = self.position()
         x: Tensor = self.patch_embedding(patches)

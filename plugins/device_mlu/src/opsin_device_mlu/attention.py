@@ -23,6 +23,11 @@ def fitting(size: int, head_sizes: Sequence[int]) -> int | None:
     return next((candidate for candidate in head_sizes if candidate >= size), None)
 
 
+def kv_head_size(size: int, head_sizes: Sequence[int]) -> int:
+    """What a head takes in the cache; one that no kernel takes is served by the reference, as it is."""
+    return fitting(size, head_sizes) or size
+
+
 def _fill_up(x: Tensor, size: int) -> Tensor:
     """x (..., D) -> contiguous (..., size)."""
     missing = size - x.shape[-1]
@@ -56,7 +61,7 @@ def allocate_kv(
     head_sizes: Sequence[int],
 ) -> list[HeadsFirstKVLayer]:
     """One `HeadsFirstKVLayer` per model layer, zeroed: what fills heads up is never written."""
-    size = fitting(geometry.head_size, head_sizes) or geometry.head_size
+    size = kv_head_size(geometry.head_size, head_sizes)
     shape = (num_blocks, geometry.num_kv_heads, block_size, size)
     layers = []
     for _ in range(geometry.num_layers):

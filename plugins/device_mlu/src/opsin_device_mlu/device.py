@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from opsin.api import Capabilities, Device, KVGeometry, KVLayer, MemoryInfo, Probe
-from opsin_device_mlu.attention import allocate_kv
+from opsin_device_mlu.attention import allocate_kv, kv_head_size
 from opsin_device_mlu.ops import PACKAGE, Ops, find_ops, no_window, version_numbers
 from opsin_device_mlu.settings import Settings
 
@@ -207,6 +207,9 @@ def open_device(index: int) -> Device:
         capabilities=capabilities(module, index, settings),
         memory=partial(_memory, module, index),
         allocate_kv=partial(_allocate_kv, name, settings.head_sizes),
+        kv_row_elements=lambda geometry: (
+            geometry.num_kv_heads * kv_head_size(geometry.head_size, settings.head_sizes)
+        ),
         synchronize=partial(module.synchronize, index),
         details=describe(module, index, settings, ops),
     )
