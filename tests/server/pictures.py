@@ -33,7 +33,7 @@ def claims_to_be_huge() -> bytes:
 
 def inflates() -> bytes:
     """4x4 pixels in the header; the content unpacks to 256 MiB."""
-    packer = zlib.compressobj(9)
+    packer = zlib.compressobj(1)
     packed = b"".join(packer.compress(bytes(2**20)) for _ in range(256))
     return png(4, 4, packed + packer.flush())
 
@@ -42,7 +42,7 @@ def inflating_text() -> bytes:
     """A good small PNG with a compressed text that unpacks to 64 MiB."""
     good = picture((4, 4))
     end = good.index(b"IDAT") - 4
-    text = b"Comment\0\0" + zlib.compress(bytes(64 * 2**20), 9)
+    text = b"Comment\0\0" + zlib.compress(bytes(64 * 2**20), 1)
     return good[:end] + _chunk(b"zTXt", text) + good[end:]
 
 
@@ -53,8 +53,8 @@ def gif(frames: int, size: int = 2) -> bytes:
     codes = [4, 0] * (size * size) + [5]
     bits = "".join(f"{code:03b}"[::-1] for code in codes)
     packed = bytes(int(bits[i : i + 8][::-1], 2) for i in range(0, len(bits), 8))
+    blocks = [packed[i : i + 255] for i in range(0, len(packed), 255)]
+    data = b"".join(bytes([len(block)]) + block for block in blocks) + b"\0"
     control = b"\x21\xf9\x04\x00\x01\x00\x00\x00"
-    image = (
-        b"," + struct.pack("<HHHHB", 0, 0, size, size, 0) + b"\x02" + bytes([len(packed)]) + packed + b"\0"
-    )
+    image = b"," + struct.pack("<HHHHB", 0, 0, size, size, 0) + b"\x02" + data
     return header + (control + image) * frames + b";"

@@ -1,0 +1,316 @@
+"""The security rules through the whole server, over a real socket: status, error body, and it lives on."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+import torch
+from PIL import ImageFile
+from safetensors.torch import save
+
+from opsin.config import EngineConfig
+from opsin.server.fetch_settings import FetchSettings
+from opsin.server.settings import ServerSettings
+from tests.server.asset_server import Asset, AssetServer, asset_server
+from tests.server.pictures import claims_to_be_huge, gif, inflates, inflating_text, picture, png
+from tests.server.thread import KV_BYTES, ServerThread, serve_in_thread
+
+MODEL = Path(__file__).parents[1] / "golden" / "qwen2vl" / "model"
+CONFIG = EngineConfig(
+    model=str(MODEL), kv_cache_memory=KV_BYTES, limit_mm_per_prompt={"image": 4, "video": 2}
+)
+HIDDEN = json.loads((MODEL / "config.json").read_text())["hidden_size"]
+PICTURE = picture((56, 56))
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n"
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A shared folder with a picture; beside it a secret one, and a link to that inside."""
+    folder = tmp_path_factory.mktemp("media") / "shared"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(PICTURE)
+    (folder.parent / "secret.png").write_bytes(PICTURE)
+    (folder / "link.png").symlink_to(folder.parent / "secret.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def closed() -> Iterator[ServerThread]:
+    """A server as it comes."""
+    with serve_in_thread(CONFIG, ServerSettings()) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def opened(shared: Path) -> Iterator[ServerThread]:
+    """A server with all flags that open something."""
+    fetch = FetchSettings(allow_loopback=True, local_root=shared, accept_embeds=True, timeout_s=0.5)
+    with serve_in_thread(CONFIG, ServerSettings(fetch=fetch)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def assets() -> Iterator[AssetServer]:
+    with asset_server() as server:
+        yield server
+
+
+def ask(server: ServerThread, *parts: Any, **fields: Any) -> requests.Response:
+    body = {
+        "messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "What?"}]}],
+        "max_tokens": 1,
+        **fields,
+    }
+    return requests.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+
+
+def image(url: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def video(url: str) -> dict[str, Any]:
+    return {"type": "video_url", "video_url": {"url": url}}
+
+
+def inline(data: bytes) -> dict[str, Any]:
+    return image("data:image/png;base64," + base64.b64encode(data).decode())
+
+
+LEAKS = re.compile(
+    r"\b0x[0-9a-f]{4,}|traceback|site-packages|\.py\b|/tmp/|/work|/root|/usr|PIL|httpx|errno|\[Err", re.I
+)
+
+
+def refused(response: requests.Response, status: int, *, param: str | None = None) -> str:
+    """The message of an error, after checking its form and that it tells nothing of the inside."""
+    assert response.status_code == status, response.text
+    assert set(response.json()) == {"error"}
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["code"] == status
+    assert error["param"] == param
+    message: str = error["message"]
+    assert not LEAKS.search(message), message
+    return message
+
+
+# --- URLs -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:8000/health",
+        "http://localhost/a.png",
+        "http://[::1]/a.png",
+        "http://[::ffff:169.254.169.254]/latest/meta-data/",
+        "http://169.254.169.254/latest/meta-data/",
+        "http://10.0.0.1/a.png",
+        "http://[fd00:ec2::254]/a.png",
+        "http://[64:ff9b::a9fe:a9fe]/a.png",
+        "https://192.168.0.1/a.png",
+        "http://0.0.0.0/a.png",
+        "http://good.example\\@127.0.0.1/a.png",
+        "http://user@127.0.0.1/a.png",
+        "ftp://127.0.0.1/a.png",
+        "gopher://127.0.0.1:6379/_INFO",
+        "file:///etc/passwd",
+        "file:///dev/zero",
+    ],
+)
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_urls_that_are_not_allowed(closed: ServerThread, url: str, kind: str) -> None:
+    part = image(url) if kind == "image" else video(url)
+    for stream in (False, True):
+        message = refused(ask(closed, part, stream=stream), 403, param=f"{kind}_url")
+        assert message.startswith("messages[0].content[0]: ")
+
+
+def test_a_public_page_that_redirects_inside(opened: ServerThread, assets: AssetServer) -> None:
+    for target in ("http://169.254.169.254/latest/", "http://10.0.0.1/", "file:///etc/passwd"):
+        refused(ask(opened, image(assets.put("/hop", status=302, Location=target))), 403, param="image_url")
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"), [(404, 422), (403, 422), (500, 502), (503, 502), (408, 502), (429, 502)]
+)
+def test_statuses_of_urls(opened: ServerThread, assets: AssetServer, status: int, expected: int) -> None:
+    refused(ask(opened, image(assets.put("/a.png", b"", status))), expected, param="image_url")
+
+
+def test_urls_that_answer_with_something_else_or_not_at_all(
+    opened: ServerThread, assets: AssetServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused(ask(opened, image(assets.put("/page", b"<html>" * 10))), 422, param="image_url")
+    assets.assets["/slow"] = Asset(stream=lambda _, closing: closing.wait(10))
+    message = refused(ask(opened, image(assets.url("/slow"))), 504, param="image_url")
+    assert "'127.0.0.1'" in message
+    assert "0.5 s" in message
+    assert "OPSIN_IMAGE_FETCH_TIMEOUT" in message
+    refused(ask(opened, image("http://nowhere.invalid/a.png")), 502, param="image_url")
+    refused(ask(opened, image(assets.put("/cut.png", PICTURE[:60]))), 400)
+    good = ask(opened, image(assets.put("/good.png", PICTURE)), video(assets.put("/good.gif", gif(3, 56))))
+    assert good.status_code == 200, good.text
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def test_files(opened: ServerThread, shared: Path) -> None:
+    assert ask(opened, image(f"file://{shared}/a.png")).status_code == 200
+    outside = (f"{shared}/../secret.png", f"{shared}/link.png", f"{shared}/%2e%2e/secret.png", "/etc/passwd")
+    messages = {refused(ask(opened, image(f"file://{path}")), 403, param="image_url") for path in outside}
+    assert len(messages) == 1, "whether it is there is not told"
+    refused(ask(opened, image(f"file://{shared}/missing.png")), 400)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image", "image": "/etc/passwd"},
+        {"type": "image", "image": str(MODEL.parents[1] / "images" / "cat_150x240.png")},
+        {"type": "video", "video": "/etc"},
+        {"type": "video", "video": ["/etc/passwd"]},
+        {"type": "image_embeds", "image_embeds": str(MODEL.parents[1] / "images" / "cat_150x240.png")},
+        {"type": "image_embeds", "image_embeds": {"image_embeds": "/etc/passwd"}},
+        image("/etc/passwd"),
+        image("../../etc/passwd"),
+        image("data:/etc/passwd"),
+    ],
+)
+def test_paths_in_other_parts(opened: ServerThread, closed: ServerThread, part: dict[str, Any]) -> None:
+    for server in (opened, closed):
+        refused(ask(server, part), 400)
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+BAD_PICTURES = {
+    "says 30000x30000": claims_to_be_huge(),
+    "says 9000x9000": png(9000, 9000, b""),
+    "inflates a text": inflating_text(),
+    "EPS": EPS,
+    "EPS in a TIFF's clothes": b"II*\0" + EPS,
+    "PDF": b"%PDF-1.4\n",
+    "SVG": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "no width": png(0, 5, b""),
+    "truncated": PICTURE[:-30],
+    "truncated JPEG": picture(format="JPEG")[:-200],
+    "nothing": b"",
+    "noise": bytes(range(256)) * 4,
+}
+
+
+@pytest.mark.parametrize("data", BAD_PICTURES.values(), ids=BAD_PICTURES)
+def test_pictures_that_are_refused(
+    closed: ServerThread, opened: ServerThread, assets: AssetServer, data: bytes
+) -> None:
+    message = refused(ask(closed, inline(data)), 400)
+    assert message.startswith("messages[0].content[0]: ")
+    fetched = ask(opened, image(assets.put("/bad.png", data)))
+    assert fetched.status_code in (400, 422)
+    refused(fetched, fetched.status_code, param="image_url" if fetched.status_code == 422 else None)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["data:image/png;base64,@@@", "data:image/png;base64", "data:", "data:,", "data:image/png;base64,AAAA"],
+)
+def test_data_urls_that_are_refused(closed: ServerThread, url: str) -> None:
+    refused(ask(closed, image(url)), 400)
+
+
+def test_what_inflates_stays_small(closed: ServerThread) -> None:
+    """The header says 4x4 pixels: the decoder stops there, whatever more the file would unpack to."""
+    bomb = inline(inflates())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    response = ask(closed, bomb)
+    assert response.status_code in (200, 400), response.text
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 64 * 2**10, f"{grown} KiB for a picture that would unpack to 256 MiB"
+
+
+def test_an_animation_of_10000_frames(closed: ServerThread) -> None:
+    """As a picture its first frame, as a video a few, evenly spread."""
+    film = gif(10_000, 8)
+    url = "data:image/gif;base64," + base64.b64encode(film).decode()
+    one = ask(closed, image(url))
+    assert one.status_code == 200, one.text
+    many = ask(closed, video(url))
+    assert many.status_code == 200, many.text
+    assert many.json()["usage"]["prompt_tokens"] < one.json()["usage"]["prompt_tokens"] + 100
+
+
+def test_a_video_of_too_many_frames(closed: ServerThread) -> None:
+    frame = "data:image/png;base64," + base64.b64encode(PICTURE).decode()
+    assert "1 to 768" in refused(ask(closed, {"type": "video", "video": [frame] * 769}), 400)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 150), (4000, 2), (3, 1)])
+def test_odd_sizes_are_handled(closed: ServerThread, size: tuple[int, int]) -> None:
+    response = ask(closed, inline(picture(size)))
+    assert response.status_code in (200, 400), response.text
+    if response.status_code == 400:
+        refused(response, 400)
+
+
+def test_truncated_pictures_are_nowhere_allowed(closed: ServerThread) -> None:
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is False
+
+
+# --- embeddings -----------------------------------------------------------------------------------
+
+ROWS = torch.linspace(-1, 1, 4 * HIDDEN).reshape(4, HIDDEN)
+GRID = torch.tensor([[1, 4, 4]])
+
+
+def embeds(rows: torch.Tensor, grid: torch.Tensor = GRID) -> dict[str, Any]:
+    data = save({"image_embeds": rows.contiguous(), "image_grid_thw": grid})
+    return {"type": "image_embeds", "image_embeds": base64.b64encode(data).decode()}
+
+
+def test_embeddings_by_flag_only(closed: ServerThread, opened: ServerThread) -> None:
+    assert "--enable-mm-embeds" in refused(ask(closed, embeds(ROWS)), 400)
+    good = ask(opened, embeds(ROWS))
+    assert good.status_code == 200, good.text
+    half = ask(opened, embeds(ROWS.half()))
+    assert half.status_code == 200, half.text
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        embeds(ROWS[:, :-1]),
+        embeds(ROWS[:3]),
+        embeds(ROWS * float("nan")),
+        embeds(ROWS, torch.tensor([[1, 4000, 4000]])),
+        embeds(ROWS, torch.tensor([[1, -4, -4]])),
+        embeds(ROWS, torch.tensor([1, 4, 4])),
+        embeds(ROWS[None]),
+        {"type": "image_embeds", "image_embeds": base64.b64encode(save({"x": ROWS})).decode()},
+        {"type": "video_embeds", "video_embeds": base64.b64encode(save({"x": ROWS})).decode()},
+        {"type": "image_embeds", "image_embeds": {"unknown": base64.b64encode(save({"x": ROWS})).decode()}},
+        {"type": "image_embeds", "image_embeds": base64.b64encode(np.zeros(9).tobytes()).decode()},
+    ],
+)
+def test_embeddings_that_do_not_fit(opened: ServerThread, part: dict[str, Any]) -> None:
+    refused(ask(opened, part), 400)
+
+
+# --- afterwards -----------------------------------------------------------------------------------
+
+
+def test_both_servers_still_answer(closed: ServerThread, opened: ServerThread) -> None:
+    for server in (closed, opened):
+        assert requests.get(f"{server.url}/health", timeout=10).status_code == 200
+        assert ask(server, inline(PICTURE)).status_code == 200
