@@ -25,16 +25,16 @@ class SimulatedCNCL(dist.ProcessGroup):
     def getBackendName(self) -> str:
         return "cncl"
 
-    def allreduce(self, tensors: list[Tensor], options: Any = None) -> Any:
-        return self._gloo.allreduce(_host(tensors), options or dist.AllreduceOptions())
+    def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Any:
+        return self._gloo.allreduce(_host(tensors), opts or dist.AllreduceOptions())
 
-    def broadcast(self, tensors: list[Tensor], options: Any = None) -> Any:
-        return self._gloo.broadcast(_host(tensors), options or dist.BroadcastOptions())
+    def broadcast(self, tensors: list[Tensor], opts: Any = None) -> Any:
+        return self._gloo.broadcast(_host(tensors), opts or dist.BroadcastOptions())
 
-    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], options: Any = None) -> Any:
+    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Any:
         return self._gloo.allgather([_host(output) for output in outputs], _host(inputs))
 
-    def barrier(self, options: Any = None) -> Any:
+    def barrier(self, opts: Any = None) -> Any:
         return self._gloo.barrier()
 
 
