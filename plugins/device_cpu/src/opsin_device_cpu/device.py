@@ -12,6 +12,7 @@ import torch
 
 from opsin.api import Capabilities, Device, MemoryInfo, Probe
 from opsin_device_cpu import limits
+from opsin_device_cpu.allocator import keep_freed_memory
 from opsin_device_cpu.attention import allocate_kv
 
 DTYPES = ("float32", "bfloat16")
@@ -99,7 +100,7 @@ def probe() -> Probe:
 
 
 def open_device(index: int) -> Device:
-    """Set torch's thread count and describe the device.
+    """Set torch's thread count and the allocator's habits, and describe the device.
 
     Raises:
         ValueError: there is no CPU with that index, or a thread variable is not a number.
@@ -107,11 +108,12 @@ def open_device(index: int) -> Device:
     if index != 0:
         raise ValueError(f'device "cpu:{index}": there is one CPU device; pass device="cpu"')
     torch.set_num_threads(threads()[0])
+    kept = keep_freed_memory()
     return Device(
         name="cpu",
         torch_device="cpu",
         capabilities=capabilities(),
         memory=memory,
         allocate_kv=allocate_kv,
-        details=_details(),
+        details={**_details(), "allocator keeps freed memory": kept},
     )
