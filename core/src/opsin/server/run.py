@@ -13,6 +13,7 @@ from types import FrameType
 import uvicorn
 
 from opsin.config import EngineConfig
+from opsin.errors import ConfigError
 from opsin.server.app import App
 from opsin.server.engine_host import EngineHost
 from opsin.server.settings import ServerSettings
@@ -51,12 +52,12 @@ def serve(config: EngineConfig, settings: ServerSettings, listen: Listen) -> int
         Exit status: 0 after SIGTERM, 130 after SIGINT.
 
     Raises:
+        ConfigError: the address cannot be listened on.
         BaseException: whatever made loading fail, or ended the engine.
     """
     host = EngineHost(config)
     app = App(host, settings)
-    server = _Server(app, listen, settings.shutdown_timeout_s)
-    host.start()
+    server = Server(app, listen, settings.shutdown_timeout_s)
     asyncio.run(server.run_until_stopped())
     if host.loading:
         # A thread inside of torch cannot be told to stop, and Python would crash tearing it down.
@@ -67,7 +68,7 @@ def serve(config: EngineConfig, settings: ServerSettings, listen: Listen) -> int
     return server.status
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """uvicorn's server, which goes on answering (with 503) while accepted requests finish."""
 
     def __init__(self, app: App, listen: Listen, shutdown_timeout_s: float | None) -> None:
@@ -111,7 +112,7 @@ class _Server(uvicorn.Server):
             return
         self.status = 130 if sig == signal.SIGINT else 0
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._begin_to_stop)
+        self._loop.call_soon_threadsafe(self.stop)
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second; True ends the server."""
@@ -120,19 +121,30 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def startup(self, sockets: object = None) -> None:
-        """Open the socket and say where it is."""
-        await super().startup()
-        if self.started:
-            print(f"opsin: listening on {self._address()}", file=sys.stderr, flush=True)
+        """Open the socket, say where it is, begin to load the model.
 
-    def _address(self) -> str:
+        Raises:
+            ConfigError: there is no listening there.
+        """
+        try:
+            await super().startup()
+        except (SystemExit, OSError):  # uvicorn has logged the reason; a Unix socket's it lets through
+            where = self.config.uds or f"{self.config.host}:{self.config.port}"
+            raise ConfigError(f"cannot listen on {where}; is it in use, or not this machine's?") from None
+        print(f"opsin: listening on {self.url}", file=sys.stderr, flush=True)
+        self._app.host.start()
+
+    @property
+    def url(self) -> str:
+        """Where it listens, once it does."""
         if self.config.uds is not None:
             return self.config.uds
         scheme = "https" if self.config.is_ssl else "http"
         host, port, *_ = self.servers[0].sockets[0].getsockname()
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
-    def _begin_to_stop(self) -> None:
+    def stop(self) -> None:
+        """Let nobody in any more, and end when all who are in have left. Belongs on the event loop."""
         logger.info("stopping; %d requests are being finished", self._app.admission.num_requests)
         self._app.admission.stop()
         self._stopping = asyncio.ensure_future(self._stop_when_empty())

@@ -1,0 +1,41 @@
+"""Servers that the tests share: starting one takes longer than asking it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import openai
+import pytest
+
+from opsin.server.fetch_settings import FetchSettings
+from opsin.server.settings import RequestLimits, ServerSettings
+from tests.server.in_thread import Running, golden_config, running
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Running]:
+    """Answers with the recorded (random) Qwen2-VL model."""
+    config = golden_config(limit_mm_per_prompt={"image": 3, "video": 1}, seed=0)
+    settings = ServerSettings(
+        served_model_names=("golden", "golden-too"),
+        fetch=FetchSettings(allow_loopback=True, timeout_s=1),
+        limits=RequestLimits(body_bytes=8 * 2**20, n=4, inputs=8, parts=20),
+    )
+    with running(config, settings) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def client(server: Running) -> openai.OpenAI:
+    """OpenAI's client for `server`."""
+    return server.client()
+
+
+@pytest.fixture(autouse=True)
+def _idle_afterwards(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No test leaves a request behind, and none a block of the cache."""
+    started: Running | None = request.getfixturevalue("server") if "server" in request.fixturenames else None
+    yield
+    if started is not None:
+        started.wait_idle()
+        assert started.engine.stats().kv_blocks_used == 0
