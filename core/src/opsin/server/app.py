@@ -32,7 +32,7 @@ from opsin.server.engine_host import EngineHost
 from opsin.server.event_stream import EventStream
 from opsin.server.fetch import MediaFetcher
 from opsin.server.metrics import Metrics
-from opsin.server.middleware import OPEN_PATHS, Admit, ApiKeys, RequestLog
+from opsin.server.middleware import OPEN_PATHS, Admit, ApiKeys, RequestLog, RootPath
 from opsin.server.responses import (
     ChatCompletion,
     Completion,
@@ -82,7 +82,6 @@ class App:
             version=opsin.__version__,
             docs_url=None,  # the pages would load scripts from elsewhere
             redoc_url=None,
-            root_path=settings.root_path,
             responses={"default": {"model": ErrorBody}},
         )
         self.api.openapi = self._openapi  # type: ignore[method-assign]
@@ -116,6 +115,7 @@ class App:
                 allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
                 expose_headers=["X-Request-Id", "Retry-After"],
             )
+        self.api.add_middleware(RootPath, root_path=settings.root_path)
         self.api.add_middleware(RequestLog, metrics=self._metrics)
 
     def _add_routes(self) -> None:

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Collection, Sequence
 from http import HTTPStatus
 
-from starlette._utils import get_route_path
+from starlette._utils import get_route_path  # the router's own: nobody else may decide what is open
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -79,17 +79,30 @@ class RequestLog:
             )
 
 
+class RootPath:
+    """Tells the router of the prefix under which a proxy shows the server, taken off by the proxy or not."""
+
+    def __init__(self, app: ASGIApp, root_path: str) -> None:
+        self._app = app
+        self._root_path = root_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope["root_path"] = self._root_path
+        await self._app(scope, receive, send)
+
+
 class ApiKeys:
     """Lets requests through that bring a key. Every route needs one that is not named as open."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], open_paths: Collection[str]) -> None:
         self._app = app
-        self._digests = [_digest(key) for key in keys]
+        self._digests = [_digest(key.encode()) for key in keys]
         self._open_paths = frozenset(open_paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and get_route_path(scope) not in self._open_paths:
-            given = _given_key(Headers(scope=scope).get("authorization", ""))
+            given = _given_key(scope)
             # Digests have one length and all are compared: the time tells nothing about the keys.
             matches = [hmac.compare_digest(_digest(given), digest) for digest in self._digests]
             if not any(matches):
@@ -118,10 +131,13 @@ class Admit:
             await self._app(scope, receive, send)
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
 
 
-def _given_key(header: str) -> str:
-    scheme, _, value = header.partition(" ")
-    return value.strip() if scheme.lower() == "bearer" else ""
+def _given_key(scope: Scope) -> bytes:
+    for name, value in scope["headers"]:
+        if name == b"authorization":
+            scheme, _, key = value.partition(b" ")
+            return key.strip() if scheme.lower() == b"bearer" else b""
+    return b""
