@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,11 @@ class ServerProcess:
 
 @contextmanager
 def serve(
-    model: str, *flags: str, log: Path, environment: Mapping[str, str] | None = None
+    model: str,
+    *flags: str,
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+    launcher: Sequence[str] = (),
 ) -> Iterator[ServerProcess]:
     """Run ``opsin serve``, wait until it is ready, and end it with SIGTERM.
 
@@ -46,9 +50,10 @@ def serve(
         flags: more of the command line.
         log: file for what it writes.
         environment: more variables.
+        launcher: arguments for Python before ``-m opsin``, e.g. a module that prepares the process.
     """
     port = free_port()
-    command = [sys.executable, "-m", "opsin", "serve", model, "--port", str(port), *flags]
+    command = [sys.executable, *launcher, "-m", "opsin", "serve", model, "--port", str(port), *flags]
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}
