@@ -220,7 +220,7 @@ def weight_shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, .
 
 
 def random_weight(name: str, shape: Sequence[int]) -> Tensor:
-    """One float32 tensor, the same on every call.
+    """One float32 tensor, the same on every call. Its values are bfloat16 numbers, as in real checkpoints.
 
     The standard deviations keep greedy decoding alive: the layers outweigh the input embedding in the
     residual stream, and the feed-forward layers outweigh attention, whose average over the context is much
@@ -244,7 +244,7 @@ def random_weight(name: str, shape: Sequence[int]) -> Tensor:
     if name == "model.embed_tokens.weight":
         # Small rows have small logits: no special token, and no id without a token, is ever generated.
         tensor[FIRST_SPECIAL_ID:] *= 0.1
-    return tensor
+    return tensor.bfloat16().float()
 
 
 def synthetic_tokenizer() -> Tokenizer:
