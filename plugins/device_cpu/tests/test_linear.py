@@ -10,7 +10,12 @@ import torch.nn.functional as F
 
 from opsin_device_cpu import half
 from opsin_device_cpu.half import Float16Copies, float16_exponent
-from opsin_device_cpu.linear import MAX_FEW_ROWS, PACK_MIN_BYTES, LinearPreparer
+from opsin_device_cpu.linear import (
+    MAX_FEW_BFLOAT16_ROWS,
+    MAX_FEW_ROWS,
+    PACK_MIN_BYTES,
+    LinearPreparer,
+)
 
 OUT, IN = 704, 768  # more than PACK_MIN_BYTES in both dtypes, and no power of two
 PLENTY = 2**30
@@ -29,7 +34,7 @@ def random_weight() -> torch.Tensor:
             (0, PLENTY),
             (False, True),
             (False, True),
-            (1, 3, 5, MAX_FEW_ROWS, MAX_FEW_ROWS + 1, 70),
+            (1, 3, 5, MAX_FEW_ROWS, MAX_FEW_ROWS + 1, 70, MAX_FEW_BFLOAT16_ROWS + 1),
         )
     ),
 )

@@ -24,14 +24,17 @@ from opsin_device_cpu.half import Float16Copies
 PACK_MIN_BYTES = 2**20
 """A oneDNN call costs ~20 µs more than torch's own; below this size packing cannot win that back."""
 
-MAX_FEW_ROWS = 32
-"""Up to here the float16 copy is faster than the packed float32 weight."""
+MAX_FEW_ROWS = 12
+"""Up to here a float16 copy is faster than the packed float32 weight."""
 
 MAX_GEMV_ROWS = 3
 """Up to here torch's own product reads an unpacked weight at memory speed; oneDNN is the faster above."""
 
-MAX_NATIVE_BFLOAT16_ROWS = 4
-"""Without bfloat16 instructions: up to here oneDNN's bfloat16 product is faster than widening the weight."""
+MAX_FEW_BFLOAT16_ROWS = 256
+"""Without bfloat16 instructions: up to here a float16 copy is faster than widening the weight."""
+
+MAX_NATIVE_BFLOAT16_ROWS = 12
+"""Without them and without a copy: up to here oneDNN's bfloat16 product is."""
 
 WIDEN_ELEMENTS = 2**22
 """A bfloat16 weight is widened in tiles of this many elements (16 MiB of float32)."""
@@ -81,7 +84,7 @@ class LinearPreparer:
         native = narrow and self._bfloat16_instructions
         few = self._half(weight, bias, activation) if few_rows and not native else None
         if narrow and not native:
-            limit = MAX_NATIVE_BFLOAT16_ROWS if few is None else MAX_FEW_ROWS
+            limit = MAX_NATIVE_BFLOAT16_ROWS if few is None else MAX_FEW_BFLOAT16_ROWS
             few = few or _onednn(weight, bias, activation)
             return _by_rows(few, limit, _widened(weight, bias, activation), weight.shape[1])
         if not keep_weight:
