@@ -13,8 +13,9 @@ from opsin import LLM, SamplingParams
 from opsin.api import AttentionBatch, Probe
 from opsin.errors import ConfigError
 from opsin.plugins import load_plugins
+from opsin.testing.kernels import check_kernel, kernel_cases
 from opsin_device_mlu.device import open_device
-from opsin_device_mlu.plugin import opsin_register_devices
+from opsin_device_mlu.plugin import opsin_register_devices, opsin_register_kernels
 from tests.mlu_sim import CARD
 from tests.models.golden import GOLDEN, picture
 
@@ -274,6 +275,37 @@ def test_switches_change_the_way_and_not_the_tokens(monkeypatch: pytest.MonkeyPa
         traces.append(dict(trace))
     assert answers[0] == answers[1]
     assert traces[0] != traces[1]
+
+
+def test_attention_computes_in_float32_unless_switched(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch_mlu_ops
+
+    asked: list[torch.dtype] = []
+    working = torch_mlu_ops.flash_attention
+
+    def flash_attention(*arguments: Any) -> Any:
+        asked.append(arguments[14])
+        return working(*arguments)
+
+    flash_attention.__signature__ = _signature(working)  # type: ignore[attr-defined]
+    torch_mlu_ops.flash_attention = flash_attention
+    for value in ("0", "1"):
+        monkeypatch.setenv("OPSIN_MLU_HALF_SOFTMAX", value)
+        with load() as llm:
+            assert llm.generate(PROMPTS, PARAMS, use_tqdm=False)[0].outputs[0].token_ids
+    assert list(dict.fromkeys(asked)) == [torch.float32, torch.float16]
+
+
+def test_head_sizes_can_be_switched(ops: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """80 is filled up to 96 by default; the new generation takes it as it is, the old one refuses it."""
+    [case] = [c for c in kernel_cases(("float16",)) if c.name == "dense_attention-float16-8x80-uneven"]
+    check_kernel(case, open_device(0), opsin_register_kernels())
+    monkeypatch.setenv("OPSIN_MLU_HEAD_SIZES", "64,80,128")
+    if ops == "1.3.2":
+        with pytest.raises(RuntimeError, match="head size 80"):
+            check_kernel(case, open_device(0), opsin_register_kernels())
+    else:
+        assert check_kernel(case, open_device(0), opsin_register_kernels()).provider == "mlu"
 
 
 def test_the_second_chip_of_an_x8() -> None:

@@ -49,7 +49,7 @@ def safe_len(case: Case, dtype: str) -> int:
 def test_recorded_cases(family: str, dtype: str, ops: str) -> None:
     mine = cases(family)
     params = SamplingParams(temperature=0, max_tokens=NUM_STEPS, ignore_eos=True)
-    with LLM(str(GOLDEN / family / "model"), device="mlu", dtype=dtype, kv_cache_memory=2**22) as llm:
+    with LLM(str(GOLDEN / family / "model"), device="mlu", dtype=dtype, kv_cache_memory=2**24) as llm:
         outputs = llm.generate([case.prompt() for case in mine], params, use_tqdm=False)
         assert not [
             choice for choice in llm.engine.executor.kernels.choices if choice.provider == "reference"
@@ -68,7 +68,7 @@ def test_recorded_cases(family: str, dtype: str, ops: str) -> None:
 def test_first_logits(family: str, dtype: str) -> None:
     """Later ones follow the tokens chosen; the first follow the prompt alone."""
     params = SamplingParams(temperature=0, max_tokens=1)
-    with LLM(str(GOLDEN / family / "model"), device="mlu", dtype=dtype, kv_cache_memory=2**22) as llm:
+    with LLM(str(GOLDEN / family / "model"), device="mlu", dtype=dtype, kv_cache_memory=2**24) as llm:
         for case in cases(family):
             with recorded_logits(llm) as logits:
                 llm.generate(case.prompt(), params, use_tqdm=False)
@@ -82,7 +82,7 @@ def test_every_family_can_run_on_the_reference_kernels_alone(ops_missing: None) 
     for family in sorted(FAMILIES):
         case = cases(family)[0]
         params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-        with LLM(str(GOLDEN / family / "model"), device="mlu", dtype="float32", kv_cache_memory=2**20) as llm:
+        with LLM(str(GOLDEN / family / "model"), device="mlu", dtype="float32", kv_cache_memory=2**24) as llm:
             [output] = llm.generate([case.prompt()], params, use_tqdm=False)
             assert not [c for c in llm.engine.executor.kernels.choices if c.provider == "mlu"]
         safe = min(4, case.data["greedy_safe_len"])

@@ -20,7 +20,7 @@ QUICK = ("llava_next", "minicpmv26", "phi3v", "qwen2vl")
 
 
 def load(family: str, device: str = "mlu", **settings: Any) -> LLM:
-    settings = {"dtype": "float32", "kv_cache_memory": 2**22, **settings}
+    settings = {"dtype": "float32", "kv_cache_memory": 2**24, **settings}
     return LLM(str(GOLDEN / family / "model"), device=device, **settings)
 
 
