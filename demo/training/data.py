@@ -21,10 +21,10 @@ from scenes import COLOURS, DIRECTIONS, SHAPES, SMALL_TALK, STILL, Mark, Scene, 
 CELL = 28
 SYSTEM = "You are a helpful assistant."
 GRIDS: dict[str, tuple[int, int, dict[int, float]]] = {
-    "objects": (1, 64, {2: 3, 3: 5, 4: 5, 5: 2, 6: 1, 7: 0.5, 8: 0.5}),
-    "count": (9, 64, {3: 5, 4: 6, 5: 4, 6: 2, 7: 0.7, 8: 0.7}),
-    "number": (1, 49, {2: 3, 3: 4, 4: 4, 5: 2, 6: 1, 7: 0.5}),
-    "compare": (9, 36, {3: 5, 4: 5, 5: 2, 6: 0.7}),
+    "objects": (1, 64, {2: 3, 3: 4, 4: 4, 5: 2, 6: 1.5, 7: 1, 8: 1}),
+    "count": (9, 64, {3: 5, 4: 5, 5: 4, 6: 3, 7: 1.2, 8: 1}),
+    "number": (1, 49, {2: 4, 3: 4, 4: 4, 5: 2.5, 6: 1.5, 7: 0.5}),
+    "compare": (9, 36, {3: 5, 4: 5, 5: 3, 6: 0.7}),
     "motion": (1, 25, {2: 4, 3: 4, 4: 2, 5: 0.7}),
 }
 """Per scene: fewest and most cells, and how often a side has so many cells of 28 pixels."""
@@ -166,6 +166,9 @@ class BatchMaker:
         system = SYSTEM if plain or rng.random() < 0.97 else "Look at the picture and answer."
         s.text(self.encode(f"<|im_start|>system\n{system}<|im_end|>\n"))
         asked = rng.sample(scene.questions, min(branches, len(scene.questions)))
+        if scene.questions[-1][0] == "describe" and not plain:
+            asked[-1] = scene.questions[-1]  # the longest answer by far, and the most to learn from
+            asked = list(dict.fromkeys(asked))
         numbered = not plain and rng.random() < 0.05
         if form == "text first":
             kind, question, answer = asked[0]
