@@ -109,7 +109,7 @@ def main() -> None:
         "--minutes", type=float, default=80, help="time budget, which also sets the learning rate"
     )
     parser.add_argument("--rate", type=float, default=2.5e-3)
-    parser.add_argument("--patches", type=int, default=2200, help="work in one batch")
+    parser.add_argument("--patches", type=int, default=1600, help="work in one batch")
     parser.add_argument("--accumulate", type=int, default=3, help="batches in one step")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--validate-every", type=float, default=5, help="minutes")
