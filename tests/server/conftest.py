@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import openai
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from opsin.server.fetch_settings import FetchSettings
 from opsin.server.settings import RequestLimits, ServerSettings
 from tests.server.in_thread import Running, golden_config, running
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +24,15 @@ def server() -> Iterator[Running]:
         fetch=FetchSettings(allow_loopback=True, timeout_s=1),
         limits=RequestLimits(body_bytes=8 * 2**20, n=4, inputs=8, parts=20),
     )
+    with running(config, settings) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def embedder() -> Iterator[Running]:
+    """Embeds with the same model, as dse models do."""
+    config = golden_config(task="embed", chat_template=str(EXAMPLES / "template_dse_qwen2_vl.jinja"))
+    settings = ServerSettings(served_model_names=("dse",), limits=RequestLimits(inputs=8))
     with running(config, settings) as started:
         yield started
 

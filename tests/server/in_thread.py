@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -92,5 +93,6 @@ def running(
             assert app.host.failure is None, app.host.failure
         yield Running(server.url, app, server)
     finally:
-        server.handle_exit(15, None)
+        if server.failure is None:  # otherwise it has ended by itself
+            server.handle_exit(signal.SIGTERM, None)
         thread.join()

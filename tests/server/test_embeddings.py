@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,21 +12,12 @@ import openai
 import pytest
 from safetensors.numpy import load_file
 
-from opsin.server.settings import RequestLimits, ServerSettings
 from tests.server.in_thread import Running, golden_config, running
 from tests.server.messages import data_url, image, text, user
 from tests.server.pictures import picture
 from tests.server.process import GOLDEN
 
 CASES = GOLDEN / "qwen2vl" / "cases"
-TEMPLATE = Path(__file__).parents[2] / "examples" / "template_dse_qwen2_vl.jinja"
-
-
-@pytest.fixture(scope="module")
-def embedder() -> Iterator[Running]:
-    config = golden_config(task="embed", chat_template=str(TEMPLATE))
-    with running(config, ServerSettings(served_model_names=("dse",), limits=RequestLimits(inputs=8))) as it:
-        yield it
 
 
 @pytest.fixture(scope="module")

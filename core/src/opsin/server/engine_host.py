@@ -33,6 +33,7 @@ class EngineHost:
         self._build = build
         self._engine: AsyncEngine | None = None
         self._failure: BaseException | None = None
+        self._done = threading.Event()
         self._thread = threading.Thread(target=self._load, name="opsin-load", daemon=True)
 
     def start(self) -> None:
@@ -41,7 +42,7 @@ class EngineHost:
 
     def wait(self) -> None:
         """Until it is loaded, or has failed."""
-        self._thread.join()
+        self._done.wait()
 
     @property
     def loading(self) -> bool:
@@ -91,6 +92,8 @@ class EngineHost:
         except BaseException as error:
             logger.debug("loading failed", exc_info=True)
             self._failure = error
+        finally:
+            self._done.set()
 
 
 def _warm_up(engine: Engine) -> None:

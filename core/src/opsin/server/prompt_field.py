@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, cast
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 _EXPECTED = (
     "expected a text, a list of texts, a list of token ids, or a list of such lists; none of them empty"
@@ -27,7 +27,13 @@ def _are_ids(value: list[Any]) -> bool:
     return all(type(element) is int for element in value)
 
 
-Prompts = Annotated[str | list[str] | list[int] | list[list[int]], BeforeValidator(_known_shape)]
+_Text = Annotated[str, Field(min_length=1)]
+_Ids = Annotated[list[int], Field(min_length=1)]
+
+Prompts = Annotated[
+    _Text | Annotated[list[_Text], Field(min_length=1)] | _Ids | Annotated[list[_Ids], Field(min_length=1)],
+    BeforeValidator(_known_shape),
+]
 
 
 def listed(prompts: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:

@@ -26,6 +26,9 @@ def _biases(value: Any) -> Any:
     return value
 
 
+_Stop = Annotated[str, Field(min_length=1)]
+
+
 class StreamOptions(StrictModel):
     """Options of a streamed answer."""
 
@@ -99,7 +102,7 @@ class SamplingRequest(RequestBody):
     top_k: Annotated[int | None, Field(ge=-1, le=INT64_MAX)] = None
     min_p: Annotated[float | None, Field(ge=0, le=1)] = None
     seed: Annotated[int | None, Field(ge=INT64_MIN, le=INT64_MAX)] = None
-    stop: Annotated[str | list[str] | None, BeforeValidator(_stop_strings)] = None
+    stop: Annotated[_Stop | list[_Stop] | None, BeforeValidator(_stop_strings)] = None
     stop_token_ids: Annotated[list[int] | None, Field(max_length=1024)] = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None

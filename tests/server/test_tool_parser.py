@@ -1,0 +1,111 @@
+"""Tool calls out of text: whatever the pieces it comes in."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from opsin.server.tool_parser import ToolParser, parse_answer
+
+CALL = '<tool_call>\n{"name": "f", "arguments": {"a": "}<\\"", "b": [1, {"c": null}]}}\n</tool_call>'
+ARGUMENTS = '{"a": "}<\\"", "b": [1, {"c": null}]}'
+
+
+def calls(text: str, **options: int) -> list[tuple[str, str]]:
+    return [(call.function.name, call.function.arguments) for call in parse_answer(text, **options)[1]]
+
+
+def content(text: str) -> str:
+    return parse_answer(text)[0]
+
+
+def test_a_call() -> None:
+    assert calls(CALL) == [("f", ARGUMENTS)]
+    assert content(CALL) == ""
+    [call] = parse_answer(CALL)[1]
+    assert call.id.startswith("call_")
+    assert json.loads(call.function.arguments) == {"a": '}<"', "b": [1, {"c": None}]}
+
+
+def test_text_around_calls() -> None:
+    text = f"First.\n\n{CALL}\n{CALL}\n\nLast.  "
+    assert calls(text) == [("f", ARGUMENTS)] * 2
+    assert content(text) == "First.Last.  "
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ('{"arguments": {"a": 1}, "name": "g"}', ("g", '{"a": 1}')),
+        ('{"name": "g"}', ("g", "{}")),
+        ('{"name": "g", "parameters": {"a": 1}}', ("g", '{"a": 1}')),
+        ('{"name": "g", "arguments": "{\\"a\\": 1}"}', ("g", '{"a": 1}')),
+        ('{"name":"g","arguments":{}}', ("g", "{}")),
+        ('{"name": "g\\u0041", "arguments": {}}', ("gA", "{}")),
+    ],
+)
+def test_other_ways_to_write_it(body: str, expected: tuple[str, str]) -> None:
+    assert calls(f"<tool_call>{body}</tool_call>") == [expected]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "plain",
+        "  spaces stay \n",
+        "<tool_call",
+        "a < b and <tool_calls>",
+        "<tool_call>no JSON</tool_call>",
+        "<tool_call>\n[1]\n</tool_call> and on",
+        '<tool_call>{"name": 5}</tool_call>',
+        '<tool_call>{"name": "unfinished", "argu',
+    ],
+)
+def test_what_is_no_call_is_text(text: str) -> None:
+    assert parse_answer(text) == (text, [])
+
+
+def test_unfinished_calls() -> None:
+    """As far as they got: the finish reason tells that they were cut."""
+    assert calls('<tool_call>{"name": "f", "arguments": {"a": 1, "b"') == [("f", '{"a": 1, "b"')]
+    assert calls('<tool_call>{"name": "f", "arguments": {"a": 1}}') == [("f", '{"a": 1}')]
+    assert calls('<tool_call>{"arguments": {}, "name": "f"}') == [("f", "{}")]
+    broken = '<tool_call>{"name": "f", "arguments": {"a": </tool_call>' + CALL
+    assert calls(broken) == [("f", '{"a": '), ("f", ARGUMENTS)]
+
+
+def test_calls_beyond_the_limit_are_dropped() -> None:
+    assert calls(CALL * 3, max_calls=1) == [("f", ARGUMENTS)]
+
+
+PIECES = st.sampled_from(
+    [
+        *("<tool_call>", "</tool_call>", "<tool_", "call>", CALL, CALL[:30], ARGUMENTS, '{"name": "f"}'),
+        *("\n", " ", "text", "<", "{", "}", '"', "\\", "é", '{"name": "g", "arguments": '),
+    ]
+)
+
+
+@given(st.lists(PIECES, max_size=12).map("".join), st.data())
+def test_pieces_make_no_difference(text: str, data: st.DataObject) -> None:
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=10)))
+    parser = ToolParser()
+    found = ""
+    names: list[str] = []
+    arguments: list[str] = []
+    pieces = [parser.push(text[a:b]) for a, b in zip([0, *cuts], [*cuts, len(text)])]
+    for piece in [*pieces, parser.flush()]:
+        found += piece.content
+        for delta in piece.calls:
+            if delta.id:
+                assert delta.index == len(names)
+                names.append(delta.function.name)
+                arguments.append("")
+            arguments[delta.index] += delta.function.arguments
+    whole, whole_calls = parse_answer(text)
+    assert found == whole
+    assert list(zip(names, arguments)) == [(c.function.name, c.function.arguments) for c in whole_calls]
