@@ -71,7 +71,7 @@ test-browser: $(STAMP) ## the playground page in a real browser (needs Chromium;
 	  echo "make: no $(CHROMIUM) found; on Debian and Ubuntu: apt install chromium; or say CHROMIUM=PATH" >&2; \
 	  exit 1; }
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_EXTRA) playwright
-	@CHROMIUM="$(CHROMIUM)" $(PY) -m pytest -m browser
+	@CHROMIUM="$(CHROMIUM)" $(PY) -m pytest -m browser tests/server/test_browser.py
 
 bench: $(STAMP) ## measure against transformers, write a Markdown table
 	@$(PY) benchmarks/run.py

@@ -42,6 +42,7 @@ def serve(
     log: Path,
     environment: Mapping[str, str] | None = None,
     launcher: Sequence[str] = (),
+    api_key: str | None = None,
 ) -> Iterator[ServerProcess]:
     """Run ``opsin serve``, wait until it is ready, and end it with SIGTERM.
 
@@ -51,8 +52,10 @@ def serve(
         log: file for what it writes.
         environment: more variables.
         launcher: arguments for Python before ``-m opsin``, e.g. a module that prepares the process.
+        api_key: the key that it asks for.
     """
     port = free_port()
+    flags += () if api_key is None else ("--api-key", api_key)
     command = [sys.executable, *launcher, "-m", "opsin", "serve", model, "--port", str(port), *flags]
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -60,7 +63,7 @@ def serve(
         )
     server = ServerProcess(f"http://127.0.0.1:{port}", process, log)
     try:
-        _wait(server)
+        _wait(server, {} if api_key is None else {"Authorization": f"Bearer {api_key}"})
         yield server
         assert process.poll() is None, f"the server ended by itself:\n{log.read_text()}"
     finally:
@@ -72,15 +75,15 @@ def serve(
             process.wait()
 
 
-def _wait(server: ServerProcess) -> None:
+def _wait(server: ServerProcess, headers: Mapping[str, str]) -> None:
     ends = time.monotonic() + START_S
     while time.monotonic() < ends:
         if server.process.poll() is not None:
             break
         try:
-            if requests.get(f"{server.url}/ready", timeout=5).status_code == 200:
+            if requests.get(f"{server.url}/ready", headers=headers, timeout=5).status_code == 200:
                 return
         except requests.ConnectionError:
             pass  # not listening yet
         time.sleep(0.05)
-    raise AssertionError(f"opsin serve did not become ready:\n{server.log.read_text()}")
+    raise AssertionError(f"opsin serve did not become ready:\n{server.log.read_text()[-5000:]}")

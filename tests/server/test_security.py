@@ -17,19 +17,17 @@ import torch
 from PIL import ImageFile
 from safetensors.torch import save
 
-from opsin.config import EngineConfig
 from opsin.server.fetch_settings import FetchSettings
 from opsin.server.settings import ServerSettings
 from tests.server.asset_server import Asset, AssetServer, asset_server
+from tests.server.in_thread import MODEL, Running, golden_config, running
 from tests.server.pictures import claims_to_be_huge, gif, inflates, inflating_text, picture, png
-from tests.server.thread import KV_BYTES, ServerThread, serve_in_thread
+from tests.server.process import GOLDEN
 
-MODEL = Path(__file__).parents[1] / "golden" / "qwen2vl" / "model"
-CONFIG = EngineConfig(
-    model=str(MODEL), kv_cache_memory=KV_BYTES, limit_mm_per_prompt={"image": 4, "video": 2}
-)
-HIDDEN = json.loads((MODEL / "config.json").read_text())["hidden_size"]
+CONFIG = golden_config(limit_mm_per_prompt={"image": 4, "video": 2})
+HIDDEN = json.loads((Path(MODEL) / "config.json").read_text())["hidden_size"]
 PICTURE = picture((56, 56))
+CAT = str(GOLDEN / "images" / "cat_150x240.png")
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n"
 
 
@@ -45,17 +43,17 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def closed() -> Iterator[ServerThread]:
+def closed() -> Iterator[Running]:
     """A server as it comes."""
-    with serve_in_thread(CONFIG, ServerSettings()) as server:
+    with running(CONFIG, ServerSettings()) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def opened(shared: Path) -> Iterator[ServerThread]:
+def opened(shared: Path) -> Iterator[Running]:
     """A server with all flags that open something."""
     fetch = FetchSettings(allow_loopback=True, local_root=shared, accept_embeds=True, timeout_s=0.5)
-    with serve_in_thread(CONFIG, ServerSettings(fetch=fetch)) as server:
+    with running(CONFIG, ServerSettings(fetch=fetch)) as server:
         yield server
 
 
@@ -65,7 +63,7 @@ def assets() -> Iterator[AssetServer]:
         yield server
 
 
-def ask(server: ServerThread, *parts: Any, **fields: Any) -> requests.Response:
+def ask(server: Running, *parts: Any, **fields: Any) -> requests.Response:
     body = {
         "messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "What?"}]}],
         "max_tokens": 1,
@@ -129,14 +127,14 @@ def refused(response: requests.Response, status: int, *, param: str | None = Non
     ],
 )
 @pytest.mark.parametrize("kind", ["image", "video"])
-def test_urls_that_are_not_allowed(closed: ServerThread, url: str, kind: str) -> None:
+def test_urls_that_are_not_allowed(closed: Running, url: str, kind: str) -> None:
     part = image(url) if kind == "image" else video(url)
     for stream in (False, True):
         message = refused(ask(closed, part, stream=stream), 403, param=f"{kind}_url")
         assert message.startswith("messages[0].content[0]: ")
 
 
-def test_a_public_page_that_redirects_inside(opened: ServerThread, assets: AssetServer) -> None:
+def test_a_public_page_that_redirects_inside(opened: Running, assets: AssetServer) -> None:
     for target in ("http://169.254.169.254/latest/", "http://10.0.0.1/", "file:///etc/passwd"):
         refused(ask(opened, image(assets.put("/hop", status=302, Location=target))), 403, param="image_url")
 
@@ -144,12 +142,12 @@ def test_a_public_page_that_redirects_inside(opened: ServerThread, assets: Asset
 @pytest.mark.parametrize(
     ("status", "expected"), [(404, 422), (403, 422), (500, 502), (503, 502), (408, 502), (429, 502)]
 )
-def test_statuses_of_urls(opened: ServerThread, assets: AssetServer, status: int, expected: int) -> None:
+def test_statuses_of_urls(opened: Running, assets: AssetServer, status: int, expected: int) -> None:
     refused(ask(opened, image(assets.put("/a.png", b"", status))), expected, param="image_url")
 
 
 def test_urls_that_answer_with_something_else_or_not_at_all(
-    opened: ServerThread, assets: AssetServer, monkeypatch: pytest.MonkeyPatch
+    opened: Running, assets: AssetServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused(ask(opened, image(assets.put("/page", b"<html>" * 10))), 422, param="image_url")
     assets.assets["/slow"] = Asset(stream=lambda _, closing: closing.wait(10))
@@ -166,7 +164,7 @@ def test_urls_that_answer_with_something_else_or_not_at_all(
 # --- files ----------------------------------------------------------------------------------------
 
 
-def test_files(opened: ServerThread, shared: Path) -> None:
+def test_files(opened: Running, shared: Path) -> None:
     assert ask(opened, image(f"file://{shared}/a.png")).status_code == 200
     outside = (f"{shared}/../secret.png", f"{shared}/link.png", f"{shared}/%2e%2e/secret.png", "/etc/passwd")
     messages = {refused(ask(opened, image(f"file://{path}")), 403, param="image_url") for path in outside}
@@ -178,17 +176,17 @@ def test_files(opened: ServerThread, shared: Path) -> None:
     "part",
     [
         {"type": "image", "image": "/etc/passwd"},
-        {"type": "image", "image": str(MODEL.parents[1] / "images" / "cat_150x240.png")},
+        {"type": "image", "image": CAT},
         {"type": "video", "video": "/etc"},
         {"type": "video", "video": ["/etc/passwd"]},
-        {"type": "image_embeds", "image_embeds": str(MODEL.parents[1] / "images" / "cat_150x240.png")},
+        {"type": "image_embeds", "image_embeds": CAT},
         {"type": "image_embeds", "image_embeds": {"image_embeds": "/etc/passwd"}},
         image("/etc/passwd"),
         image("../../etc/passwd"),
         image("data:/etc/passwd"),
     ],
 )
-def test_paths_in_other_parts(opened: ServerThread, closed: ServerThread, part: dict[str, Any]) -> None:
+def test_paths_in_other_parts(opened: Running, closed: Running, part: dict[str, Any]) -> None:
     for server in (opened, closed):
         refused(ask(server, part), 400)
 
@@ -213,7 +211,7 @@ BAD_PICTURES = {
 
 @pytest.mark.parametrize("data", BAD_PICTURES.values(), ids=BAD_PICTURES)
 def test_pictures_that_are_refused(
-    closed: ServerThread, opened: ServerThread, assets: AssetServer, data: bytes
+    closed: Running, opened: Running, assets: AssetServer, data: bytes
 ) -> None:
     message = refused(ask(closed, inline(data)), 400)
     assert message.startswith("messages[0].content[0]: ")
@@ -226,11 +224,11 @@ def test_pictures_that_are_refused(
     "url",
     ["data:image/png;base64,@@@", "data:image/png;base64", "data:", "data:,", "data:image/png;base64,AAAA"],
 )
-def test_data_urls_that_are_refused(closed: ServerThread, url: str) -> None:
+def test_data_urls_that_are_refused(closed: Running, url: str) -> None:
     refused(ask(closed, image(url)), 400)
 
 
-def test_what_inflates_stays_small(closed: ServerThread) -> None:
+def test_what_inflates_stays_small(closed: Running) -> None:
     """The header says 4x4 pixels: the decoder stops there, whatever more the file would unpack to."""
     bomb = inline(inflates())
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -240,7 +238,7 @@ def test_what_inflates_stays_small(closed: ServerThread) -> None:
     assert grown < 64 * 2**10, f"{grown} KiB for a picture that would unpack to 256 MiB"
 
 
-def test_an_animation_of_10000_frames(closed: ServerThread) -> None:
+def test_an_animation_of_10000_frames(closed: Running) -> None:
     """As a picture its first frame, as a video a few, evenly spread."""
     film = gif(10_000, 8)
     url = "data:image/gif;base64," + base64.b64encode(film).decode()
@@ -251,20 +249,20 @@ def test_an_animation_of_10000_frames(closed: ServerThread) -> None:
     assert many.json()["usage"]["prompt_tokens"] < one.json()["usage"]["prompt_tokens"] + 100
 
 
-def test_a_video_of_too_many_frames(closed: ServerThread) -> None:
+def test_a_video_of_too_many_frames(closed: Running) -> None:
     frame = "data:image/png;base64," + base64.b64encode(PICTURE).decode()
     assert "1 to 768" in refused(ask(closed, {"type": "video", "video": [frame] * 769}), 400)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 150), (4000, 2), (3, 1)])
-def test_odd_sizes_are_handled(closed: ServerThread, size: tuple[int, int]) -> None:
+def test_odd_sizes_are_handled(closed: Running, size: tuple[int, int]) -> None:
     response = ask(closed, inline(picture(size)))
     assert response.status_code in (200, 400), response.text
     if response.status_code == 400:
         refused(response, 400)
 
 
-def test_truncated_pictures_are_nowhere_allowed(closed: ServerThread) -> None:
+def test_truncated_pictures_are_nowhere_allowed(closed: Running) -> None:
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False
 
 
@@ -279,7 +277,7 @@ def embeds(rows: torch.Tensor, grid: torch.Tensor = GRID) -> dict[str, Any]:
     return {"type": "image_embeds", "image_embeds": base64.b64encode(data).decode()}
 
 
-def test_embeddings_by_flag_only(closed: ServerThread, opened: ServerThread) -> None:
+def test_embeddings_by_flag_only(closed: Running, opened: Running) -> None:
     assert "--enable-mm-embeds" in refused(ask(closed, embeds(ROWS)), 400)
     good = ask(opened, embeds(ROWS))
     assert good.status_code == 200, good.text
@@ -303,14 +301,14 @@ def test_embeddings_by_flag_only(closed: ServerThread, opened: ServerThread) -> 
         {"type": "image_embeds", "image_embeds": base64.b64encode(np.zeros(9).tobytes()).decode()},
     ],
 )
-def test_embeddings_that_do_not_fit(opened: ServerThread, part: dict[str, Any]) -> None:
+def test_embeddings_that_do_not_fit(opened: Running, part: dict[str, Any]) -> None:
     refused(ask(opened, part), 400)
 
 
 # --- afterwards -----------------------------------------------------------------------------------
 
 
-def test_both_servers_still_answer(closed: ServerThread, opened: ServerThread) -> None:
+def test_both_servers_still_answer(closed: Running, opened: Running) -> None:
     for server in (closed, opened):
         assert requests.get(f"{server.url}/health", timeout=10).status_code == 200
         assert ask(server, inline(PICTURE)).status_code == 200
