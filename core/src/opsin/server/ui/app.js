@@ -42,7 +42,10 @@ async function connect() {
     const { data } = await (await request("v1/models")).json();
     find("model").replaceChildren(...data.map(({ id }) => new Option(id, id)));
     find("model").disabled = data.length < 2;
-    status.textContent = "Ready";
+    // The field is opsin's own; other servers with this API leave it out.
+    const answers = data.every(({ task }) => task !== "embed");
+    status.textContent = answers ? "Ready" : "This server makes embeddings, not answers";
+    find("send").disabled = !answers;
   } catch (error) {
     status.classList.add("bad");
     status.textContent = error.message;
@@ -191,7 +194,7 @@ function body(turn) {
 async function ask() {
   const turn = currentTurn();
   problem(turn.question ? "" : "Write a question first.");
-  if (!turn.question || running) return;
+  if (!turn.question || find("send").disabled) return;
   const card = addCard(turn);
   running = new AbortController();
   find("send").disabled = true;
