@@ -216,3 +216,121 @@ def test_installed_checkpoint_without_its_model_plugin(tmp_path: Path) -> None:
         report = environment.report(command)
         assert [c["name"] for c in report["checkpoints"]] == [CHECKPOINT]
         assert any(f"{CHECKPOINT}: {said}" in advice for advice in report["advice"])
+
+
+# --------------------------------------------------------------------------------------------------
+# A model family is uninstalled: the others stay as they are
+# --------------------------------------------------------------------------------------------------
+
+REMOVED = "opsin-models-phi3v"
+FAMILIES = sorted(set(KNOWN["architectures"].values()))
+RECORDED = {
+    "opsin-models-llava": ["llava15", "llava_next"],
+    "opsin-models-minicpmv": ["minicpmv20", "minicpmv25", "minicpmv26"],
+    "opsin-models-phi3v": ["phi3v"],
+    "opsin-models-qwen2vl": ["qwen2vl"],
+}
+"""Recorded checkpoints (tests/golden) of each package."""
+
+ANSWER = """
+import json, sys
+from PIL import Image
+from opsin import LLM, SamplingParams
+case = json.load(open(sys.argv[1] + "/case.json"))
+folder = sys.argv[1].split("/cases/")[0]
+pictures = [Image.open(folder + "/../images/" + name) for name in case["images"]]
+llm = LLM(folder + "/model", dtype="float32", kv_cache_memory=2**24)
+prompt = {"prompt": case["prompt"], "multi_modal_data": {"image": pictures}}
+settings = case.get("mm_processor_kwargs") or {}
+params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+(answer,) = llm.generate({**prompt, "mm_processor_kwargs": settings}, params, use_tqdm=False)
+print(json.dumps(answer.outputs[0].token_ids))
+"""
+
+
+def case_folder(family: str) -> Path:
+    """A recorded case with one picture."""
+    cases = ROOT / "tests/golden" / family / "cases"
+    return next(case for case in sorted(cases.iterdir()) if case.name.startswith("single_"))
+
+
+@pytest.fixture(scope="module")
+def all_but_one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Environment, dict[str, Any]]:
+    """Core, the CPU and every family, of which one is uninstalled; and `opsin plugins` from before."""
+    plugins = [ROOT / "plugins" / name.removeprefix("opsin-").replace("-", "_") for name in FAMILIES]
+    environment = make_environment(tmp_path_factory.mktemp("families") / "env", CORE, CPU, *plugins)
+    before = environment.report("plugins")
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "pip", "--python", str(environment.folder / "bin/python"), "uninstall"),
+            *("--yes", "--disable-pip-version-check", REMOVED),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return environment, before
+
+
+def test_every_architecture_has_one_owner(all_but_one: tuple[Environment, dict[str, Any]]) -> None:
+    environment, before = all_but_one
+    distributions = {plugin["name"]: plugin["distribution"].split()[0] for plugin in before["plugins"]}
+    assert sorted(distributions.values()) == sorted([*FAMILIES, "opsin-device-cpu"])
+    assert before["failures"] == []
+    owners = {
+        entry["key"]: distributions[entry["plugin"]]
+        for entry in before["provides"]
+        if entry["kind"] == "model"
+    }
+    assert owners == KNOWN["architectures"]
+    table = environment.opsin("plugins").stdout
+    for architecture, package in KNOWN["architectures"].items():
+        owner = next(name for name, distribution in distributions.items() if distribution == package)
+        lines = [line for line in table.splitlines() if architecture in line]
+        shown = any(owner in line for line in lines)
+        assert shown == (package != REMOVED), table
+
+
+def test_what_was_uninstalled_is_gone_and_the_rest_as_before(
+    all_but_one: tuple[Environment, dict[str, Any]],
+) -> None:
+    environment, before = all_but_one
+    after = environment.report("plugins")
+    assert after["failures"] == []
+    removed = next(p["name"] for p in before["plugins"] if p["distribution"].startswith(REMOVED))
+    for key in ("name", "plugin"):
+        kind = "plugins" if key == "name" else "provides"
+        assert after[kind] == [entry for entry in before[kind] if entry[key] != removed]
+
+
+@pytest.mark.parametrize(
+    "family", [f for package, families in RECORDED.items() if package != REMOVED for f in families]
+)
+@pytest.mark.slow
+def test_other_families_run_without_it(all_but_one: tuple[Environment, dict[str, Any]], family: str) -> None:
+    folder = case_folder(family)
+    result = all_but_one[0].run("python", "-c", ANSWER, str(folder))
+    assert result.returncode == 0, result.stderr
+    case = json.loads((folder / "case.json").read_text())
+    safe = min(4, case["greedy_safe_len"])
+    assert safe > 0
+    assert json.loads(result.stdout.splitlines()[-1])[:safe] == case["greedy_token_ids"][:safe]
+
+
+def test_its_checkpoint_names_the_package_to_install(
+    all_but_one: tuple[Environment, dict[str, Any]],
+) -> None:
+    environment = all_but_one[0]
+    (family,) = RECORDED[REMOVED]
+    model = str(ROOT / "tests/golden" / family / "model")
+    (architecture,) = [name for name, package in KNOWN["architectures"].items() if package == REMOVED]
+    result = environment.opsin("generate", model, "What is it?")
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1, "one line, no traceback"
+    assert f"no plugin provides the architecture '{architecture}'" in result.stderr
+    assert f"pip install {REMOVED}" in result.stderr
+    through_python = environment.python(f"from opsin import LLM; LLM({model!r})")
+    error = through_python.stderr.splitlines()[-1]
+    assert error.startswith("opsin.errors.MissingPluginError: ")
+    assert f"pip install {REMOVED}" in error

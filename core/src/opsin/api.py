@@ -466,7 +466,7 @@ class Device:
 
     Attributes:
         name: the spec's name.
-        torch_device: what tensors are created on, e.g. ``"cpu"``, ``"mlu:0"``.
+        torch_device: what tensors are created on, e.g. ``"cpu"``, ``"cuda:0"``.
         capabilities: see there.
         memory: free and total memory now.
         allocate_kv: (num_blocks, block_size, geometry, torch dtype) -> one `KVLayer` per model layer.
@@ -667,7 +667,7 @@ class DeviceSpec:
     """A kind of device. Key: name.
 
     Attributes:
-        name: as in ``device="cpu"`` or ``device="mlu:1"`` (the index goes to ``open``).
+        name: as in ``device="cpu"`` or ``device="cuda:1"`` (the index goes to ``open``).
         torch_type: torch's device type.
         probe: never raises; imports what it must.
         open: index -> an opened device; raises ValueError for an index or a setting that cannot be.

@@ -38,7 +38,7 @@ class LLM:
     """A vision-language model, ready to answer.
 
     Example:
-        >>> llm = LLM("opsin/tiny-qwen2vl")
+        >>> llm = LLM("path/to/checkpoint")
         >>> question = {"type": "text", "text": "What colour is the circle?"}
         >>> picture = {"type": "image_pil", "image_pil": PIL.Image.open("circle.png")}
         >>> llm.chat([{"role": "user", "content": [picture, question]}])[0].outputs[0].text
@@ -68,7 +68,7 @@ class LLM:
         """Load a model.
 
         Args:
-            model: a folder, an installed checkpoint (``"opsin/tiny-qwen2vl"``) or a hub id.
+            model: a folder, the name of an installed checkpoint (``opsin plugins`` lists them) or a hub id.
             plugins: already loaded plugins; None: those installed.
             settings: further fields of `EngineConfig`, where the others are described too.
 

@@ -1,4 +1,4 @@
-"""The language model: a Llama-like decoder stack over the paged cache."""
+"""The language model: a decoder stack over the paged cache."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from opsin.layers.norm import RMSNorm
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """A Llama-like decoder: RMS norm, rotary grouped-query attention, gated MLP.
+    """A decoder layer by layer: RMS norm, rotary grouped-query attention, gated MLP.
 
     Attributes:
-        qkv_bias: whether q, k and v have biases (Qwen2).
-        fused: whether the checkpoint stores qkv_proj and gate_up_proj already fused (Phi-3).
+        qkv_bias: whether q, k and v have biases.
+        fused: whether the checkpoint stores qkv_proj and gate_up_proj already fused.
         embed_scale: factor on token embeddings; embeddings of media are taken as they are.
         residual_scale: factor on what each attention and MLP adds to the residual stream.
         logit_scale: factor on the final hidden states where logits are made of them.

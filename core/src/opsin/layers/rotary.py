@@ -38,7 +38,7 @@ class RotaryTable(nn.Module):
         if self._axis is None:
             angles = positions[0].float().unsqueeze(1) * self._inverse
         else:
-            # frequency i turns with its axis' position (Qwen2-VL paper, section 2.1)
+            # frequency i turns with its axis' position (M-RoPE; Wang et al. 2024, section 2.1)
             angles = positions.float().index_select(0, self._axis).t() * self._inverse
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos(), angles.sin()

@@ -56,7 +56,7 @@ class InputImagePart(_Part):
 
 
 class ImagePart(_Part):
-    """A picture by URL, as Qwen's examples write it."""
+    """A picture by URL, as the examples on many model cards write it."""
 
     type: Literal["image"]
     image: str

@@ -1,4 +1,4 @@
-"""Tools in the hermes form of the Qwen2 chat format: into the prompt, onto the tokens, out of the answer.
+"""Tools in the hermes form of ChatML: into the prompt, onto the tokens, out of the answer.
 
 A call is written as::
 
@@ -23,7 +23,7 @@ _MAX_CALLS = 16
 """Calls that an answer constrained to calls may hold: a weak model would never end by itself."""
 
 _DEFAULT_SYSTEM = "You are a helpful assistant."
-"""What Qwen's templates write where a conversation has no system message."""
+"""What ChatML templates usually write where a conversation has no system message."""
 
 _INSTRUCTIONS = """
 
@@ -41,7 +41,7 @@ For each function call, return a json object with function name and arguments wi
 <tool_call>
 {{"name": <function-name>, "arguments": <args-json-object>}}
 </tool_call>"""
-"""As Qwen2.5's chat template has it (Apache-2.0), which the models are trained on."""
+"""The wording that models of this form are trained on; docs/serving.md names its source (Apache-2.0)."""
 
 
 def tools_in_use(request: ChatRequest) -> Sequence[Tool]:
@@ -54,8 +54,8 @@ def with_tools(
 ) -> tuple[list[Mapping[str, Any]], list[dict[str, Any]] | None]:
     """Messages and tools as a chat template takes them.
 
-    A template that knows of tools gets them. For a ChatML template that does not (Qwen2-VL's own), tools,
-    calls and results are written into the messages, as Qwen2.5's template would write them.
+    A template that knows of tools gets them. For a ChatML template that does not, tools, calls and
+    results are written into the messages, as a template of that form would write them.
 
     Args:
         messages: with ``tool_calls`` and ``tool`` messages as OpenAI has them.
