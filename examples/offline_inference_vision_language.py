@@ -4,15 +4,16 @@
     python examples/offline_inference_vision_language.py --model-type phi3_v --image cat.jpg \
         --model microsoft/Phi-3.5-vision-instruct
 
-Without --model it takes a tiny checkpoint from this repository, so it runs anywhere in seconds. The one for
-qwen2_vl was trained on drawings like the one it is shown here; the others have random weights and say so in
-random words.
+Without --model it takes a tiny checkpoint from this repository, so it runs anywhere in seconds: the family's
+trained one (demo/checkpoints), which knows drawings like the one it is shown here, if that is installed; else
+one of random weights, which says random words.
 """
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -20,7 +21,6 @@ from PIL import Image, ImageDraw
 from opsin import LLM, SamplingParams
 
 ROOT = Path(__file__).parents[1]
-TRAINED = "opsin/tiny-qwen2vl"
 
 
 @dataclass(frozen=True)
@@ -28,21 +28,18 @@ class Family:
     """How a family writes a question about one picture.
 
     Attributes:
-        tiny: checkpoint that needs no download.
-        published: a real one.
+        published: a real checkpoint.
+        recorded: folder of tests/golden with a tiny one of random weights.
         prompt: with ``{question}``; the placeholder stands where the picture is looked at.
         video_prompt: the same for a video; None: the family takes none.
+        trained: name of a tiny one that answers truly, a package of demo/checkpoints; None: there is none.
     """
 
-    tiny: str
     published: str
+    recorded: str
     prompt: str
     video_prompt: str | None = None
-
-
-def recorded(name: str) -> str:
-    """A checkpoint of random weights from the tests."""
-    return str(ROOT / "tests" / "golden" / name / "model")
+    trained: str | None = None
 
 
 QWEN2 = (
@@ -50,25 +47,48 @@ QWEN2 = (
     "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
 FAMILIES = {
-    "llava": Family(recorded("llava15"), "llava-hf/llava-1.5-7b-hf", "USER: <image>\n{question}\nASSISTANT:"),
-    "llava-next": Family(
-        recorded("llava_next"), "llava-hf/llava-v1.6-mistral-7b-hf", "[INST] <image>\n{question} [/INST]"
+    "llava": Family(
+        "llava-hf/llava-1.5-7b-hf",
+        "llava15",
+        "USER: <image>\n{question}\nASSISTANT:",
+        trained="opsin/tiny-llava",
+    ),
+    "llava_next": Family(
+        "llava-hf/llava-v1.6-mistral-7b-hf", "llava_next", "[INST] <image>\n{question} [/INST]"
     ),
     "phi3_v": Family(
-        recorded("phi3v"),
         "microsoft/Phi-3.5-vision-instruct",
+        "phi3v",
         "<|user|>\n<|image_1|>\n{question}<|end|>\n<|assistant|>\n",
+        trained="opsin/tiny-phi3v",
     ),
     "qwen2_vl": Family(
-        TRAINED,
         "Qwen/Qwen2-VL-2B-Instruct",
+        "qwen2vl",
         QWEN2.format("<|vision_start|><|image_pad|><|vision_end|>{question}"),
         QWEN2.format("<|vision_start|><|video_pad|><|vision_end|>{question}"),
+        trained="opsin/tiny-qwen2vl",
     ),
     "minicpmv": Family(
-        recorded("minicpmv26"), "openbmb/MiniCPM-V-2_6", QWEN2.format("(<image>./</image>)\n{question}")
+        "openbmb/MiniCPM-V-2_6",
+        "minicpmv26",
+        QWEN2.format("(<image>./</image>)\n{question}"),
+        trained="opsin/tiny-minicpmv",
     ),
 }
+
+
+def family_name(text: str) -> str:
+    """vLLM's examples write llava-next with a hyphen and the others with underscores: either will do."""
+    return text.replace("-", "_")
+
+
+def tiny_model(family: Family) -> str:
+    """A checkpoint that needs no download: the trained one if its package is installed."""
+    if family.trained and entry_points(group="opsin.checkpoints.v1", name=family.trained):
+        return family.trained
+    print(f"(a tiny model of random weights, so random words; a real one is {family.published})")
+    return str(ROOT / "tests" / "golden" / family.recorded / "model")
 
 
 def draw(colour: str, offset: int = 0) -> Image.Image:
@@ -80,7 +100,7 @@ def draw(colour: str, offset: int = 0) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model-type", choices=FAMILIES, default="qwen2_vl")
+    parser.add_argument("--model-type", type=family_name, choices=FAMILIES, default="qwen2_vl")
     parser.add_argument("--model", help="folder, installed checkpoint or hub id (default: a tiny one)")
     parser.add_argument("--modality", choices=("image", "video"), default="image")
     parser.add_argument("--image", type=Path, help="picture to ask about (default: a drawn circle)")
@@ -93,9 +113,6 @@ def main() -> None:
     template = family.prompt if args.modality == "image" else family.video_prompt
     if template is None:
         parser.error(f"{args.model_type} takes no videos")
-    model = args.model or family.tiny
-    if model != TRAINED and args.model is None:
-        print(f"({args.model_type}: random weights, so random words; a real one is {family.published})")
 
     media: object
     if args.modality == "video":
@@ -109,7 +126,7 @@ def main() -> None:
         "multi_modal_data": {args.modality: media},
     }
 
-    llm = LLM(model=model)
+    llm = LLM(model=args.model or tiny_model(family))
     # Equal prompts: the picture is encoded once, and all but one share what was computed for the first.
     outputs = llm.generate(
         [prompt] * args.num_prompts, SamplingParams(temperature=0, max_tokens=args.max_tokens)

@@ -5,7 +5,7 @@
         --model microsoft/Phi-3.5-vision-instruct --image a.jpg --image b.jpg --question "What differs?"
 
 `chat` leaves the placeholders to the framework, with `generate` the prompt has them. Without --model it takes
-a tiny checkpoint from this repository; all but the one for qwen2_vl have random weights.
+a tiny checkpoint from this repository, as offline_inference_vision_language.py does.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from offline_inference_vision_language import FAMILIES, QWEN2, TRAINED
+from offline_inference_vision_language import FAMILIES, QWEN2, family_name, tiny_model
 from PIL import Image, ImageDraw
 
 from opsin import LLM, SamplingParams
@@ -37,7 +37,7 @@ def prompt(model_type: str, question: str, num_images: int) -> str:
         return QWEN2.format("<|vision_start|><|image_pad|><|vision_end|>" * num_images + question)
     if model_type == "minicpmv":
         return QWEN2.format("(<image>./</image>)\n" * num_images + question)
-    if model_type == "llava-next":
+    if model_type == "llava_next":
         return "[INST] " + "<image>\n" * num_images + question + " [/INST]"
     return "USER: " + "<image>\n" * num_images + question + "\nASSISTANT:"
 
@@ -65,7 +65,7 @@ def chat(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model-type", choices=FAMILIES, default="qwen2_vl")
+    parser.add_argument("--model-type", type=family_name, choices=FAMILIES, default="qwen2_vl")
     parser.add_argument("--model", help="folder, installed checkpoint or hub id (default: a tiny one)")
     parser.add_argument("--method", choices=("generate", "chat"), default="chat")
     parser.add_argument("--image", type=Path, action="append", help="pictures (default: two drawings)")
@@ -73,13 +73,10 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=32)
     args = parser.parse_args()
 
-    family = FAMILIES[args.model_type]
-    model = args.model or family.tiny
-    if model != TRAINED and args.model is None:
-        print(f"({args.model_type}: random weights, so random words; a real one is {family.published})")
     images = [Image.open(path) for path in args.image or ()]
     images = images or [draw("red", (30, 30), (80, 40), (50, 80)), draw("blue", (56, 56))]
 
+    model = args.model or tiny_model(FAMILIES[args.model_type])
     llm = LLM(model=model, limit_mm_per_prompt={"image": len(images)})
     ask = generate if args.method == "generate" else chat
     params = SamplingParams(temperature=0, max_tokens=args.max_tokens)

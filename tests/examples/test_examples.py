@@ -1,0 +1,180 @@
+"""The scripts of examples/ run as their texts say, on the tiny models that need no download."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opsin.chat_template import ChatTemplate
+from opsin.checkpoint import load_tokenizer
+from tests.server.process import GOLDEN, ServerProcess, serve
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+FAMILIES = ("llava", "llava_next", "phi3_v", "qwen2_vl", "minicpmv")
+TRAINED = {
+    "llava": "opsin/tiny-llava",
+    "phi3_v": "opsin/tiny-phi3v",
+    "qwen2_vl": "opsin/tiny-qwen2vl",
+    "minicpmv": "opsin/tiny-minicpmv",
+}
+"""Family -> checkpoint that answers truly, where its package is installed."""
+
+
+def is_trained(family: str) -> bool:
+    """Whether the examples have a checkpoint of this family that answers truly; one always has."""
+    name = TRAINED.get(family, "")
+    return family == "qwen2_vl" or bool(entry_points(group="opsin.checkpoints.v1", name=name))
+
+
+def run(script: str, *arguments: str) -> list[str]:
+    """The lines that a script prints."""
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / script), *arguments], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+# --- offline --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_offline(family: str) -> None:
+    lines = run("offline_inference_vision_language.py", "--model-type", family, "--max-tokens", "4")
+    answers = [line for line in lines if "  ->  " in line]
+    assert len(answers) == 3
+    assert len(set(answers)) == 1
+    if is_trained(family):
+        assert answers[0] == "What colour is the circle?  ->  'red'"
+    else:
+        assert "random weights" in lines[0]
+
+
+def test_names_of_families_are_also_written_with_hyphens() -> None:
+    lines = run("offline_inference_vision_language.py", "--model-type", "qwen2-vl", "--num-prompts", "1")
+    assert lines[-1] == "What colour is the circle?  ->  'red'"
+
+
+def test_offline_video() -> None:
+    lines = run("offline_inference_vision_language.py", "--modality", "video", "--num-prompts", "1")
+    assert lines[-1] == "Which way does the circle move?  ->  'right'"
+
+
+def test_offline_with_a_picture_and_model_of_ones_own(tmp_path: Path) -> None:
+    arguments = ["--model", str(GOLDEN / "qwen2vl" / "model"), "--question", "What?", "--max-tokens", "2"]
+    lines = run(
+        "offline_inference_vision_language.py",
+        *arguments,
+        *("--image", str(GOLDEN / "images" / "cat_150x240.png")),
+    )
+    assert len([line for line in lines if line.startswith("What?  ->  ")]) == 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_offline_multi_image(family: str) -> None:
+    script = "offline_inference_vision_language_multi_image.py"
+    if is_trained(family) and family != "llava":  # made for one picture
+        lines = run(script, "--model-type", family)
+        assert lines[-1] == "Which picture has more circles?  ->  'the first'"
+    generated, chatted = (
+        run(script, "--model-type", family, "--method", method, "--max-tokens", "4")[-1]
+        for method in ("generate", "chat")
+    )
+    assert "  ->  " in generated
+    if family == "qwen2_vl":
+        assert generated == chatted, "the placeholders stand where the chat template puts them"
+
+
+# --- templates ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("template", "family", "case"),
+    [
+        ("template_vlm2vec.jinja", "phi3v", "embed_image"),
+        ("template_vlm2vec.jinja", "phi3v", "embed_text"),
+        ("template_dse_qwen2_vl.jinja", "qwen2vl", "embed_dse_document"),
+        ("template_dse_qwen2_vl.jinja", "qwen2vl", "embed_dse_query"),
+    ],
+)
+def test_templates_give_the_recorded_prompts(template: str, family: str, case: str) -> None:
+    recorded = json.loads((GOLDEN / family / "cases" / case / "case.json").read_text())
+    text = re.split(r"<\|vision_end\|>|<\|image_1\|> ", recorded["prompt"])[-1].split("<|im_end|>")[0]
+    content = [{"type": "image"}] * len(recorded["images"]) + [{"type": "text", "text": text}]
+    rendered = rendering(template, family)
+    assert rendered([{"role": "user", "content": content}]) == recorded["prompt"]
+    if not recorded["images"]:
+        assert rendered([{"role": "user", "content": text}]) == recorded["prompt"]
+
+
+def rendering(template: str, family: str) -> Any:
+    """Messages -> prompt, by a template of the examples."""
+    tokenizer: Any = load_tokenizer(GOLDEN / family / "model")
+    chat = ChatTemplate((EXAMPLES / template).read_text(), tokenizer)
+    assert chat.traits.format == "openai"
+    return lambda messages: chat.render(
+        messages, add_generation_prompt=True, continue_final_message=False, tools=None, variables={}
+    )
+
+
+def test_vlm2vec_numbers_pictures_and_takes_one_message() -> None:
+    from opsin.errors import RequestError
+
+    rendered = rendering("template_vlm2vec.jinja", "phi3v")
+    parts = [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]
+    message = {"role": "user", "content": parts}
+    assert rendered([message]) == "<|image_1|> and <|image_2|>"
+    with pytest.raises(RequestError, match="one message at a time"):
+        rendered([message, message])
+
+
+# --- clients --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chat_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    flags = ("--allow-loopback-media", "--limit-mm-per-prompt", "image=8")
+    log = tmp_path_factory.mktemp("server") / "log"
+    with serve("opsin/tiny-qwen2vl", *flags, log=log) as running:
+        yield running
+
+
+def test_chat_client(chat_server: ServerProcess) -> None:
+    lines = run("openai_chat_completion_client_for_multimodal.py", "--base-url", f"{chat_server.url}/v1")
+    answers = [line.removeprefix("  -> ") for line in lines if line.startswith("  -> ")]
+    assert len(answers) == 7
+    assert answers[0] == "I am a tiny model that looks at pictures of shapes."
+    assert answers[1:4] == ["red", "red", "the first"]
+    assert answers[5:] == ["right", "right"]
+    [only] = run(
+        "openai_chat_completion_client_for_multimodal.py",
+        *("--base-url", f"{chat_server.url}/v1", "--chat-type", "text-only"),
+    )[2:]
+    assert only == f"  -> {answers[0]}"
+
+
+@pytest.mark.parametrize(
+    ("model", "family", "template"),
+    [("vlm2vec", "phi3v", "template_vlm2vec"), ("dse_qwen2_vl", "qwen2vl", "template_dse_qwen2_vl")],
+)
+def test_embedding_client(model: str, family: str, template: str, tmp_path: Path) -> None:
+    flags = ("--task", "embedding", "--trust-remote-code", "--max-model-len", "2048")
+    template_flag = ("--chat-template", str(EXAMPLES / f"{template}.jinja"))
+    with serve(str(GOLDEN / family / "model"), *flags, *template_flag, log=tmp_path / "log") as running:
+        lines = run(
+            "openai_chat_embedding_client_for_multimodal.py",
+            *("--model", model, "--base-url", f"{running.url}/v1"),
+        )
+    assert [line.split(" -> ")[1] for line in lines[:3]] == ["64 numbers"] * 3
+    similarities = [float(line.split("similarity ")[1]) for line in lines[3:]]
+    assert len(similarities) == 2
+    assert all(-1.001 <= value <= 1.001 for value in similarities)
+    assert similarities[0] != similarities[1]
