@@ -1,4 +1,7 @@
-"""The playground in a real Chromium, against a real server: `make test-browser`."""
+"""The playground in a real Chromium, against a real server: `make test-browser`.
+
+SCREENSHOT=FILE keeps the picture of the page that the documentation shows.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import os
 import re
 import runpy
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +20,10 @@ import pytest
 from PIL import Image, ImageDraw
 
 from tests.server.process import GOLDEN, ServerProcess, serve
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "demo"))
+
+from scenes import FRESH_SEEDS, make_question
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page
@@ -87,6 +95,10 @@ def drawing(colour: str, shape: str = "circle") -> bytes:
     picture = Image.new("RGB", (112, 112), (128, 128, 128))
     pen = ImageDraw.Draw(picture)
     (pen.ellipse if shape == "circle" else pen.rectangle)((34, 34, 78, 78), fill=colour)
+    return encoded(picture)
+
+
+def encoded(picture: Image.Image) -> bytes:
     file = io.BytesIO()
     picture.save(file, "PNG")
     return file.getvalue()
@@ -116,7 +128,7 @@ def asked(page: Page, question: str) -> Locator:
     return page.locator("article").first
 
 
-def test_a_dropped_picture_gets_a_true_answer(page: Page, playground: ServerProcess, tmp_path: Path) -> None:
+def test_a_dropped_picture_gets_a_true_answer(page: Page, playground: ServerProcess) -> None:
     opened(page, playground)
     red = drawing("red")
     hand_over(page, "dragover", "#drop", ("red.png", red))
@@ -126,8 +138,7 @@ def test_a_dropped_picture_gets_a_true_answer(page: Page, playground: ServerProc
     card = asked(page, "What colour is the circle?")
     assert card.locator(".text").inner_text() == "red"
     assert re.fullmatch(
-        r"\d+ prompt tokens · \d+ answer tokens · first token after \d+\.\d\d s · \d+\.\d\d s in all"
-        r"( · \d+\.\d tokens/s)?",
+        r"\d+ prompt and \d+ answer tokens · first after \d+\.\d\d s · all after \d+\.\d\d s",
         card.locator(".figures").inner_text(),
     )
     assert page.locator("#announcer").inner_text() == "Answer: red"
@@ -138,7 +149,34 @@ def test_a_dropped_picture_gets_a_true_answer(page: Page, playground: ServerProc
     card = asked(page, "What colour is the square?")
     assert card.locator(".text").inner_text() == "blue"
     assert page.locator("article .text").all_inner_texts() == ["blue", "red"]
-    page.screenshot(path=tmp_path / "playground.png")
+
+
+def test_scenes_of_the_demonstration(page: Page, playground: ServerProcess, tmp_path: Path) -> None:
+    """Everything on the page at once, as the documentation shows it."""
+    opened(page, playground)
+    for kind, seed in (("position", 7002), ("compare", 7006), ("describe", 7003)):
+        question = make_question(kind, FRESH_SEEDS[0] + seed)
+        while page.locator("#pictures li").count():
+            page.locator("#pictures .remove").first.click()
+        scenes = [(f"scene-{index}.png", encoded(each)) for index, each in enumerate(question.images)]
+        hand_over(page, "drop", "#drop", *scenes)
+        page.locator("#pictures .size", has_text="×").nth(len(scenes) - 1).wait_for()
+        card = asked(page, question.text)
+        assert card.locator(".text").inner_text() == question.answer
+        # A rate is told of long answers only.
+        assert (" tokens/s" in card.locator(".figures").inner_text()) is (kind == "describe")
+    page.screenshot(path=os.environ.get("SCREENSHOT", tmp_path / "playground.png"))
+
+
+def test_a_server_of_embeddings_says_so(page: Page, tmp_path: Path) -> None:
+    model = str(GOLDEN / "qwen2vl" / "model")
+    with serve(model, "--task", "embedding", log=tmp_path / "log") as server:
+        page.goto(server.url + "/")
+        page.get_by_text("This server makes embeddings, not answers").wait_for()
+        assert page.get_by_role("button", name="Ask").is_disabled()
+        page.get_by_role("textbox", name="Question").fill("What?")
+        page.get_by_role("textbox", name="Question").press("Enter")
+        assert page.locator("article").count() == 0
 
 
 def test_chosen_pictures_and_the_copied_code(
@@ -190,7 +228,7 @@ def test_the_keyboard_is_enough(page: Page, playground: ServerProcess) -> None:
     question.press("Shift+Enter")
     assert page.locator("article").count() == 0
     question.press("Enter")
-    page.locator("article .figures", has_text="in all").wait_for()
+    page.locator("article .figures", has_text="all after").wait_for()
     assert page.locator("article .text").inner_text() in ("red", "green", "blue", "yellow", "purple")
 
 
@@ -213,7 +251,7 @@ def test_an_answer_can_be_stopped(page: Page, locked: ServerProcess) -> None:
     page.get_by_label("Most tokens").fill("1500")
     page.get_by_role("textbox", name="Question").fill("Go on")
     page.get_by_role("button", name="Ask").click()
-    page.locator("article.running .figures", has_text="first token").wait_for()
+    page.locator("article.running .figures", has_text="first after").wait_for()
     page.get_by_role("button", name="Stop").click()
     page.locator("article.stopped .figures", has_text="stopped").wait_for()
     assert page.get_by_role("button", name="Ask").is_enabled()
@@ -297,7 +335,7 @@ def test_nothing_is_cut_off_and_all_text_can_be_read(
     page = opened(context.new_page(), playground)
     page.get_by_role("button", name="Draw an example").click()
     page.get_by_role("button", name="Ask").click()
-    page.locator("article .figures", has_text="in all").wait_for()
+    page.locator("article .figures", has_text="all after").wait_for()
     page.mouse.move(0, 0)
     assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
     low = [(text, ratio) for text, ratio in page.evaluate(CONTRASTS) if ratio < 4.5]

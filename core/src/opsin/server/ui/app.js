@@ -4,6 +4,7 @@
 const find = (id) => document.getElementById(id);
 const api = (path) => new URL(path, document.baseURI).href;
 const KEY = "opsin-api-key";
+const LEAST_FOR_A_RATE = 10; // few tokens come in one piece, and their rate would be that of the network
 
 /** @type {{name: string, url: string}[]} pictures attached to the next question */
 let pictures = [];
@@ -37,7 +38,7 @@ async function request(path, options = {}) {
 
 async function connect() {
   const status = find("status");
-  status.classList.remove("bad");
+  status.classList.remove("good", "bad");
   try {
     const { data } = await (await request("v1/models")).json();
     find("model").replaceChildren(...data.map(({ id }) => new Option(id, id)));
@@ -45,6 +46,7 @@ async function connect() {
     // The field is opsin's own; other servers with this API leave it out.
     const answers = data.every(({ task }) => task !== "embed");
     status.textContent = answers ? "Ready" : "This server makes embeddings, not answers";
+    status.classList.toggle("good", answers);
     find("send").disabled = !answers;
   } catch (error) {
     status.classList.add("bad");
@@ -242,17 +244,17 @@ async function answer(turn, card, signal) {
     if (!choice.delta.content) continue;
     if (first === null) {
       first = performance.now();
-      figures.textContent = `first token after ${seconds(start, first)} s`;
+      figures.textContent = `first after ${seconds(start, first)} s`;
     }
     text.append(choice.delta.content);
   }
   const end = performance.now();
   const shown = [];
-  if (usage) shown.push(`${usage.prompt_tokens} prompt tokens`, `${usage.completion_tokens} answer tokens`);
-  if (first !== null) shown.push(`first token after ${seconds(start, first)} s`);
-  shown.push(`${seconds(start, end)} s in all`);
-  if (usage?.completion_tokens > 1 && end > first) {
-    shown.push(`${(((usage.completion_tokens - 1) / (end - first)) * 1000).toFixed(1)} tokens/s`);
+  if (usage) shown.push(`${usage.prompt_tokens} prompt and ${usage.completion_tokens} answer tokens`);
+  if (first !== null) shown.push(`first after ${seconds(start, first)} s`);
+  shown.push(`all after ${seconds(start, end)} s`);
+  if (usage?.completion_tokens >= LEAST_FOR_A_RATE && end > first) {
+    shown.push(`${Math.round(((usage.completion_tokens - 1) / (end - first)) * 1000)} tokens/s`);
   }
   if (reason === "length") shown.push("cut off at the most tokens");
   figures.textContent = shown.join(" · ");
