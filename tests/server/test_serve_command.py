@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from opsin import EngineConfig
 from opsin.cli import app
@@ -294,14 +295,21 @@ def test_bad_files(content: str, says: str, tmp_path: Path, capsys: pytest.Captu
 # --------------------------------------------------------------------------------------------------
 
 
-def test_help_is_grouped_and_shows_defaults(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("columns", [80, 200])
+def test_help_is_grouped_and_shows_flags_and_defaults_in_full(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit):
         app(["serve", "--help"])
     text = capsys.readouterr().out
-    panels = (
+    assert max(len(line) for line in text.splitlines()) <= min(columns, 110)
+    topics: dict[str, list[str]] = {}
+    for parameter in typer.main.get_command(app).commands["serve"].params:  # type: ignore[attr-defined]
+        if parameter.rich_help_panel is not None:
+            flags = topics.setdefault(parameter.rich_help_panel, [])
+            flags += [*parameter.opts, *parameter.secondary_opts]
+    assert list(topics) == [
         command.MODEL,
         command.CHAT,
         command.MEDIA,
@@ -309,14 +317,15 @@ def test_help_is_grouped_and_shows_defaults(
         command.HTTP,
         command.SECURITY,
         command.LIMITS,
-    )
-    places = [text.index(f"─ {panel} ─") for panel in panels]
-    assert places == sorted(places)
+    ]
+    _, *sections = re.split(rf"^({'|'.join(topics)}):$", text, flags=re.M)
+    assert sections[::2] == list(topics)
+    for flags, section in zip(topics.values(), sections[1::2]):
+        assert set(flags) <= set(re.findall(r"(?<!\S)--[a-z-]+(?!\S)", section))
     assert "opsin serve ./model --host 0.0.0.0" in text
     for flag, default in (("--port", "8000"), ("--max-n", "64"), ("--max-image-pixels", "67108864")):
-        [line] = [line for line in text.splitlines() if f"{flag} " in line]
-        start = text.index(line)
-        assert f"[default: {default}]" in " ".join(text[start : start + 400].split())
+        about = text[text.index(f"  {flag} ") :].split("\n  --")[0]
+        assert f"[default: {default}" in " ".join(about.split())
 
 
 def test_missing_packages_are_one_line(

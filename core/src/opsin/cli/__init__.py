@@ -25,7 +25,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(
-    "serve", epilog=serve.EXAMPLES, cls=ServeCommand, context_settings={"auto_envvar_prefix": "OPSIN"}
+    "serve",
+    epilog=serve.EXAMPLES,
+    cls=ServeCommand,
+    context_settings={"auto_envvar_prefix": "OPSIN", "max_content_width": 110},
 )(reported(serve.run))
 app.command("generate", epilog=generate.EXAMPLES)(reported(generate.run))
 app.command("plugins")(reported(plugins.run))

@@ -25,7 +25,9 @@ EXAMPLES = f"""Examples:
 
 opsin serve {next(iter(known_packages().checkpoints))}
 
-opsin serve ./model --host 0.0.0.0 --api-key SECRET --limit-mm-per-prompt image=4
+opsin serve ./model --host 0.0.0.0 --api-key SECRET
+
+opsin serve ./model --max-model-len 4096 --limit-mm-per-prompt image=4
 
 opsin serve ./model --task embedding --chat-template template.jinja
 

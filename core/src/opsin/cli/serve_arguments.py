@@ -15,11 +15,26 @@ MAPPINGS = ("limit-mm-per-prompt", "mm-processor-kwargs")
 
 
 class ServeCommand(typer.core.TyperCommand):
-    """Rewrites arguments before they are parsed."""
+    """Rewrites arguments before they are parsed; shows its help by topic, every flag in full."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Accept vLLM's spellings, too."""
         return super().parse_args(ctx, spelled(args))
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Plain text: in a terminal of 80 columns rich's tables would cut the longer flags off."""
+        self.format_usage(ctx, formatter)
+        self.format_help_text(ctx, formatter)
+        topics: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                default = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                topics.setdefault(getattr(parameter, "rich_help_panel", None) or default, []).append(record)
+        for topic, records in topics.items():
+            with formatter.section(topic):
+                formatter.write_dl(records)
+        self.format_epilog(ctx, formatter)
 
 
 def spelled(args: Sequence[str]) -> list[str]:
