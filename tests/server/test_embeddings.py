@@ -1,23 +1,36 @@
-"""Embeddings against recorded ones, in every form of asking."""
+"""Embeddings against recorded ones, in every form of asking, over a real socket."""
 
 from __future__ import annotations
 
 import base64
 import json
 import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openai
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 
+from opsin import LLM
+from opsin.server.settings import ServerSettings
 from tests.server.in_thread import Running, golden_config, running
-from tests.server.messages import data_url, image, text, user
+from tests.server.messages import IMAGES, data_url, image, text, user
 from tests.server.pictures import picture
 from tests.server.process import GOLDEN
 
-CASES = GOLDEN / "qwen2vl" / "cases"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+DSE, VLM2VEC = "dse", "vlm2vec"
+RECORDED = [
+    (DSE, "qwen2vl", "embed_dse_document"),
+    (DSE, "qwen2vl", "embed_dse_query"),
+    (VLM2VEC, "phi3v", "embed_image"),
+    (VLM2VEC, "phi3v", "embed_text"),
+]
+"""Served model, folder of recorded cases, case."""
 
 
 @pytest.fixture(scope="module")
@@ -25,43 +38,91 @@ def client(embedder: Running) -> openai.OpenAI:
     return embedder.client()
 
 
-def case(name: str) -> tuple[dict[str, Any], np.ndarray[Any, Any]]:
-    data = json.loads((CASES / name / "case.json").read_text())
-    tensors = load_file(CASES / name / "tensors.safetensors")
-    [key] = [key for key in tensors if "pooled" in key]
-    return data, tensors[key].reshape(-1)
+@pytest.fixture(scope="module")
+def vlm2vec() -> Iterator[Running]:
+    """Embeds with the recorded Phi-3-vision, as VLM2Vec does."""
+    template = str(EXAMPLES / "template_vlm2vec.jinja")
+    config = golden_config(
+        model=str(GOLDEN / "phi3v" / "model"), task="embed", chat_template=template, max_model_len=1024
+    )
+    with running(config, ServerSettings(served_model_names=(VLM2VEC,))) as started:
+        yield started
+
+
+@pytest.fixture
+def asked(model: str, request: pytest.FixtureRequest) -> Running:
+    """The server of a model."""
+    found: Running = request.getfixturevalue({DSE: "embedder", VLM2VEC: "vlm2vec"}[model])
+    return found
+
+
+def recorded(family: str, name: str) -> tuple[dict[str, Any], np.ndarray[Any, Any]]:
+    """A case, and its embedding."""
+    folder = GOLDEN / family / "cases" / name
+    data: dict[str, Any] = json.loads((folder / "case.json").read_text())
+    return data, load_file(folder / "tensors.safetensors")["pooled_last_l2"].reshape(-1)
 
 
 def as_messages(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """The case's messages with its pictures in them."""
-    urls = iter([data_url(name) for name in data["images"]])
-    return [
-        {
-            "role": message["role"],
-            "content": [
-                image(next(urls)) if part["type"] == "image" else part for part in message["content"]
-            ],
-        }
-        for message in data["messages"]
-    ]
+    """The case as one message: its pictures, then its words."""
+    words = re.split(r"<\|vision_end\|>|<\|image_1\|> ", data["prompt"])[-1].split("<|im_end|>")[0]
+    return user(*[image(data_url(name)) for name in data["images"]], text(words))
 
 
-@pytest.mark.parametrize("name", ["embed_dse_document", "embed_dse_query"])
-def test_recorded_embeddings(embedder: Running, name: str) -> None:
-    data, expected = case(name)
-    body = {"model": "dse", "messages": as_messages(data), "encoding_format": "float"}
-    answer = embedder.post("/v1/embeddings", body).json()
+@pytest.mark.parametrize(("model", "family", "name"), RECORDED)
+def test_recorded_embeddings(asked: Running, model: str, family: str, name: str) -> None:
+    data, expected = recorded(family, name)
+    body = {"model": model, "messages": as_messages(data), "encoding_format": "float"}
+    options = data.get("mm_processor_kwargs")
+    answer = asked.post("/v1/embeddings", {**body, "mm_processor_kwargs": options}).json()
     found = np.array(answer["data"][0]["embedding"])
     assert found.shape == expected.shape
     assert np.abs(found - expected).max() <= 1e-5
     assert abs(np.linalg.norm(found) - 1) < 1e-6
     count = len(data["prompt_token_ids"])
-    assert answer["usage"] == {
-        "prompt_tokens": count,
-        "total_tokens": count,
-        "completion_tokens": 0,
-        "prompt_tokens_details": {"cached_tokens": answer["usage"]["prompt_tokens_details"]["cached_tokens"]},
+    cached = answer["usage"].pop("prompt_tokens_details")["cached_tokens"]
+    assert answer["usage"] == {"prompt_tokens": count, "total_tokens": count, "completion_tokens": 0}
+
+    again = asked.post("/v1/embeddings", {**body, "mm_processor_kwargs": options}).json()
+    assert np.allclose(again["data"][0]["embedding"], found, atol=1e-6)
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] >= max(cached, count - 32), "the caches"
+
+
+@pytest.mark.parametrize(("model", "family", "name"), RECORDED)
+def test_chat_form_is_the_rendered_prompt_offline(asked: Running, model: str, family: str, name: str) -> None:
+    """The template's prompt and the pictures through `LLM.embed`, the messages through the server."""
+    data, expected = recorded(family, name)
+    options = data.get("mm_processor_kwargs") or {}
+    body = {"messages": as_messages(data), "mm_processor_kwargs": options}
+    by_chat = asked.post("/v1/embeddings", body).json()["data"][0]["embedding"]
+    prompt = {
+        "prompt": data["prompt"],
+        "multi_modal_data": {"image": [Image.open(IMAGES / picture) for picture in data["images"]]},
+        "mm_processor_kwargs": options,
     }
+    with LLM(
+        str(GOLDEN / family / "model"),
+        task="embed",
+        dtype="float32",
+        kv_cache_memory=2**23,
+        max_model_len=1024,
+    ) as llm:
+        [output] = llm.embed(prompt, use_tqdm=False)
+        [encoded] = llm.encode(prompt, use_tqdm=False)
+    assert output.outputs is not None
+    assert encoded.outputs is not None
+    assert np.abs(np.array(output.outputs.embedding) - expected).max() <= 1e-5
+    assert np.allclose(encoded.outputs.embedding, output.outputs.embedding, atol=1e-6)
+    assert np.allclose(by_chat, output.outputs.embedding, atol=1e-6)
+
+
+def test_a_recorded_prompt_without_pictures(vlm2vec: Running) -> None:
+    """As ``input``: text, its token ids, and in base64."""
+    data, expected = recorded("phi3v", "embed_text")
+    for given in (data["prompt"], [data["prompt"]], data["prompt_token_ids"]):
+        answer = vlm2vec.post("/v1/embeddings", {"input": given, "encoding_format": "base64"}).json()
+        found = np.frombuffer(base64.b64decode(answer["data"][0]["embedding"]), "<f4")
+        assert np.abs(found - expected).max() <= 1e-5
 
 
 def test_chat_form_is_the_rendered_prompt(embedder: Running) -> None:
