@@ -1,4 +1,4 @@
-"""Trains the demonstration model on one processor core within a time budget, and exports it."""
+"""Trains a demonstration model on one processor core within a time budget, and exports it."""
 
 from __future__ import annotations
 
@@ -8,41 +8,47 @@ import math
 import multiprocessing
 import os
 import random
+import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from ctypes import c_double
 from pathlib import Path
 from queue import Empty, Full
 
 import torch
 import torch.nn.functional as F
-from data import GRIDS, BatchMaker, hint_words
-from export import export
-from model import Batch, HintHeads, Settings, TinyQwen2VL
-from muon import Muon
-from scenes import TRAINING_SEEDS, VALIDATION_SEEDS
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import nn
 
-MODEL_FOLDER = Path(__file__).resolve().parents[1] / "checkpoints/tiny_qwen2vl/src/opsin_tiny_qwen2vl/model"
-SCENES = (*GRIDS, "talk")
-FIRST_WEIGHTS = {"objects": 3.0, "count": 3.0, "number": 3.0, "compare": 3.0, "motion": 1.5, "talk": 0.6}
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from batch import Batch
+from data import BatchMaker
+from families import FAMILIES
+from hints import HintHeads, hint_words
+from muon import Muon
+from network import Network
+from scenes import TRAINING_SEEDS, VALIDATION_SEEDS
+from towers import Tower
+from warm import warm_start
 
 
-def draw_forever(tokenizer: Path, seed: int, patches: int, weights: object, queue: object) -> None:
+def draw_forever(name: str, folder: Path, seed: int, patches: int, weights: object, queue: object) -> None:
     """Body of the drawing process: pictures are drawn while the trainer computes."""
     os.nice(5)
     torch.set_num_threads(1)
-    maker, rng = BatchMaker(tokenizer, TRAINING_SEEDS, patches), random.Random(seed)
+    family, rng = FAMILIES[name], random.Random(seed)
+    words = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    maker = BatchMaker(family, words, TRAINING_SEEDS, patches)
     parent = os.getppid()
     while os.getppid() == parent:
-        batch = maker.batch(rng.choices(SCENES, list(weights))[0], rng)
+        batch = maker.batch(rng.choices(list(family.scenes), list(weights))[0], rng)
         with contextlib.suppress(Full):
             queue.put(batch, timeout=60)
 
 
-def exact(model: TinyQwen2VL, batch: Batch) -> Iterator[tuple[str, bool]]:
+def exact(model: Network, batch: Batch) -> Iterator[tuple[str, bool]]:
     """For every question of a batch, whether greedy decoding would give exactly the answer.
 
     Greedy decoding gives the answer if and only if every token of it is the best one after the right ones
@@ -56,7 +62,7 @@ def exact(model: TinyQwen2VL, batch: Batch) -> Iterator[tuple[str, bool]]:
             yield kind, bool(right[row][batch.branches[row] == branch].all())
 
 
-def validate(model: TinyQwen2VL, batches: list[Batch]) -> dict[str, tuple[float, int]]:
+def validate(model: Network, batches: list[Batch]) -> dict[str, tuple[float, int]]:
     """Per kind of question: the share answered exactly, and how many were asked.
 
     Gradients stay switched on, for compiled layers would be compiled anew without them.
@@ -68,17 +74,19 @@ def validate(model: TinyQwen2VL, batches: list[Batch]) -> dict[str, tuple[float,
     return {kind: (sum(s) / len(s), len(s)) for kind, s in scores.items()}
 
 
-def scene_weights(model: TinyQwen2VL, batches: list[Batch]) -> dict[str, float]:
+def scene_weights(
+    model: Network, batches: list[Batch], first_weights: Mapping[str, float]
+) -> dict[str, float]:
     """How often each scene shall come next: the worse its answers, the more often."""
     weights = {}
-    for scene, first in FIRST_WEIGHTS.items():
+    for scene, first in first_weights.items():
         scores = validate(model, [b for b in batches if b.name == scene])
         errors = [1 - share for share, _ in scores.values()] or [0.0]
         weights[scene] = first * (0.25 + math.sqrt(max(errors)))
     return weights
 
 
-def optimisers(model: TinyQwen2VL, heads: HintHeads, rate: float) -> list[torch.optim.Optimizer]:
+def optimisers(model: Network, heads: HintHeads, rate: float) -> list[torch.optim.Optimizer]:
     """Muon for matrices, patch embedding included; AdamW for token embeddings, norms and biases.
 
     AdamW does badly at the patch embedding: the pixels of a patch are so alike that equal steps for all of
@@ -111,6 +119,13 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=2.5e-3)
     parser.add_argument("--patches", type=int, default=1600, help="work in one batch")
     parser.add_argument("--accumulate", type=int, default=3, help="batches in one step")
+    parser.add_argument("--family", choices=list(FAMILIES), default="qwen2vl")
+    parser.add_argument(
+        "--from-family", choices=list(FAMILIES), help="start from what another family's network has learned"
+    )
+    parser.add_argument(
+        "--from-state", type=Path, help="its state file; qwen2vl's checkpoint does without one"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--validate-every", type=float, default=5, help="minutes")
     parser.add_argument(
@@ -123,16 +138,25 @@ def main() -> None:
     parser.add_argument(
         "--state", type=Path, default=Path("training-state.pt"), help="where the state is kept"
     )
-    parser.add_argument("--folder", type=Path, default=MODEL_FOLDER, help="where the checkpoint is exported")
+    parser.add_argument("--folder", type=Path, help="where the checkpoint is exported")
     args = parser.parse_args()
+    family = FAMILIES[args.family]
+    folder = args.folder or family.folder
 
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
-    tokenizer = args.folder / "tokenizer.json"
-    words = Tokenizer.from_file(str(tokenizer))
-    settings = Settings(vocabulary=words.get_vocab_size())
-    model = TinyQwen2VL(settings)
-    heads = HintHeads(settings, hint_words(words), words.token_to_id("<|image_pad|>"))
+    words = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    model = family.network(words)
+    if args.from_family:
+        source = FAMILIES[args.from_family].folder
+        old = Tokenizer.from_file(str(source / "tokenizer.json"))
+        if args.from_state:
+            state = torch.load(args.from_state, weights_only=True)["model"]
+        else:
+            state = load_file(source / "model.safetensors")
+        print("not in the other model:", ", ".join(warm_start(model, words, state, old)))
+    hidden = model.text.embed_tokens.embedding_dim
+    heads = HintHeads(Tower.DIM, hidden, hint_words(words), words.token_to_id(family.nothing))
     optims = optimisers(model, heads, args.rate)
     step, seen, before = 0, 0, 0.0
     if args.resume:
@@ -151,17 +175,18 @@ def main() -> None:
 
     if args.compile:
         torch._dynamo.config.cache_size_limit = 64
-        for block in (*model.model.layers, *model.visual.blocks):
+        for block in model.blocks():
             block.compile(dynamic=True)
-    maker, rng = BatchMaker(tokenizer, VALIDATION_SEEDS, args.patches), random.Random(0)
-    checks = [maker.batch(name, rng, 32, plain=True) for name in GRIDS for _ in range(6)]
+    scenes = list(family.scenes)
+    maker, rng = BatchMaker(family, words, VALIDATION_SEEDS, args.patches), random.Random(0)
+    checks = [maker.batch(name, rng, 32, plain=True) for name in scenes if name != "talk" for _ in range(6)]
     checks.append(maker.batch("talk", rng, 16))
-    weights = multiprocessing.Array(c_double, [FIRST_WEIGHTS[name] for name in SCENES])
+    weights = multiprocessing.Array(c_double, list(family.scenes.values()))
     if args.resume:
-        weights[:] = list(scene_weights(model, checks).values())
+        weights[:] = list(scene_weights(model, checks, family.scenes).values())
     queue: multiprocessing.Queue = multiprocessing.Queue(maxsize=24)
-    source = (tokenizer, args.seed * 1_000_003 + step, args.patches, weights, queue)
-    artist = multiprocessing.Process(target=draw_forever, args=source, daemon=True)
+    order = (family.name, folder, args.seed * 1_000_003 + step, args.patches, weights, queue)
+    artist = multiprocessing.Process(target=draw_forever, args=order, daemon=True)
     artist.start()
 
     start = last_check = last_line = time.monotonic()
@@ -213,8 +238,7 @@ def main() -> None:
             scores = validate(model, checks)
             table = ", ".join(f"{kind} {100 * share:.1f}" for kind, (share, _) in scores.items())
             print(f"{minutes:6.1f} min VALIDATION {table}", flush=True)
-            chosen = scene_weights(model, checks)
-            weights[:] = [chosen[name] for name in SCENES]
+            weights[:] = list(scene_weights(model, checks, family.scenes).values())
             state = {
                 "model": model.state_dict(),
                 "heads": heads.state_dict(),
@@ -224,7 +248,7 @@ def main() -> None:
                 "minutes": minutes,
             }
             torch.save(state, args.state)
-            export(model, settings, args.folder)
+            family.export(model, words, folder)
             last_check = last_line = time.monotonic()
     artist.terminate()
 

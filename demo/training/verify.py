@@ -1,4 +1,4 @@
-"""Checks an exported checkpoint with transformers: its names, its logits, its answers on held-out scenes.
+"""Checks the exported Qwen2-VL with transformers: its names, its logits, its answers on held-out scenes.
 
 What transformers computes from the exported folder is the judge: neither the compact training network nor the
 fast preprocessing is used for the answers.
@@ -9,19 +9,24 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from data import BatchMaker
-from model import Settings, TinyQwen2VL
 from PIL import Image
 from safetensors.torch import load_file
-from scenes import HELD_OUT_SEEDS, KINDS, VALIDATION_SEEDS, Question, make_question
+from tokenizers import Tokenizer
 from tqdm import tqdm
-from train import MODEL_FOLDER
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data import BatchMaker
+from families import FAMILIES
+from scenes import HELD_OUT_SEEDS, KINDS, VALIDATION_SEEDS, Question, make_question
+
+FAMILY = FAMILIES["qwen2vl"]
 
 
 class Reference:
@@ -98,10 +103,11 @@ def compare_logits(folder: Path, reference: Reference) -> float:
     The positions are handed over: after a video with more steps than it has cells along a side, transformers
     5 lets the text begin one past the cells; the family's own rule, kept here, is one past the last position.
     """
-    tokenizer = folder / "tokenizer.json"
-    network = TinyQwen2VL(Settings(vocabulary=reference.model.config.text_config.vocab_size))
-    network.load_state_dict(load_file(folder / "model.safetensors"))
-    maker, rng, worst = BatchMaker(tokenizer, VALIDATION_SEEDS, 4000), random.Random(5), 0.0
+    words = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    network = FAMILY.network(words)
+    state = load_file(folder / "model.safetensors")
+    network.load_state_dict({name.replace("model.", "text.", 1): p for name, p in state.items()})
+    maker, rng, worst = BatchMaker(FAMILY, words, VALIDATION_SEEDS, 4000), random.Random(5), 0.0
     names = {"objects": "pixel_values", "compare": "pixel_values", "motion": "pixel_values_videos"}
     for scene in ("objects", "compare", "motion") * 4:
         batch = maker.batch(scene, rng, 1)
@@ -137,7 +143,7 @@ def compare_logits(folder: Path, reference: Reference) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=MODEL_FOLDER)
+    parser.add_argument("--folder", type=Path, default=FAMILY.folder)
     parser.add_argument("--limit", type=int, default=100, help="questions of each kind")
     parser.add_argument("--seed", type=int, default=HELD_OUT_SEEDS[0] + 10**9, help="first scene")
     parser.add_argument("--mistakes", action="store_true", help="print every wrong answer")

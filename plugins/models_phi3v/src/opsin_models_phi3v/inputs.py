@@ -27,7 +27,7 @@ CROP = 336
 """Side of a crop, in pixels."""
 
 TOKENS = 12
-"""Side of a crop, in embeddings."""
+"""Side of a crop in embeddings, in every published checkpoint."""
 
 MAX_CROPS = 64
 """Most that ``num_crops`` may be; the published checkpoints use 4 and 16."""
@@ -89,19 +89,39 @@ def hd_transform(pixels: Array, num_crops: int) -> Array:
     return canvas.swapaxes(0, 1) if tall else canvas
 
 
-def num_embeds(grid: Grid) -> int:
-    """Embeddings of a picture: its crops with a newline after each row, a separator, the global view."""
+def crop_side(config: Mapping[str, Any]) -> int:
+    """Side of a crop in embeddings, by ``img_processor.num_img_tokens`` of config.json.
+
+    Raises:
+        ValueError: that is not a square number.
+    """
+    count = config.get("img_processor", {}).get("num_img_tokens", TOKENS**2)
+    side = math.isqrt(count)
+    if side < 1 or side**2 != count:
+        raise ValueError(
+            f"img_processor.num_img_tokens is {count!r}; expected a square number, e.g. {TOKENS**2}"
+        )
+    return side
+
+
+def num_embeds(grid: Grid, side: int = TOKENS) -> int:
+    """Embeddings of a picture: its crops with a newline after each row, a separator, the global view.
+
+    Args:
+        grid: of crops.
+        side: of a crop, in embeddings.
+    """
     rows, columns = grid
-    crops = rows * TOKENS * (columns * TOKENS + 1)
-    return crops + 1 + TOKENS * (TOKENS + 1)
+    crops = rows * side * (columns * side + 1)
+    return crops + 1 + side * (side + 1)
 
 
-def is_possible(count: int) -> bool:
+def is_possible(count: int, side: int = TOKENS) -> bool:
     """Whether some grid of crops has this many embeddings."""
     return any(
-        num_embeds((rows, columns)) == count
-        for rows in range(1, count // TOKENS**2 + 1)
-        for columns in [(count - num_embeds((rows, 0))) // (rows * TOKENS**2)]
+        num_embeds((rows, columns), side) == count
+        for rows in range(1, count // side**2 + 1)
+        for columns in [(count - num_embeds((rows, 0), side)) // (rows * side**2)]
         if columns >= 1
     )
 
@@ -115,6 +135,7 @@ class ImageMapper:
         # Every published checkpoint says num_crops; 1 is the default of the hub's class.
         self._num_crops = context.preprocessor.get("num_crops", 1)
         self._levels = pixel_levels(context.preprocessor)
+        self._side = crop_side(context.config)
 
     def map(self, item: MediaItem, options: Mapping[str, Any]) -> MappedMedia:
         """See `opsin.api.InputMapper.map`.
@@ -132,7 +153,7 @@ class ImageMapper:
         whole = F.interpolate(values[None], (CROP, CROP), mode="bicubic", align_corners=False)
         crops = values.view(3, rows, CROP, columns, CROP).permute(1, 3, 0, 2, 4).flatten(0, 1)
         return MappedMedia(
-            num_embeds=num_embeds((rows, columns)),
+            num_embeds=num_embeds((rows, columns), self._side),
             tensors={"pixel_values": torch.cat([whole, crops])},
             geometry=(rows, columns),
         )
@@ -147,11 +168,11 @@ class ImageMapper:
         """A tensor (images, E, H), or a list of tensors (E, H): E is what some grid of crops has."""
         items = split_image_embeds(data)
         for item in items:
-            if not is_possible(len(item)):
+            if not is_possible(len(item), self._side):
                 raise ValueError(
                     f"the embeddings of an image are {tuple(item.shape)}; a picture of this family has "
-                    f"(rows * columns + 1) * {TOKENS**2} + 1 + (rows + 1) * {TOKENS} embeddings, for 1 x 1 "
-                    f"crops {num_embeds((1, 1))}"
+                    f"(rows * columns + 1) * {self._side**2} + 1 + (rows + 1) * {self._side} embeddings, for "
+                    f"1 x 1 crops {num_embeds((1, 1), self._side)}"
                 )
         return [{"embeds": item} for item in items]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from opsin.api import BuildContext, MappedMedia
 from opsin.layers import Linear, Table, VisionConfig, VisionTransformer, flatten_patches
-from opsin_models_phi3v.inputs import CROP, TOKENS
+from opsin_models_phi3v.inputs import CROP, crop_side
 
 CLIP = {
     "model_type": "clip_vision_model",
@@ -51,7 +51,8 @@ class VisionEmbedding(nn.Module):
     A ``vision_config`` in config.json overrides `CLIP`, e.g. for a smaller tower.
 
     Raises:
-        ValueError: config.json asks for another arrangement, or a tower that is not read as 24x24 patches.
+        ValueError: config.json asks for another arrangement, or a tower that does not fit the number of
+            embeddings.
     """
 
     def __init__(self, context: BuildContext, config: Mapping[str, Any], out: int) -> None:
@@ -66,10 +67,12 @@ class VisionEmbedding(nn.Module):
         )
         self._patch = tower.patch_size
         self._patches = (CROP // self._patch) ** 2
-        if self._patches != (2 * TOKENS) ** 2 or tower.num_positions != self._patches + 1:
+        self._side = side = crop_side(config)
+        if self._patches != (2 * side) ** 2 or tower.num_positions != self._patches + 1:
             raise ValueError(
                 f"a tower with patches of {self._patch} pixels and {tower.num_positions} positions; expected "
-                f"{2 * TOKENS}x{2 * TOKENS} patches of a {CROP}x{CROP} crop, and a class token"
+                f"{2 * side}x{2 * side} patches of a {CROP}x{CROP} crop (img_processor.num_img_tokens is "
+                f"{side**2}), and a class token"
             )
         wide = 4 * tower.hidden_size
         self.img_processor = nn.ModuleDict(
@@ -93,21 +96,21 @@ class VisionEmbedding(nn.Module):
         return list(projected.split([len(rows) for rows in arranged]))
 
     def _merge(self, crops: Tensor) -> Tensor:
-        """float32 (C, 3, CROP, CROP) -> (C, TOKENS, TOKENS, 4 * width), 2x2 patches side by side."""
+        """float32 (C, 3, CROP, CROP) -> (C, side, side, 4 * width), 2x2 patches side by side."""
         tower = self.img_processor["vision_model"]
         states = tower(flatten_patches(crops, self._patch), [self._patches] * len(crops))
         patches = states.unflatten(0, (len(crops), -1))[:, 1:]
-        blocks: Tensor = patches.reshape(len(crops), TOKENS, 2, TOKENS, 2, -1).transpose(2, 3)
-        return blocks.reshape(len(crops), TOKENS, TOKENS, -1)
+        blocks: Tensor = patches.reshape(len(crops), self._side, 2, self._side, 2, -1).transpose(2, 3)
+        return blocks.reshape(len(crops), self._side, self._side, -1)
 
     def _arrange(self, views: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(1 + rows * columns, TOKENS, TOKENS, wide), global view first -> (E, wide), global view last."""
+        """(1 + rows * columns, side, side, wide), global view first -> (E, wide), global view last."""
         rows, columns = grid
         whole, crops = views[0], views[1:]
         picture = (
             crops.unflatten(0, (rows, columns))
             .transpose(1, 2)
-            .reshape(rows * TOKENS, columns * TOKENS, views.shape[-1])
+            .reshape(rows * self._side, columns * self._side, views.shape[-1])
         )
         separator = self.separator().flatten(0, 1)
         return torch.cat([self._with_newlines(picture), separator, self._with_newlines(whole)])
