@@ -298,7 +298,15 @@ def test_too_many_images(server: Running, in_earlier_messages: bool) -> None:
     if in_earlier_messages:
         messages = [*user(part, part), {"role": "assistant", "content": "Yes."}, *user(part, part)]
     says = re.escape("At most 3 image(s) may be provided in one request.")
-    check(server.post(CHAT, chat(messages=messages)), 400, says=says + ".*--limit-mm-per-prompt image=4")
+    says += ".*earlier messages included.*--limit-mm-per-prompt image=4"
+    check(server.post(CHAT, chat(messages=messages)), 400, says=says)
+    check(server.post(CHAT, chat(messages=messages, stream=True)), 400, says=says)
+
+
+def test_too_many_videos(server: Running) -> None:
+    part = {"type": "video", "video": [data_url(CAT)] * 2}
+    says = r"At most 1 video\(s\) may be provided in one request.*--limit-mm-per-prompt video=2"
+    check(server.post(CHAT, chat(messages=user(part, part))), 400, says=says)
 
 
 @pytest.mark.parametrize("stream", [False, True])

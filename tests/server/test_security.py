@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+import hmac
 import json
 import re
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from PIL import ImageFile
 from safetensors.torch import save
 
+from opsin.server import middleware
 from opsin.server.fetch_settings import FetchSettings
 from opsin.server.settings import ServerSettings
 from tests.server.asset_server import Asset, AssetServer, asset_server
@@ -161,6 +163,50 @@ def test_urls_that_answer_with_something_else_or_not_at_all(
     assert good.status_code == 200, good.text
 
 
+class Names:
+    """A resolver with the answers of a test; anything else is this machine."""
+
+    def __init__(self, **answers: Sequence[str]) -> None:
+        self._answers = answers
+
+    async def __call__(self, host: str, port: int) -> Sequence[str]:
+        return self._answers.get(host.partition(".")[0], ["127.0.0.1"])
+
+
+def test_names_with_one_address_inside(
+    opened: Running, assets: AssetServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of which the others are public; and a public page that redirects to such a name."""
+    names = Names(
+        mixed=["8.8.8.8", "10.0.0.1"], mixed6=["127.0.0.1", "fd00::1"], metadata=["169.254.169.254"]
+    )
+    monkeypatch.setattr(opened.app._fetcher._http, "_resolver", names)
+    good = assets.put("/a.png", PICTURE)
+    assert ask(opened, image(good.replace("127.0.0.1", "public.example"))).status_code == 200
+    before = len(assets.seen)
+    for host in ("mixed.example", "mixed6.example", "metadata.example"):
+        refused(ask(opened, image(good.replace("127.0.0.1", host))), 403, param="image_url")
+    assert len(assets.seen) == before, "nothing was connected to"
+    hop = assets.put("/hop", status=302, Location=good.replace("127.0.0.1", "mixed6.example"))
+    refused(ask(opened, image(hop)), 403, param="image_url")
+    assert [path for path, _ in assets.seen[before:]] == ["/hop"]
+
+
+def test_the_list_of_domains(assets: AssetServer) -> None:
+    url = assets.put("/a.png", PICTURE)
+    narrowed = FetchSettings(allow_loopback=True, allowed_domains=["localhost"])
+    with running(CONFIG, ServerSettings(fetch=narrowed)) as server:
+        assert ask(server, image(url.replace("127.0.0.1", "localhost"))).status_code == 200
+        for other in (url, url.replace("127.0.0.1", "localhost.evil.example"), "http://8.8.8.8/a.png"):
+            assert "domains" in refused(ask(server, image(other)), 403, param="image_url")
+        away = assets.put("/away", status=302, Location=url).replace("127.0.0.1", "localhost")
+        refused(ask(server, image(away)), 403, param="image_url")
+    never_widened = FetchSettings(allowed_domains=["localhost", "127.0.0.1"])
+    with running(CONFIG, ServerSettings(fetch=never_widened)) as server:
+        for inside in (url, url.replace("127.0.0.1", "localhost")):
+            assert "public internet" in refused(ask(server, image(inside)), 403, param="image_url")
+
+
 # --- files ----------------------------------------------------------------------------------------
 
 
@@ -254,6 +300,31 @@ def test_a_video_of_too_many_frames(closed: Running) -> None:
     assert "1 to 768" in refused(ask(closed, {"type": "video", "video": [frame] * 769}), 400)
 
 
+def test_the_caps_of_bytes_pixels_and_frames(assets: AssetServer) -> None:
+    """Each as small as a test likes it, for media that come inline and for those that are fetched."""
+    large = picture((56, 56)) + bytes(4000)
+    config = golden_config(
+        limit_mm_per_prompt={"image": 4, "video": 2},
+        max_media_bytes=4000,
+        max_image_pixels=100 * 100,
+        max_video_pixels=5 * 60 * 60,
+        max_video_frames=6,
+    )
+    fetch = FetchSettings(allow_loopback=True, max_bytes=4000, max_request_bytes=5000)
+    with running(config, ServerSettings(fetch=fetch)) as server:
+        assert ask(server, inline(PICTURE)).status_code == 200
+        for part in (inline(large), image(assets.put("/large.png", large))):
+            assert "at most 4000" in refused(ask(server, part), 400)
+        urls = [assets.put(f"/{number}.png", PICTURE + bytes(2500)) for number in range(2)]
+        assert ask(server, image(urls[0])).status_code == 200
+        assert "at most 5000 bytes" in refused(ask(server, *map(image, urls)), 400)
+        assert "at most 10000" in refused(ask(server, inline(png(101, 100, b""))), 400)
+        frame = inline(PICTURE)["image_url"]["url"]
+        for count, expected in ((5, 200), (6, 400), (7, 400)):
+            answer = ask(server, {"type": "video", "video": [frame] * count})
+            assert answer.status_code == expected, answer.text
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 150), (4000, 2), (3, 1)])
 def test_odd_sizes_are_handled(closed: Running, size: tuple[int, int]) -> None:
     response = ask(closed, inline(picture(size)))
@@ -303,6 +374,28 @@ def test_embeddings_by_flag_only(closed: Running, opened: Running) -> None:
 )
 def test_embeddings_that_do_not_fit(opened: Running, part: dict[str, Any]) -> None:
     refused(ask(opened, part), 400)
+
+
+# --- keys -----------------------------------------------------------------------------------------
+
+
+def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, whichever fits, by a comparison of digests that does not end early."""
+    compared: list[tuple[int, int]] = []
+    real = hmac.compare_digest
+
+    def compare(left: bytes, right: bytes) -> bool:
+        compared.append((len(left), len(right)))
+        return real(left, right)
+
+    monkeypatch.setattr(middleware.hmac, "compare_digest", compare)
+    settings = ServerSettings(api_keys=("first", "second", "third"))
+    with running(CONFIG, settings, wait=False) as server:
+        for key, status in (("first", 200), ("third", 200), ("", 401), ("first" * 1000, 401)):
+            compared.clear()
+            answer = server.get("/metrics", headers={"Authorization": f"Bearer {key}"})
+            assert answer.status_code == status
+            assert compared == [(32, 32)] * 3
 
 
 # --- afterwards -----------------------------------------------------------------------------------

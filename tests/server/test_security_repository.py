@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import pickle
 import shutil
@@ -14,8 +15,9 @@ from PIL import Image
 
 from opsin import LLM, SamplingParams
 from opsin.errors import CheckpointError, RequestError
-
-GOLDEN = Path(__file__).parents[1] / "golden"
+from tests.server.in_thread import golden_config, running
+from tests.server.messages import CAT, data_url, image, text, user
+from tests.server.process import GOLDEN
 
 EVIL = """
 from pathlib import Path
@@ -80,6 +82,34 @@ def test_nothing_of_it_is_imported(repository: Path, marker: Path, trust_remote_
         name for name in set(sys.modules) - before if "evil" in name or "transformers_modules" in name
     ]
     assert str(repository) not in sys.path
+
+
+def test_a_server_imports_nothing_of_it(repository: Path, marker: Path) -> None:
+    config = golden_config(model=str(repository), trust_remote_code=True)
+    with running(config) as server:
+        messages = user(image(data_url(CAT)), text("?"))
+        answer = server.post("/v1/chat/completions", {"messages": messages, "max_tokens": 2})
+        assert answer.status_code == 200, answer.text
+    assert not marker.exists()
+
+
+SOURCES = [path for place in ("core/src", "plugins") for path in (GOLDEN.parents[1] / place).rglob("*.py")]
+
+
+def test_nothing_is_ever_unpickled() -> None:
+    """Neither weights nor what clients send; processes talk in other forms, too."""
+    assert len(SOURCES) > 100
+    modules = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert not modules & {alias.name.partition(".")[0] for alias in node.names}, path
+            elif isinstance(node, ast.ImportFrom):
+                assert (node.module or "").partition(".")[0] not in modules, path
+            elif isinstance(node, ast.Attribute) and node.attr == "load":
+                assert ast.unparse(node) not in ("torch.load", "np.load", "numpy.load"), path
+            elif isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+                assert ast.unparse(node.value) == "False", path
 
 
 class _Evil:
