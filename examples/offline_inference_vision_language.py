@@ -51,7 +51,6 @@ FAMILIES = {
         "llava-hf/llava-1.5-7b-hf",
         "llava15",
         "USER: <image>\n{question}\nASSISTANT:",
-        trained="opsin/tiny-llava",
     ),
     "llava_next": Family(
         "llava-hf/llava-v1.6-mistral-7b-hf", "llava_next", "[INST] <image>\n{question} [/INST]"
@@ -60,7 +59,6 @@ FAMILIES = {
         "microsoft/Phi-3.5-vision-instruct",
         "phi3v",
         "<|user|>\n<|image_1|>\n{question}<|end|>\n<|assistant|>\n",
-        trained="opsin/tiny-phi3v",
     ),
     "qwen2_vl": Family(
         "Qwen/Qwen2-VL-2B-Instruct",
@@ -73,7 +71,6 @@ FAMILIES = {
         "openbmb/MiniCPM-V-2_6",
         "minicpmv26",
         QWEN2.format("(<image>./</image>)\n{question}"),
-        trained="opsin/tiny-minicpmv",
     ),
 }
 
@@ -132,7 +129,7 @@ def main() -> None:
         [prompt] * args.num_prompts, SamplingParams(temperature=0, max_tokens=args.max_tokens)
     )
     for output in outputs:
-        print(f"{question}  ->  {output.outputs[0].text!r}")
+        print(f"{question}  ->  {output.outputs[0].text.strip()!r}")
 
 
 if __name__ == "__main__":

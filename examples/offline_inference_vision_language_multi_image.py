@@ -81,7 +81,7 @@ def main() -> None:
     ask = generate if args.method == "generate" else chat
     params = SamplingParams(temperature=0, max_tokens=args.max_tokens)
     for output in ask(llm, args.model_type, args.question, images, params):
-        print(f"{args.question}  ->  {output.outputs[0].text!r}")
+        print(f"{args.question}  ->  {output.outputs[0].text.strip()!r}")
 
 
 if __name__ == "__main__":

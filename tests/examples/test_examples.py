@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,13 @@ from opsin.chat_template import ChatTemplate
 from opsin.checkpoint import load_tokenizer
 from tests.server.process import GOLDEN, ServerProcess, serve
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+from offline_inference_vision_language import FAMILIES
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
-FAMILIES = ("llava", "llava_next", "phi3_v", "qwen2_vl", "minicpmv")
-TRAINED = {
-    "llava": "opsin/tiny-llava",
-    "phi3_v": "opsin/tiny-phi3v",
-    "qwen2_vl": "opsin/tiny-qwen2vl",
-    "minicpmv": "opsin/tiny-minicpmv",
-}
-"""Family -> checkpoint that answers truly, where its package is installed."""
-
-
-def is_trained(family: str) -> bool:
-    """Whether the examples have a checkpoint of this family that answers truly; one always has."""
-    name = TRAINED.get(family, "")
-    return family == "qwen2_vl" or bool(entry_points(group="opsin.checkpoints.v1", name=name))
+ONE_PICTURE = {"llava"}
+"""Families whose tiny checkpoint was trained on one picture at a time."""
 
 
 def run(script: str, *arguments: str) -> list[str]:
@@ -52,7 +43,7 @@ def test_offline(family: str) -> None:
     answers = [line for line in lines if "  ->  " in line]
     assert len(answers) == 3
     assert len(set(answers)) == 1
-    if is_trained(family):
+    if FAMILIES[family].trained:
         assert answers[0] == "What colour is the circle?  ->  'red'"
     else:
         assert "random weights" in lines[0]
@@ -81,7 +72,7 @@ def test_offline_with_a_picture_and_model_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_offline_multi_image(family: str) -> None:
     script = "offline_inference_vision_language_multi_image.py"
-    if is_trained(family) and family != "llava":  # made for one picture
+    if FAMILIES[family].trained and family not in ONE_PICTURE:
         lines = run(script, "--model-type", family)
         assert lines[-1] == "Which picture has more circles?  ->  'the first'"
     generated, chatted = (
