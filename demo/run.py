@@ -1,19 +1,19 @@
-"""Draws fresh pictures, asks the demonstration model about all of them at once, and shows what it says."""
+"""Draws fresh pictures, asks a demonstration model about all of them at once, and shows what it says."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from contact_sheet import Card, contact_sheet
+from models import MODELS, DemoModel
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from scenes import FRESH_SEEDS, KINDS, Question, make_question
+from scenes import FRESH_SEEDS, Question
 
 PASSING = 0.8
 """Share of right answers below which the demonstration counts as failed."""
@@ -33,7 +33,11 @@ def ask(questions: list[Question], model: str) -> tuple[list[str], int, float]:
     )
     seconds = time.perf_counter() - start
     answers = [output.outputs[0] for output in outputs]
-    return [answer.text for answer in answers], sum(len(answer.token_ids) for answer in answers), seconds
+    return (
+        [answer.text.strip() for answer in answers],
+        sum(len(answer.token_ids) for answer in answers),
+        seconds,
+    )
 
 
 def conversation(question: Question) -> list[dict[str, Any]]:
@@ -47,17 +51,18 @@ def conversation(question: Question) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content}]
 
 
-def draw_questions(seed: int, count: int) -> list[Question]:
+def draw_questions(model: DemoModel, seed: int, count: int) -> list[Question]:
     """Every kind in turn; each question has its own scene."""
-    kinds = list(KINDS)
-    return [make_question(kinds[i % len(kinds)], FRESH_SEEDS[0] + seed * 1000 + i) for i in range(count)]
+    kinds, first = model.kinds, FRESH_SEEDS[0] + seed * 1000
+    return [model.question(kinds[i % len(kinds)], first + i)[1] for i in range(count)]
 
 
-def run_qwen2vl(seed: int, count: int, out: Path, console: Console) -> bool:
-    """Shapes, numbers and motion, answered by the checkpoint that the repository carries."""
-    questions = draw_questions(seed, count)
-    console.print(f"{count} fresh scenes, seed {seed}\n")
-    answers, tokens, seconds = ask(questions, "opsin/tiny-qwen2vl")
+def run(family: str, seed: int, count: int, out: Path, console: Console) -> bool:
+    """Shows one model's answers; whether enough of them are right."""
+    model = MODELS[family]
+    questions = draw_questions(model, seed, count)
+    console.print(f"[bold]{model.title}[/] ({model.id}): {count} fresh scenes, seed {seed}\n")
+    answers, tokens, seconds = ask(questions, model.id)
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for heading in ("kind", "question", "answer", "truth", ""):
@@ -76,13 +81,10 @@ def run_qwen2vl(seed: int, count: int, out: Path, console: Console) -> bool:
         Card(q.kind, q.text, a, q.answer, q.images, q.frames) for q, a in zip(questions, answers, strict=True)
     ]
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"contact-sheet-{seed}.png"
-    contact_sheet(cards, "What the model saw", f"opsin/tiny-qwen2vl · {verdict} · seed {seed}").save(path)
-    console.print(f"Contact sheet: {path}", soft_wrap=True)
+    path = out / f"contact-sheet-{family}-{seed}.png"
+    contact_sheet(cards, "What the model saw", f"{model.id} · {verdict} · seed {seed}").save(path)
+    console.print(f"Contact sheet: {path}\n", soft_wrap=True)
     return right >= PASSING * count
-
-
-FAMILIES: dict[str, Callable[[int, int, Path, Console], bool]] = {"qwen2vl": run_qwen2vl}
 
 
 def main() -> int:
@@ -90,18 +92,20 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="what to draw; without it, something never drawn before")
     parser.add_argument("--count", type=int, default=24, help="questions to ask (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for the contact sheet")
-    parser.add_argument("--family", default="qwen2vl", help="which model family to show (%(default)s)")
+    parser.add_argument(
+        "--family",
+        choices=[*MODELS, "all"],
+        default="qwen2vl",
+        help="whose demonstration model (%(default)s); all: one after another",
+    )
     args = parser.parse_args()
     console = Console(highlight=False)
-    if args.family not in FAMILIES:
-        console.print(
-            f"There is no demonstration for {args.family!r}. There is: {', '.join(sorted(FAMILIES))}."
-        )
-        return 2
     if args.count < 1:
         parser.error("--count must be at least 1")
     seed = int(time.time()) if args.seed is None else args.seed
-    return 0 if FAMILIES[args.family](seed, args.count, args.out, console) else 1
+    families = list(MODELS) if args.family == "all" else [args.family]
+    passed = [run(family, seed, args.count, args.out, console) for family in families]
+    return 0 if all(passed) else 1
 
 
 if __name__ == "__main__":

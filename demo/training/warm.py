@@ -69,6 +69,9 @@ def warm_start(network: Network, words: Tokenizer, state: Mapping[str, Tensor], 
     embeddings = "text.embed_tokens.weight"
     given[embeddings] = word_rows(old, words, given[embeddings], own[embeddings])
     given |= {f"tower.{name}": p for name, p in tower_state(state).items()}
+    positions = "tower.embeddings.position_embedding.weight"
+    if positions in given:
+        given[positions] = given[positions][-len(own[positions]) :]  # without the class token's
     fitting = {name: p for name, p in given.items() if name in own and own[name].shape == p.shape}
     network.load_state_dict(fitting, strict=False)
     return sorted(own.keys() - fitting.keys())

@@ -32,8 +32,8 @@ class TinyLlava(Network):
         self.tower = Tower(GRID**2, clip=True)
         hidden = self.text.embed_tokens.embedding_dim
         self.projector = nn.Module()
-        self.projector.linear_1 = nn.Linear(Tower.DIM, hidden * 2)
-        self.projector.linear_2 = nn.Linear(hidden * 2, hidden)
+        self.projector.linear_1 = nn.Linear(Tower.DIM, hidden)
+        self.projector.linear_2 = nn.Linear(hidden, hidden)
         self.register_buffer("cells", torch.eye(GRID**2), persistent=False)
         self.start()
 

@@ -192,7 +192,7 @@ class MiniCPMV(Family):
                     break
             shapes.append(shape)
         if scene == "motion":
-            count = rng.choice((4, 4, 5, 6))
+            count = rng.choice((4, 4, 5, 6, 6, 7, 8))
             return Plan(tuple(shapes) * count, count)
         return Plan(tuple(shapes))
 
