@@ -56,6 +56,15 @@ def test_streams_side_by_side_are_streams_alone(engine: AsyncEngine) -> None:
     asyncio.run(main())
 
 
+def test_finished_only_is_the_end_of_the_stream(engine: AsyncEngine) -> None:
+    async def main() -> None:
+        whole = [output async for output in engine.generate("Hello", params(40), finished_only=True)]
+        assert [output.finished for output in whole] == [True]
+        assert whole[0].outputs[0].token_ids == await collect(engine, "Hello", 40)
+
+    asyncio.run(main())
+
+
 def test_leaving_a_stream_aborts_its_request(engine: AsyncEngine) -> None:
     async def main() -> None:
         stream = engine.generate("Hello", params(1500))
@@ -91,7 +100,7 @@ def test_abort_gives_what_there_is(engine: AsyncEngine) -> None:
         last = None
         async for output in engine.generate("Hello", params(1500), request_id="mine"):
             last = output
-            if len(output.outputs[0].token_ids) == 3:
+            if len(output.outputs[0].token_ids) >= 3:  # whoever is slow does not see every number
                 await engine.abort("mine")
         assert last is not None
         assert last.finished

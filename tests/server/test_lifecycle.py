@@ -149,7 +149,8 @@ def test_second_signal_ends_at_once(process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.02)
     body = chat(stream=True, max_tokens=2000)
     with requests.post(url + CHAT, json=body, stream=True, timeout=60) as stream:
-        next(stream.iter_lines())
+        lines = stream.iter_lines()  # kept: the end of a generator is the end of the connection
+        next(lines)
         process.send_signal(signal.SIGINT)
         while requests.get(url + "/ready", timeout=10).status_code == 200:
             time.sleep(0.005)

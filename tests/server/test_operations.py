@@ -105,7 +105,8 @@ def test_metrics(server: Running) -> None:
 def test_gauges_while_something_runs(server: Running) -> None:
     body = {"messages": user("Hello"), "max_tokens": 1900, "ignore_eos": True, "stream": True}
     with requests.post(server.url + CHAT, json=body, stream=True, timeout=60) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept: the end of a generator is the end of the connection
+        next(lines)
         found = metrics(server)
     assert found["opsin:num_requests_running"] == 1
     assert 0 < found["opsin:kv_cache_usage_perc"] < 1

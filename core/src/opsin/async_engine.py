@@ -35,19 +35,14 @@ class _Stream:
     Outputs hold all there is so far, so that only the latest is kept: a slow consumer costs no memory.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    def __init__(self, loop: asyncio.AbstractEventLoop, finished_only: bool) -> None:
+        self.loop = loop
+        self.finished_only = finished_only
         self._latest: _Result | None = None
         self._ready = asyncio.Event()
 
-    def put(self, result: _Result) -> None:
-        """Called on the engine's thread."""
-        try:
-            self._loop.call_soon_threadsafe(self._set, result)
-        except RuntimeError:  # the consumer's loop is closed: nobody listens any more
-            logger.debug("an output came after its event loop had closed")
-
-    def _set(self, result: _Result) -> None:
+    def set(self, result: _Result) -> None:
+        """Called on the loop."""
         self._latest = result
         self._ready.set()
 
@@ -60,6 +55,24 @@ class _Stream:
         if isinstance(result, BaseException):
             raise result
         return result
+
+
+def _hand_over(results: Sequence[tuple[_Stream, _Result]]) -> None:
+    """Give streams their results, called on the engine's thread. Waking a loop up costs a system call, and
+    the interpreter's lock twice: it is done once, not once for each stream."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, _Result]]] = {}
+    for stream, result in results:
+        by_loop.setdefault(stream.loop, []).append((stream, result))
+    for loop, its_results in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_set_all, its_results)
+        except RuntimeError:  # the consumers' loop is closed: nobody listens any more
+            logger.debug("outputs came after their event loop had closed")
+
+
+def _set_all(results: Sequence[tuple[_Stream, _Result]]) -> None:
+    for stream, result in results:
+        stream.set(result)
 
 
 class AsyncEngine:
@@ -102,11 +115,14 @@ class AsyncEngine:
         prompt: str | Sequence[int] | Mapping[str, Any] | ProcessedPrompt,
         params: SamplingParams | None = None,
         request_id: str | None = None,
+        *,
+        finished_only: bool = False,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Stream a request's outputs, each with all there is so far.
 
-        Whoever takes them more slowly than they are made gets fewer of them. Leaving the iteration early
-        (a break, a cancelled task, a closed client) aborts the request.
+        Whoever takes them more slowly than they are made gets fewer of them; with ``finished_only`` the last
+        one is the only one. Leaving the iteration early (a break, a cancelled task, a closed client) aborts
+        the request.
 
         Raises:
             RequestError: this request cannot be served.
@@ -115,7 +131,7 @@ class AsyncEngine:
         processed = prompt if isinstance(prompt, ProcessedPrompt) else await self.process(prompt)
         params = params if params is not None else self.engine.default_params()
         # Closed with this one, not when the garbage is collected: closing is what aborts the request.
-        async with aclosing(self._outputs(processed, params, request_id)) as outputs:
+        async with aclosing(self._outputs(processed, params, request_id, finished_only)) as outputs:
             async for output in outputs:
                 assert isinstance(output, RequestOutput)
                 yield output
@@ -133,7 +149,8 @@ class AsyncEngine:
         """
         if not isinstance(prompt, ProcessedPrompt):
             prompt = await self.process(prompt, min_new_tokens=0)
-        async with aclosing(self._outputs(prompt, params or PoolingParams(), request_id)) as outputs:
+        params = params or PoolingParams()
+        async with aclosing(self._outputs(prompt, params, request_id, finished_only=True)) as outputs:
             async for output in outputs:
                 assert isinstance(output, PoolingRequestOutput)
                 return output
@@ -168,17 +185,19 @@ class AsyncEngine:
         return search.output(engine.tokenizer)
 
     async def _last(self, prompt: ProcessedPrompt, params: SamplingParams, request_id: str) -> RequestOutput:
-        last = None
-        async for output in self.generate(prompt, params, request_id):
-            last = output
-        assert last is not None, "a request ends with an output or an error"
-        return last
+        async for output in self.generate(prompt, params, request_id, finished_only=True):
+            return output
+        raise AssertionError("a request ends with an output or an error")
 
     async def _outputs(
-        self, prompt: ProcessedPrompt, params: SamplingParams | PoolingParams, request_id: str | None
+        self,
+        prompt: ProcessedPrompt,
+        params: SamplingParams | PoolingParams,
+        request_id: str | None,
+        finished_only: bool,
     ) -> AsyncGenerator[Output, None]:
         request_id = request_id if request_id is not None else f"async-{next(self._ids)}"
-        stream = _Stream(asyncio.get_running_loop())
+        stream = _Stream(asyncio.get_running_loop(), finished_only)
         self._submit(lambda: self._add(request_id, prompt, params, stream))
         finished = False
         try:
@@ -218,8 +237,7 @@ class AsyncEngine:
         try:
             while self._take_commands():
                 if self.engine.has_unfinished():
-                    for output in self.engine.step():
-                        self._deliver(output)
+                    self._deliver(self.engine.step())
             self._end(OpsinError("the engine was closed"))
         except BaseException as error:
             logger.exception("the engine's thread died")
@@ -246,26 +264,29 @@ class AsyncEngine:
         try:
             self.engine.add(request_id, prompt, params)
         except RequestError as error:
-            stream.put(error)
+            _hand_over([(stream, error)])
         else:
             self._streams[request_id] = stream
 
     def _abort(self, request_id: str) -> None:
         output = self.engine.abort(request_id)
         if output is not None:
-            self._deliver(output)
+            self._deliver([output])
 
-    def _deliver(self, output: Output) -> None:
-        stream = self._streams.get(output.request_id)
-        if stream is None:
-            return
-        if output.finished:
-            del self._streams[output.request_id]
-        stream.put(output)
+    def _deliver(self, outputs: Sequence[Output]) -> None:
+        results: list[tuple[_Stream, _Result]] = []
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is None:
+                continue
+            if output.finished:
+                del self._streams[output.request_id]
+            if output.finished or not stream.finished_only:
+                results.append((stream, output))
+        _hand_over(results)
 
     def _end(self, error: BaseException) -> None:
         self._death = error
-        for stream in self._streams.values():
-            stream.put(error)
+        _hand_over([(stream, error) for stream in self._streams.values()])
         self._streams.clear()
         self.engine.close()

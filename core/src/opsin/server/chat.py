@@ -15,7 +15,7 @@ from opsin.output import CompletionOutput, RequestOutput
 from opsin.server.api_error import bad_request
 from opsin.server.chat_request import ChatRequest, NamedToolChoice
 from opsin.server.constraint import constraint
-from opsin.server.generation import last_output, outputs, usage
+from opsin.server.generation import only_output, outputs, usage
 from opsin.server.logprobs import chat_logprobs, prompt_logprobs
 from opsin.server.responses import (
     AssistantMessage,
@@ -63,7 +63,7 @@ class ChatCompletions:
             ApiError, RequestError: the request cannot be answered.
         """
         chat = await self._prepare(request)
-        output = await last_output(self._outputs(chat))
+        output = await only_output(self._outputs(chat, finished_only=True))
         return ChatCompletion(
             id=chat.id,
             object="chat.completion",
@@ -138,7 +138,9 @@ class ChatCompletions:
             echo=_text(last.content) if echoed else "",
         )
 
-    def _outputs(self, chat: _Prepared) -> AsyncGenerator[RequestOutput, None]:
+    def _outputs(
+        self, chat: _Prepared, *, finished_only: bool = False
+    ) -> AsyncGenerator[RequestOutput, None]:
         return outputs(
             self._serving,
             chat.prompt,
@@ -147,6 +149,7 @@ class ChatCompletions:
             started=chat.started,
             num_samples=chat.request.n or 1,
             beams=chat.beams,
+            finished_only=finished_only,
         )
 
     def _chunk(self, chat: _Prepared, choices: list[ChatChunkChoice], used: Usage | None) -> ChatChunk:

@@ -16,7 +16,7 @@ from opsin.server.api_error import bad_request
 from opsin.server.completion_request import CompletionRequest
 from opsin.server.constraint import constraint
 from opsin.server.gather import all_of, merged
-from opsin.server.generation import last_output, outputs, usage
+from opsin.server.generation import only_output, outputs, usage
 from opsin.server.logprobs import completion_logprobs, prompt_logprobs
 from opsin.server.prompt_field import listed
 from opsin.server.responses import Completion, CompletionChoice, CompletionLogprobs, Usage
@@ -73,7 +73,9 @@ class Completions:
             ApiError, RequestError: the request cannot be answered.
         """
         job = await self._prepare(request)
-        finished = await all_of(last_output(self._outputs(job, i)) for i in range(len(job.prompts)))
+        finished = await all_of(
+            only_output(self._outputs(job, number, finished_only=True)) for number in range(len(job.prompts))
+        )
         completion = Completion(
             id=job.id,
             object="text_completion",
@@ -155,7 +157,9 @@ class Completions:
             beams=beams,
         )
 
-    def _outputs(self, job: _Prepared, number: int) -> AsyncGenerator[RequestOutput, None]:
+    def _outputs(
+        self, job: _Prepared, number: int, *, finished_only: bool = False
+    ) -> AsyncGenerator[RequestOutput, None]:
         return outputs(
             self._serving,
             job.prompts[number],
@@ -164,6 +168,7 @@ class Completions:
             started=job.started,
             num_samples=job.n,
             beams=job.beams,
+            finished_only=finished_only,
         )
 
 

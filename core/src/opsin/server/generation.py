@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -24,6 +24,7 @@ async def outputs(
     started: float,
     num_samples: int,
     beams: BeamSearchParams | None = None,
+    finished_only: bool = False,
 ) -> AsyncGenerator[RequestOutput, None]:
     """A request's outputs, each with all there is so far.
 
@@ -35,6 +36,7 @@ async def outputs(
         started: when the request arrived, in seconds of `time.monotonic`.
         num_samples: to give; the most probable ones where ``params.n`` is more.
         beams: search instead of sampling; there is only one output then.
+        finished_only: give nothing but the last output.
 
     Raises:
         RequestError: the engine refuses the request.
@@ -50,23 +52,22 @@ async def outputs(
         track.saw(output)
         yield output
         return
-    async with aclosing(engine.generate(prompt, params, request_id)) as stream:
+    choosing = num_samples < params.n
+    generated = engine.generate(prompt, params, request_id, finished_only=finished_only or choosing)
+    async with aclosing(generated) as stream:
         async for output in stream:
             track.saw(output)
-            if num_samples < params.n:
-                if not output.finished:
-                    continue
+            if choosing:
                 output = replace(output, outputs=_best(output.outputs, num_samples))
             yield output
 
 
-async def last_output(stream: AsyncIterator[RequestOutput]) -> RequestOutput:
-    """The finished one."""
-    last = None
-    async for output in stream:
-        last = output
-    assert last is not None, "a request ends with an output or an error"
-    return last
+async def only_output(stream: AsyncGenerator[RequestOutput, None]) -> RequestOutput:
+    """Of a stream that was asked for nothing but the last one."""
+    async with aclosing(stream):
+        async for output in stream:
+            return output
+    raise AssertionError("a request ends with an output or an error")
 
 
 def usage(*finished: RequestOutput) -> Usage:
