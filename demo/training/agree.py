@@ -1,0 +1,81 @@
+"""Asks opsin and the training network the same, and prints how far their log-probabilities are apart.
+
+The two share no code: the network knows whole batches of equal pictures, opsin cuts pictures, expands
+placeholders and schedules as it does for everybody. It needs the trainer's state file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from batch import collate
+from data import BatchMaker
+from families import FAMILIES
+from family import Family
+from network import Network
+from run import conversation
+from scenes import VALIDATION_SEEDS, Question, make_scene
+
+from opsin import LLM, SamplingParams
+
+
+@torch.no_grad()
+def difference(family: Family, network: Network, words: Tokenizer, llm: LLM, name: str, seed: int) -> float:
+    """Of the five likeliest first tokens of the answer to one question about one scene."""
+    rng = random.Random(seed)
+    plan = family.draw(name, rng)
+    sizes = [family.size_for(shape, name, rng) for shape in plan.shapes]
+    options = {"compare": {"second": sizes[-1]}, "motion": {"frames": plan.frames}}.get(name, {})
+    scene = make_scene(name, VALIDATION_SEEDS[0] + seed, sizes[0], **options)
+    views = family.look(scene, plan, sizes)
+    del scene.questions[1:]
+    tokens = BatchMaker(family, words, VALIDATION_SEEDS, 1).conversation(scene, plan, rng, 1, plain=True)
+    pixels = [torch.from_numpy(view.pixels.copy())[None] for view in views]
+    hints = [torch.from_numpy(view.hints)[None] for view in views]
+    logits, targets, _ = network(collate(name, [tokens], pixels, [view.shape for view in views], hints))
+    ours = logits[0].log_softmax(-1)
+
+    question = Question(*scene.questions[0], tuple(scene.images), tuple(scene.frames))
+    first = SamplingParams(temperature=0, max_tokens=1, logprobs=5)
+    output = llm.chat(conversation(question), first, use_tqdm=False)[0]
+    prompt = tokens.ids[: len(tokens.ids) - len(targets) + 1]
+    if list(output.prompt_token_ids) != prompt:
+        raise SystemExit(f"{name} {seed}: opsin's prompt is {output.prompt_token_ids}, training's {prompt}")
+    theirs = output.outputs[0].logprobs[0]
+    return max(abs(float(ours[token]) - value.logprob) for token, value in theirs.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--family", choices=list(FAMILIES), required=True)
+    parser.add_argument("--state", type=Path, required=True, help="state file of the training run")
+    parser.add_argument("--scenes", type=int, default=10, help="of every kind (%(default)s)")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    family = FAMILIES[args.family]
+    words = Tokenizer.from_file(str(family.folder / "tokenizer.json"))
+    network = family.network(words)
+    network.load_state_dict(torch.load(args.state, weights_only=True)["model"])
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(parameter.half().float())  # what the file will hold
+        shutil.copytree(family.folder, folder, dirs_exist_ok=True)
+        family.export(network, words, Path(folder))
+        llm = LLM(folder, trust_remote_code=True)
+        for name in family.scenes:
+            if name != "talk":
+                apart = [difference(family, network, words, llm, name, seed) for seed in range(args.scenes)]
+                print(f"{name:8} {max(apart):.1e}")
+
+
+if __name__ == "__main__":
+    main()
