@@ -1,4 +1,4 @@
-"""The training networks of demo/training are a second implementation of every family, and agree with opsin."""
+"""The training networks of demo/training are a second implementation of every family: opsin agrees."""
 
 from __future__ import annotations
 
