@@ -60,6 +60,9 @@ check: $(STAMP) ## format, lint, types and import contracts
 format: $(STAMP) ## rewrite the sources as `make check` wants them
 	@$(PY) -m ruff check --fix $(FORMATTED); $(PY) -m ruff format $(FORMATTED)
 
+# torch's threads spin while they wait; on a busy machine that makes the tests several times slower.
+test test-full test-browser docs: export OMP_WAIT_POLICY := passive
+
 test: $(STAMP) ## the tests, without those that take minutes
 	@$(PY) -m pytest
 
