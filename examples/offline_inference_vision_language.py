@@ -51,6 +51,7 @@ FAMILIES = {
         "llava-hf/llava-1.5-7b-hf",
         "llava15",
         "USER: <image>\n{question}\nASSISTANT:",
+        trained="opsin/tiny-llava",
     ),
     "llava_next": Family(
         "llava-hf/llava-v1.6-mistral-7b-hf", "llava_next", "[INST] <image>\n{question} [/INST]"
