@@ -38,6 +38,7 @@ def make_sequence(
     salt: str = "",
     params: SamplingParams | None = None,
     switch_lengths: tuple[int, ...] = (),
+    priority: int = 0,
 ) -> Sequence:
     positions = Positions(prompt=np.arange(len(token_ids))[None], switch_lengths=switch_lengths)
     return Sequence(
@@ -47,6 +48,7 @@ def make_sequence(
         prompt=ProcessedPrompt(token_ids=token_ids, media=media, salt=salt, positions=positions),
         params=params or SamplingParams(max_tokens=max_tokens),
         max_len=len(token_ids) + max_tokens,
+        priority=priority,
     )
 
 
@@ -170,6 +172,7 @@ def test_random_loads_keep_every_promise(data: st.DataObject) -> None:
         prefix_caching=data.draw(st.booleans(), "prefix caching"),
     )
     switch_lengths = data.draw(st.sampled_from([(), (), (12,), (17, 21)]), "switch lengths")
+    priorities = data.draw(st.sampled_from([(0,), (0, 1, -5)]), "priorities")
     sequences: list[Sequence] = []
     for _ in range(data.draw(st.integers(1, 30), "events")):
         event = data.draw(st.sampled_from(["add", "add", "step", "step", "abort"]))
@@ -182,6 +185,7 @@ def test_random_loads_keep_every_promise(data: st.DataObject) -> None:
                 salt=salt,
                 max_tokens=data.draw(st.integers(1, 6)),
                 switch_lengths=switch_lengths,
+                priority=data.draw(st.sampled_from(priorities)),
             )
             sequences.append(sequence)
             machine.scheduler.add(sequence)
@@ -305,6 +309,30 @@ def test_without_room_the_latest_sequence_is_preempted_and_still_ends() -> None:
     machine.finish()
     assert early.num_preemptions == 0
     assert late.num_preemptions > 0
+    assert early.num_tokens == late.num_tokens == 22
+
+
+def test_priority_comes_before_arrival() -> None:
+    machine = Machine(num_blocks=40, max_tokens=64, max_num_seqs=1)
+    sequences = [make_sequence(i, [i] * 8, priority=p) for i, p in enumerate((0, 5, -1, 5, -1))]
+    for sequence in sequences:
+        machine.scheduler.add(sequence)
+    order: list[int] = []
+    while machine.scheduler.has_unfinished():
+        order += [chunk.sequence.seq_id for chunk in machine.step().chunks]
+    assert list(dict.fromkeys(order)) == [2, 4, 0, 1, 3]
+
+
+def test_without_room_the_least_urgent_sequence_is_preempted() -> None:
+    machine = Machine(num_blocks=6, max_tokens=64, prefix_caching=False)
+    early = make_sequence(0, [0] * 8, max_tokens=14, priority=1)
+    late = make_sequence(1, [1] * 8, max_tokens=14)
+    machine.scheduler.add(early)
+    machine.step()
+    machine.scheduler.add(late)
+    machine.finish()
+    assert late.num_preemptions == 0
+    assert early.num_preemptions > 0
     assert early.num_tokens == late.num_tokens == 22
 
 

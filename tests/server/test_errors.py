@@ -194,7 +194,7 @@ def test_other_content_types(server: Running) -> None:
         ({"stop_token_ids": [608]}, "stop_token_ids", "out of vocabulary"),
         ({"stop_token_ids": [-1]}, "stop_token_ids", "out of vocabulary"),
         ({"cache_salt": ""}, "cache_salt", ""),
-        ({"priority": 5}, "priority", "not supported"),
+        ({"priority": 5}, "priority", "--scheduling-policy priority"),
         ({"functions": []}, "functions", "not supported"),
         ({"modalities": ["text", "audio"]}, "modalities", "not supported"),
         ({"temprature": 1}, "temprature", "did you mean 'temperature'"),

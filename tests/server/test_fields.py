@@ -93,6 +93,13 @@ def test_embeddings(embedder: Running, field: Any) -> None:
     assert answer.json()["usage"]["completion_tokens"] == 0
 
 
+def test_priority_where_the_server_was_told_to_look_at_it() -> None:
+    with running(golden_config(scheduling_policy="priority")) as server:
+        for path, prompt in ((CHAT, {"messages": user("Hello")}), (COMPLETE, {"prompt": "Hello"})):
+            answer = server.post(path, {**prompt, "max_tokens": 2, "priority": -3})
+            assert answer.status_code == 200, answer.text
+
+
 def sampled(server: Running, **options: Any) -> str:
     body = {"messages": user("Hello"), "max_tokens": 30, "seed": 3, "ignore_eos": True, **options}
     content: str = server.post(CHAT, body).json()["choices"][0]["message"]["content"]

@@ -65,6 +65,8 @@ class SamplingParams:
         prompt_logprobs: the same for every prompt token.
         structured: a constraint on the text.
         skip_special_tokens: leave special tokens out of the text.
+        priority: whose turn it is, where `EngineConfig.scheduling_policy` is ``"priority"``: smaller numbers
+            first, equal ones in the order of arrival.
     """
 
     n: int = 1
@@ -87,6 +89,7 @@ class SamplingParams:
     structured: StructuredOutput | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    priority: int = 0
 
     def __post_init__(self) -> None:
         stop = self.stop
@@ -207,6 +210,7 @@ class EngineConfig:
         max_num_batched_tokens: most tokens computed in one step (longer prompts are chunked).
         max_encoder_tokens: most media embeddings computed in one step (one larger item still runs alone).
         enable_prefix_caching: reuse the KV blocks of equal prefixes.
+        scheduling_policy: ``"fcfs"``, first come, first served; or ``"priority"``, see `SamplingParams`.
         kv_cache_memory: bytes; None: a share of the device's free memory.
         encoder_cache_memory: bytes for encoder outputs kept by digest.
         media_cache_memory: host bytes for mapped media kept by digest.
@@ -240,6 +244,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048
     max_encoder_tokens: int = 8192
     enable_prefix_caching: bool = True
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     kv_cache_memory: int | None = None
     encoder_cache_memory: int = 512 * 2**20
     media_cache_memory: int = 512 * 2**20
@@ -265,6 +270,8 @@ class EngineConfig:
         for name in ("max_model_len", "kv_cache_memory"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected at least 1, or None")
+        if self.scheduling_policy not in ("fcfs", "priority"):
+            raise ConfigError(f"scheduling_policy={self.scheduling_policy!r}: expected 'fcfs' or 'priority'")
         for modality, limit in (self.limit_mm_per_prompt or {}).items():
             if not isinstance(limit, int) or limit < 0:
                 raise ConfigError(f"limit_mm_per_prompt[{modality!r}]={limit!r}: expected 0 or more")

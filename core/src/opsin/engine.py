@@ -156,6 +156,11 @@ class Engine:
         most = self.resolved.max_model_len - isinstance(params, SamplingParams)
         if not 0 < length <= most:
             raise RequestError(f"the prompt has {length} tokens; 1 to {most} are possible")
+        if isinstance(params, SamplingParams) and params.priority and self.config.scheduling_policy == "fcfs":
+            raise RequestError(
+                f"priority={params.priority}: this engine serves first come, first served "
+                "(scheduling_policy, --scheduling-policy priority)"
+            )
         if isinstance(params, PoolingParams):
             self._add_pooling(request_id, prompt, params)
         else:
@@ -211,6 +216,7 @@ class Engine:
                 max_len=max_len,
                 eos_token_ids=self.eos_token_ids,
                 grammar=grammars[index],
+                priority=params.priority,
             )
             if not params.greedy:
                 seed = self._seeds.getrandbits(63) if params.seed is None else params.seed + index

@@ -6,7 +6,7 @@ steady decoding, many after arrival or preemption, and a step computes some of t
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -83,8 +83,10 @@ class Scheduler:
         """``embed_bytes`` is the size of one media embedding; ``root_key`` identifies the model."""
         self.blocks = blocks
         self.encoder_cache = encoder_cache
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []
+        """The next one first: by priority, then by arrival."""
         self.running: list[Sequence] = []
+        """By priority, then by admission: the last one is the first to be pushed out."""
         self.num_preemptions = 0
         self.num_restarts = 0
         self._block_size = block_size
@@ -100,7 +102,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
-        self.waiting.append(sequence)
+        insort(self.waiting, sequence, key=_turn)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, finished or not, and give back all it holds."""
@@ -194,7 +196,7 @@ class Scheduler:
                 self._release(sequence)
                 break
             self.waiting.remove(sequence)
-            self.running.append(sequence)
+            insort(self.running, sequence, key=lambda other: other.priority)
             sequence.status = Status.RUNNING
             sequence.num_cached = sequence.num_computed
             self.blocks.queries += (sequence.num_tokens - 1) // self._block_size
@@ -301,7 +303,7 @@ class Scheduler:
         self.running.remove(sequence)
         self._release(sequence)
         sequence.status = Status.WAITING
-        self.waiting.appendleft(sequence)
+        insort(self.waiting, sequence, key=_turn)
 
     def _release(self, sequence: Sequence) -> None:
         self.blocks.release(sequence.block_ids)
@@ -310,6 +312,10 @@ class Scheduler:
         for key in sequence.block_keys:
             self._withdraw(sequence, key)
         self.encoder_cache.release(sequence.seq_id, [item.key for item in sequence.media])
+
+
+def _turn(sequence: Sequence) -> tuple[int, int]:
+    return sequence.priority, sequence.seq_id
 
 
 def _needs_whole_prompt(sequence: Sequence) -> bool:

@@ -46,6 +46,7 @@ class Sequence:
         dimensions: leading dimensions of the embedding to keep; None: all.
         pooled: sum of the hidden states so far, where an embedding is their mean, or the first one.
         grammar: constrains its tokens, None if nothing does.
+        priority: smaller numbers are computed first.
         sampler_state: the sampler's incremental token counts.
     """
 
@@ -68,6 +69,7 @@ class Sequence:
     dimensions: int | None = None
     pooled: torch.Tensor | None = None
     grammar: Grammar | None = None
+    priority: int = 0
     sampler_state: Any = None
 
     def __post_init__(self) -> None:

@@ -46,6 +46,7 @@ ContentFormat = Literal["auto", "string", "openai"]
 DTypeName = Literal["auto", "float32", "bfloat16", "float16", "float", "half"]
 PoolingName = Literal["last", "mean", "cls"]
 LoadFormat = Literal["auto", "safetensors"]
+Policy = Literal["fcfs", "priority"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -174,6 +175,9 @@ def run(
         bool,
         _option(ENGINE, "Reuse equal beginnings.", "--enable-prefix-caching/--no-enable-prefix-caching"),
     ] = True,
+    scheduling_policy: Annotated[
+        Policy, _option(ENGINE, "First come, first served; or by the priority of requests.")
+    ] = "fcfs",
     kv_cache_memory: Annotated[
         int | None, _option(ENGINE, "Bytes. Default: a share of what is free.", min=1)
     ] = None,
@@ -268,6 +272,7 @@ def _engine_config(given: dict[str, Any]) -> EngineConfig:
         "max_num_batched_tokens",
         "max_encoder_tokens",
         "enable_prefix_caching",
+        "scheduling_policy",
         "kv_cache_memory",
         "encoder_cache_memory",
         "media_cache_memory",

@@ -47,7 +47,7 @@ class RequestBody(StrictModel):
             "user",
         }
     )
-    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {"priority": (0,), "store": (False,)}
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {"store": (False,)}
     """Field -> values that ask for nothing; null is always one."""
 
     @model_validator(mode="before")

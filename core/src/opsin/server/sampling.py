@@ -26,6 +26,7 @@ _PLAIN = (
     "repetition_penalty",
     "prompt_logprobs",
     "skip_special_tokens",
+    "priority",
 )
 """Fields with the name and meaning they have in `SamplingParams`; the model's defaults where absent."""
 
@@ -99,6 +100,11 @@ def beam_params(
 
 def _check_limits(request: SamplingRequest, serving: Serving, logprobs: int | None) -> None:
     limits = serving.settings.limits
+    if request.priority and serving.engine.engine.config.scheduling_policy == "fcfs":
+        raise bad_request(
+            "priority: this server answers first come, first served (--scheduling-policy priority)",
+            "priority",
+        )
     for name, value in (("n", request.n), ("best_of", request.best_of)):
         if value is not None and value > limits.n:
             raise bad_request(f"{name}: at most {limits.n} samples are accepted (--max-n)", name)

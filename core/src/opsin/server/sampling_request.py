@@ -126,6 +126,7 @@ class SamplingRequest(RequestBody):
     guided_grammar: Annotated[str | None, Field(max_length=100_000)] = None
     mm_processor_kwargs: dict[str, Any] | None = None
     cache_salt: Annotated[str | None, Field(min_length=1, max_length=1024)] = None
+    priority: Annotated[int | None, Field(ge=INT64_MIN, le=INT64_MAX)] = None
     request_id: Annotated[str | None, Field(max_length=1024)] = None
 
     @model_validator(mode="after")
