@@ -347,6 +347,10 @@ def test_client_that_leaves_ends_its_request(server: Running, stream: bool) -> N
     made = metrics(server)["opsin:generation_tokens_total"] - before
     assert made < 1900
     assert server.engine.stats().kv_blocks_used == 0
+    aborted = 'opsin:request_success_total{finished_reason="abort",model_name="golden"}'
+    counted = [line for line in server.get("/metrics").text.splitlines() if line.startswith(aborted)]
+    assert len(counted) == 1
+    assert float(counted[0].split()[-1]) >= 1
 
 
 def test_client_that_leaves_while_its_picture_is_fetched(server: Running) -> None:

@@ -45,21 +45,28 @@ async def outputs(
     if params.structured is not None:
         # Also makes the tokenizer's tables. The engine's thread, which all requests share, has it easy then.
         await engine.in_pool(engine.engine.grammars.compile, params.structured)
-    if beams is not None:
-        arrived = time.monotonic()
-        found = await engine.beam_search(prompt, beams, request_id)
-        output = _of_beams(prompt, found, request_id, arrived, num_samples)
-        track.saw(output)
-        yield output
-        return
-    choosing = num_samples < params.n
-    generated = engine.generate(prompt, params, request_id, finished_only=finished_only or choosing)
-    async with aclosing(generated) as stream:
-        async for output in stream:
+    finished = False
+    try:
+        if beams is not None:
+            arrived = time.monotonic()
+            found = await engine.beam_search(prompt, beams, request_id)
+            output = _of_beams(prompt, found, request_id, arrived, num_samples)
+            finished = True
             track.saw(output)
-            if choosing:
-                output = replace(output, outputs=_best(output.outputs, num_samples))
             yield output
+            return
+        choosing = num_samples < params.n
+        generated = engine.generate(prompt, params, request_id, finished_only=finished_only or choosing)
+        async with aclosing(generated) as stream:
+            async for output in stream:
+                finished = output.finished
+                track.saw(output)
+                if choosing:
+                    output = replace(output, outputs=_best(output.outputs, num_samples))
+                yield output
+    finally:
+        if not finished:
+            track.ended_early(num_samples if beams is not None else params.n)
 
 
 async def only_output(stream: AsyncGenerator[RequestOutput, None]) -> RequestOutput:

@@ -122,6 +122,10 @@ class Track:
             for sample in output.outputs:
                 metrics._finished.labels(metrics._model_name, sample.finish_reason or "abort").inc()
 
+    def ended_early(self, num_samples: int) -> None:
+        """The client has left, or the request has failed on the way."""
+        self._metrics._finished.labels(self._metrics._model_name, "abort").inc(num_samples)
+
 
 class _Histogram(Collector):
     """Times in seconds; belongs to one thread. There is one for every token: prometheus-client's own, which
