@@ -60,6 +60,7 @@ FAMILIES = {
         "microsoft/Phi-3.5-vision-instruct",
         "phi3v",
         "<|user|>\n<|image_1|>\n{question}<|end|>\n<|assistant|>\n",
+        trained="opsin/tiny-phi3v",
     ),
     "qwen2_vl": Family(
         "Qwen/Qwen2-VL-2B-Instruct",
@@ -72,6 +73,7 @@ FAMILIES = {
         "openbmb/MiniCPM-V-2_6",
         "minicpmv26",
         QWEN2.format("(<image>./</image>)\n{question}"),
+        trained="opsin/tiny-minicpmv",
     ),
 }
 

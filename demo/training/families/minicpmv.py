@@ -174,6 +174,9 @@ class MiniCPMV(Family):
     nothing = "<unk>"
     separator = "<|im_end|>\n"
 
+    def __init__(self) -> None:
+        self._known: dict[Shape, Size] = {}
+
     def network(self, words: Tokenizer) -> Network:
         return TinyMiniCPMV(words.get_vocab_size())
 
@@ -191,20 +194,21 @@ class MiniCPMV(Family):
                 if bool(slices) == sliced and slices <= 4:
                     break
             shapes.append(shape)
+            self._known[shape] = size
         if scene == "motion":
             count = rng.choice((4, 4, 5, 6, 6, 7, 8))
             return Plan(tuple(shapes) * count, count)
         return Plan(tuple(shapes))
 
     def size_for(self, shape: Any, scene: str, rng: random.Random) -> Size:
+        """About as large as the one that the shape was drawn for, or just that."""
         low, high = SIDES[scene]
-        overview = shape[0]
-        ratio = overview[1] / overview[0]
-        while True:
-            side = rng.randint(low, high)
-            size = side, max(low, min(high, round(side / ratio * rng.uniform(0.92, 1.08))))
+        width, height = self._known[shape]
+        for _ in range(8):
+            size = tuple(max(low, min(high, round(side * rng.uniform(0.9, 1.1)))) for side in (width, height))
             if shape_of(size) == shape:
                 return size
+        return width, height
 
     def patches(self, plan: Plan) -> int:
         total = 0
