@@ -181,13 +181,13 @@ class MiniCPMV(Family):
         return TinyMiniCPMV(words.get_vocab_size())
 
     def draw(self, scene: str, rng: random.Random) -> Plan:
-        sliced = scene in ("objects", "count") and rng.random() < 0.2
+        sliced = scene in ("objects", "count") and rng.random() < 0.5
         low, high = SIDES[scene]
         shapes = []
         for _ in range(2 if scene == "compare" else 1):
             while True:
                 side = rng.randint(low, high)
-                ratio = 1.0 if rng.random() < 0.3 else rng.uniform(0.55, 1.8)
+                ratio = 1.0 if rng.random() < 0.3 else rng.uniform(0.45, 2.2)
                 size = side, max(low, min(high, round(side * ratio)))
                 shape = shape_of(size)
                 slices = shape[1][0] * shape[1][1] if shape[1] else 0
