@@ -34,8 +34,8 @@ def difference(family: Family, network: Network, words: Tokenizer, llm: LLM, nam
     rng = random.Random(seed)
     plan = family.draw(name, rng)
     sizes = [family.size_for(shape, name, rng) for shape in plan.shapes]
-    options = {"compare": {"second": sizes[-1]}, "motion": {"frames": plan.frames}}.get(name, {})
-    scene = make_scene(name, VALIDATION_SEEDS[0] + seed, sizes[0], **options)
+    drawn = {"compare": {"second": sizes[-1]}, "motion": {"frames": plan.frames}}.get(name, {})
+    scene = make_scene(name, VALIDATION_SEEDS[0] + seed, sizes[0], **drawn)
     views = family.look(scene, plan, sizes)
     del scene.questions[1:]
     tokens = BatchMaker(family, words, VALIDATION_SEEDS, 1).conversation(scene, plan, rng, 1, plain=True)
@@ -46,7 +46,9 @@ def difference(family: Family, network: Network, words: Tokenizer, llm: LLM, nam
 
     question = Question(*scene.questions[0], tuple(scene.images), tuple(scene.frames))
     first = SamplingParams(temperature=0, max_tokens=1, logprobs=5)
-    output = llm.chat(conversation(question), first, use_tqdm=False)[0]
+    output = llm.chat(
+        conversation(question), first, use_tqdm=False, mm_processor_kwargs=dict(family.options)
+    )[0]
     prompt = tokens.ids[: len(tokens.ids) - len(targets) + 1]
     if list(output.prompt_token_ids) != prompt:
         raise SystemExit(f"{name} {seed}: opsin's prompt is {output.prompt_token_ids}, training's {prompt}")

@@ -49,6 +49,8 @@ class Family(ABC):
     """The token that ends an answer."""
     nothing: ClassVar[str]
     """A token that no answer has: an empty cell shall say it."""
+    options: ClassVar[Mapping[str, Any]] = {}
+    """What opsin has to be told (``mm_processor_kwargs``) to cut pictures as training does."""
     separator: ClassVar[str] = ""
     """Text between an answer and the next question."""
 

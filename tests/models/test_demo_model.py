@@ -118,3 +118,16 @@ def test_swapped_pictures_swap_the_answer(demo: DemoModel, llm: LLM) -> None:
         consistent += swapped == other.get(straight)
     assert len(seen) >= 2
     assert consistent >= 0.9 * seen.total()
+
+
+def test_slices_are_seen() -> None:
+    """MiniCPM-V asked to slice: an overview and slices, which only fit together in their right order."""
+    model = MODELS["minicpmv"]
+    questions = [
+        make_question(kind, SEED + 500_000 + i, (168, 168)) for kind in ("colour", "shape") for i in range(20)
+    ]
+    with LLM(model.id, kv_cache_memory=2**26, mm_processor_kwargs={"max_slice_nums": 4}) as llm:
+        outputs = llm.chat([conversation(question) for question in questions], GREEDY, use_tqdm=False)
+    assert all(len(output.prompt_token_ids) > 5 * 64 for output in outputs), "an overview and four slices"
+    right = sum(o.outputs[0].text == q.answer for o, q in zip(outputs, questions, strict=True))
+    assert right >= 36
