@@ -1,4 +1,4 @@
-"""Averages the networks of runs that went on from the same state with other scenes, and exports the result."""
+"""Averages the networks of runs that went on from one state with other scenes, and exports the result."""
 
 from __future__ import annotations
 
