@@ -95,6 +95,25 @@ class Family(ABC):
         """What begins a question that pictures will stand in."""
 
 
+class ChatMLFamily(Family):
+    """A family with Qwen2's chat format."""
+
+    end = "<|im_end|>"
+    separator = "<|im_end|>\n"
+    after_pictures: ClassVar[str] = ""
+    """Text between the last picture and the question."""
+
+    def begin(self, s: Tokens, encode: Encode, system: str) -> None:
+        s.text(encode(f"<|im_start|>system\n{system}<|im_end|>\n"))
+
+    def open_turn(self, s: Tokens, encode: Encode) -> None:
+        s.text(encode("<|im_start|>user\n"))
+
+    def ask(self, s: Tokens, encode: Encode, question: str, pictured: bool) -> None:
+        start = self.after_pictures if pictured else "<|im_start|>user\n"
+        s.text(encode(f"{start}{question}<|im_end|>\n<|im_start|>assistant\n"))
+
+
 Box = tuple[float, float, float, float]
 """Left, top, right and bottom in pixels of the picture."""
 

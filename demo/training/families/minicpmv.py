@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from batch import Tokens
 from decoder import TextSettings
 from export import write
-from family import Box, Encode, Family, Plan, View, patch_hints
+from family import Box, ChatMLFamily, Encode, Plan, View, patch_hints
 from network import Network, Seen
 from PIL import Image
 from scenes import Mark, Scene, Size
@@ -161,7 +161,7 @@ class TinyMiniCPMV(Network):
         return [*self.text.layers, *self.tower.encoder.layers]
 
 
-class MiniCPMV(Family):
+class MiniCPMV(ChatMLFamily):
     name = "minicpmv"
     scenes: ClassVar = {
         "objects": 3.0,
@@ -172,9 +172,8 @@ class MiniCPMV(Family):
         "talk": 0.5,
     }
     forms = ("tree", "turns", "greeted")
-    end = "<|im_end|>"
     nothing = "<unk>"
-    separator = "<|im_end|>\n"
+    after_pictures = "\n"
     options: ClassVar = {"max_slice_nums": MAX_SLICES}
 
     def __init__(self) -> None:
@@ -248,12 +247,6 @@ class MiniCPMV(Family):
         picture = picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)
         return View(np.asarray(picture)[None], patch_hints(marks, grid, window).reshape(1, -1, 3), grid)
 
-    def begin(self, s: Tokens, encode: Encode, system: str) -> None:
-        s.text(encode(f"<|im_start|>system\n{system}<|im_end|>\n"))
-
-    def open_turn(self, s: Tokens, encode: Encode) -> None:
-        s.text(encode("<|im_start|>user\n"))
-
     def show(self, s: Tokens, encode: Encode, plan: Plan, numbered: bool) -> None:
         unknown = encode("<unk>")[0]
         for i, (_, slices, _) in enumerate(plan.shapes):
@@ -267,10 +260,6 @@ class MiniCPMV(Family):
                     s.text(encode("\n<slice>" if r and not c else "<slice>"))
                     s.vision(unknown, QUERIES)
                     s.text(encode("</slice>"))
-
-    def ask(self, s: Tokens, encode: Encode, question: str, pictured: bool) -> None:
-        start = "\n" if pictured else "<|im_start|>user\n"
-        s.text(encode(f"{start}{question}<|im_end|>\n<|im_start|>assistant\n"))
 
     def export(self, network: Network, words: Tokenizer, folder: Path) -> None:
         text = network.text

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from batch import Tokens
 from decoder import TextSettings, rotate_half
 from export import write
-from family import Encode, Family, Plan, View, patch_hints
+from family import ChatMLFamily, Encode, Plan, View, patch_hints
 from network import Network, Seen
 from PIL import Image
 from scenes import Scene, Size
@@ -155,7 +155,7 @@ class TinyQwen2VL(Network):
         return [*self.text.layers, *self.visual.blocks]
 
 
-class Qwen2VL(Family):
+class Qwen2VL(ChatMLFamily):
     name = "qwen2vl"
     scenes: ClassVar = {
         "objects": 3.0,
@@ -165,9 +165,7 @@ class Qwen2VL(Family):
         "motion": 1.5,
         "talk": 0.6,
     }
-    end = "<|im_end|>"
     nothing = "<|image_pad|>"
-    separator = "<|im_end|>\n"
 
     def network(self, words: Tokenizer) -> Network:
         return TinyQwen2VL(words.get_vocab_size())
@@ -222,12 +220,6 @@ class Qwen2VL(Family):
         hints = patch_hints(marks, (2 * gh, 2 * gw), (0, 0, *size))
         return hints.reshape(gh, MERGE, gw, MERGE, 3).transpose(0, 2, 1, 3, 4).reshape(-1, 3)
 
-    def begin(self, s: Tokens, encode: Encode, system: str) -> None:
-        s.text(encode(f"<|im_start|>system\n{system}<|im_end|>\n"))
-
-    def open_turn(self, s: Tokens, encode: Encode) -> None:
-        s.text(encode("<|im_start|>user\n"))
-
     def show(self, s: Tokens, encode: Encode, plan: Plan, numbered: bool) -> None:
         name, pad = ("Video", "<|video_pad|>") if plan.frames else ("Picture", "<|image_pad|>")
         for i, (gh, gw) in enumerate(plan.shapes):
@@ -236,10 +228,6 @@ class Qwen2VL(Family):
             cells = [(t, h, w) for t in range(steps) for h in range(gh) for w in range(gw)]
             s.vision_cells(encode(pad)[0], cells)
             s.text(encode("<|vision_end|>"))
-
-    def ask(self, s: Tokens, encode: Encode, question: str, pictured: bool) -> None:
-        start = "" if pictured else "<|im_start|>user\n"
-        s.text(encode(f"{start}{question}<|im_end|>\n<|im_start|>assistant\n"))
 
     def export(self, network: Network, words: Tokenizer, folder: Path) -> None:
         text = network.text

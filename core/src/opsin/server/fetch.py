@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from opsin.prompt import check_limits
 from opsin.server.embeds import decode_embeds
 from opsin.server.fetch_error import FetchError
 from opsin.server.fetch_settings import FetchSettings
+from opsin.server.gather import all_of
 from opsin.server.local_file import read_local_file
 from opsin.server.pinned_http import PinnedHTTP, Resolver, system_resolver
 from opsin.server.sniff import SNIFFED_BYTES, modality_of
@@ -89,7 +90,7 @@ class MediaFetcher:
         check_limits(Counter(kind for part in parts if (kind := _modality(part)) is not None), limits or {})
         request = _Request(self)
         try:
-            return await _all(request.message(index, message) for index, message in enumerate(messages))
+            return await all_of(request.message(index, message) for index, message in enumerate(messages))
         finally:
             request.cancel()
 
@@ -194,7 +195,7 @@ class _Request:
         if not parts:
             return message
         where = f"messages[{index}].content"
-        done = await _all(self._part(f"{where}[{number}]", part) for number, part in enumerate(parts))
+        done = await all_of(self._part(f"{where}[{number}]", part) for number, part in enumerate(parts))
         return {**message, "content": done}
 
     def cancel(self) -> None:
@@ -219,7 +220,7 @@ class _Request:
         if kind.endswith("_url"):
             value = value.get("url") if isinstance(value, Mapping) else None
         if isinstance(value, list):
-            return {"type": kind, kind: await _all(self._content(where, "image", frame) for frame in value)}
+            return {"type": kind, kind: await all_of(self._content(where, "image", frame) for frame in value)}
         if not _is_url(value):
             return part
         return {"type": modality, modality: await self._content(where, modality, value)}
@@ -244,17 +245,6 @@ class _Request:
             raise FetchError(f"{where}: {error}", error.status, param) from None
         except MediaError as error:
             raise MediaError(f"{where}: {error}") from None
-
-
-async def _all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Results in order; after the first failure, or when cancelled, none of the others goes on."""
-    tasks = [asyncio.ensure_future(one) for one in work]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _parts(message: Any) -> list[Any]:
