@@ -43,8 +43,8 @@ $(VENV)/bin/python:
 	  exit 1; }
 
 $(STAMP): $(PYPROJECTS) constraints.txt | $(VENV)/bin/python
-	@echo "== $(VENV): installing $(PACKAGES)"
-	@$(PY) -m pip install --disable-pip-version-check -c constraints.txt $(PIP_EXTRA) \
+	@echo "== $(VENV): installing $(PACKAGES) and what they need; this takes some minutes the first time"
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_EXTRA) \
 	  $(patsubst ./core,./core[serve],$(addprefix -e ./,$(PACKAGES))) $(TOOLS)
 	@touch $@
 
