@@ -17,7 +17,7 @@ from offline_inference_vision_language import FAMILIES, QWEN2, family_name, tiny
 from PIL import Image, ImageDraw
 
 from opsin import LLM, SamplingParams
-from opsin.output import RequestOutput
+from opsin.results import RequestOutput
 
 
 def draw(colour: str, *centres: tuple[int, int]) -> Image.Image:

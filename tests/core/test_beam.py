@@ -15,10 +15,10 @@ from PIL import Image
 
 from opsin import LLM
 from opsin.api import ProcessedPrompt
-from opsin.beam import BeamSearchOutput, beam_search
 from opsin.config import BeamSearchParams, SamplingParams
+from opsin.engine.beam import beam_search
 from opsin.errors import RequestError
-from opsin.output import CompletionOutput, Logprob, RequestOutput
+from opsin.results import BeamSearchOutput, CompletionOutput, Logprob, RequestOutput
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PROMPT_LEN = 2

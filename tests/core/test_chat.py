@@ -13,10 +13,10 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from opsin.api import Expansion, InputContext, MappedMedia, MediaItem, Placeholder
-from opsin.chat import ChatRenderer
-from opsin.chat_template import TemplateTraits, resolve_chat_template, template_traits
 from opsin.errors import ConfigError, MediaError, RequestError
-from opsin.prompt import PromptProcessor
+from opsin.inputs.chat import ChatRenderer
+from opsin.inputs.processor import PromptProcessor
+from opsin.inputs.template import TemplateTraits, resolve_chat_template, template_traits
 from opsin_models_qwen2vl import plugin as qwen2vl
 
 GOLDEN = Path(__file__).parents[1] / "golden"

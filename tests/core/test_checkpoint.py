@@ -14,7 +14,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from opsin import checkpoint, hub
+from opsin.checkpoint import files as checkpoint
+from opsin.checkpoint import hub
+from opsin.checkpoint.tokenizer import load_tokenizer
 from opsin.errors import CheckpointError, MissingPluginError
 
 
@@ -375,7 +377,7 @@ def test_code_in_a_checkpoint_never_runs(tmp_path: Path, monkeypatch: pytest.Mon
         __init____py=code,
         sitecustomize__py=code,
     )
-    tokenizer = checkpoint.load_tokenizer(found.path)
+    tokenizer = load_tokenizer(found.path)
     assert tokenizer.encode("world hello") == [2, 1]
     touch(folder, "pytorch_model.bin")
     with pytest.raises(CheckpointError):
@@ -388,7 +390,7 @@ def test_code_in_a_checkpoint_never_runs(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_unknown_model_type_takes_tokenizer_json(tmp_path: Path) -> None:
     folder = write(tmp_path, config__json=CONFIG, tokenizer__json=word_tokenizer())
-    tokenizer = checkpoint.load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     assert tokenizer.encode("hello there world") == [1, 0, 2]
     assert tokenizer.decode([1, 2]) == "hello world"
 
@@ -400,13 +402,13 @@ def test_known_model_type_takes_transformers_own_class(tmp_path: Path) -> None:
         tokenizer_config__json={"tokenizer_class": "BertTokenizer", "do_lower_case": True},
         vocab__txt="[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nhello\n",
     )
-    assert checkpoint.load_tokenizer(folder).encode("Hello") == [2, 5, 3]
+    assert load_tokenizer(folder).encode("Hello") == [2, 5, 3]
 
 
 def test_folder_without_a_usable_tokenizer(tmp_path: Path) -> None:
     folder = write(tmp_path, config__json=CONFIG, tokenizer_config__json={"tokenizer_class": "ToyTokenizer"})
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json.*'ToyTokenizer'"):
-        checkpoint.load_tokenizer(folder)
+        load_tokenizer(folder)
     write(folder, tokenizer__json="{}")
     with pytest.raises(CheckpointError, match="cannot be read"):
-        checkpoint.load_tokenizer(folder)
+        load_tokenizer(folder)

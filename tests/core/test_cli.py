@@ -21,8 +21,8 @@ from opsin.cli import app, plugins, table
 from opsin.config import SamplingParams
 from opsin.errors import RequestError
 from opsin.hookspecs import hookimpl
-from opsin.output import CompletionOutput, RequestOutput
 from opsin.plugins import discovery
+from opsin.results import CompletionOutput, RequestOutput
 
 
 class Result(SimpleNamespace):

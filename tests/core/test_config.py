@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opsin.api import Capabilities
-from opsin.config import BeamSearchParams, EngineConfig, PoolingParams, SamplingParams, resolve, resolve_dtype
+from opsin.config import BeamSearchParams, EngineConfig, PoolingParams, SamplingParams
+from opsin.engine.sizing import resolve, resolve_dtype
 from opsin.errors import ConfigError
 
 CPU = Capabilities(dtypes=("float32", "bfloat16"), dtype_for={"float16": "float32"})

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from opsin.api import BuildContext
+from opsin.checkpoint.weights import model_slots
 from opsin.kernels import Kernels
 from opsin.layers import VisionConfig, VisionTransformer, flatten_patches
-from opsin.weights import model_slots
 
 SIZES = {
     "hidden_size": 48,

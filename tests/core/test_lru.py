@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opsin.lru import ByteLRU
+from opsin.inputs.cache import ByteLRU
 
 
 def test_the_least_recently_used_entry_goes_first() -> None:

@@ -19,10 +19,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from opsin.data_url import decode_data_url
-from opsin.decoding import MediaLimits, sample_indices
+from opsin.config import MediaLimits
 from opsin.errors import ConfigError, MediaError, RequestError
-from opsin.media import embeds_item, image_item, video_item
+from opsin.inputs.data_url import decode_data_url
+from opsin.inputs.media import embeds_item, image_item, video_item
+from opsin.inputs.media_files import sample_indices
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "images"
 RNG = np.random.default_rng(7)

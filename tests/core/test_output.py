@@ -17,9 +17,11 @@ from transformers import AutoTokenizer
 
 from opsin.api import ProcessedPrompt
 from opsin.config import SamplingParams
+from opsin.engine.request import RequestState
+from opsin.engine.sequence import SampledToken
+from opsin.engine.text import Detokenizer, StopStrings
 from opsin.errors import RequestError
-from opsin.output import CompletionOutput, Detokenizer, Logprob, RequestOutput, RequestState, StopStrings
-from opsin.sampler import SampledToken
+from opsin.results import CompletionOutput, Logprob, RequestOutput
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BYTE_LEVEL, SENTENCEPIECE = "qwen2vl", "llava15"

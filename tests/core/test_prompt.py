@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from opsin.api import Expansion, MappedMedia, MediaItem, ModelSpec, PlacedMedia, Placeholder, Positions
-from opsin.decoding import MediaLimits
+from opsin.config import MediaLimits
 from opsin.errors import ConfigError, MediaError, PromptTooLongError, RequestError
-from opsin.prompt import PromptProcessor
+from opsin.inputs.processor import PromptProcessor
 
 HIDDEN = 4
 BOS, IMAGE, FILL, EDGE = 256, 257, 258, 259

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from opsin import sampler
 from opsin.api import ProcessedPrompt
 from opsin.config import SamplingParams
+from opsin.engine import sampler
+from opsin.engine.sampler import make_generator, prompt_logprobs, sample
+from opsin.engine.sequence import SampledToken, Sequence
 from opsin.errors import RequestError
-from opsin.sampler import SampledToken, make_generator, prompt_logprobs, sample
-from opsin.sequence import Sequence
 
 GREEDY = SamplingParams(temperature=0)
 

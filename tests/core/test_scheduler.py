@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opsin.api import MappedMedia, PlacedMedia, Positions, ProcessedPrompt
-from opsin.cache import BlockPool, EncoderCache
 from opsin.config import SamplingParams
-from opsin.scheduler import Scheduler, Step
-from opsin.sequence import Sequence, Status
+from opsin.engine.cache import BlockPool, EncoderCache
+from opsin.engine.scheduler import Scheduler, Step
+from opsin.engine.sequence import Sequence, Status
 
 BLOCK = 4
 EMBED_BYTES = 8

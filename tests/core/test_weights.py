@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from opsin.api import BuildContext, Parallel
+from opsin.checkpoint.weights import load_weights, model_slots, read_safetensors
 from opsin.errors import CheckpointError
 from opsin.kernels import Kernels
 from opsin.layers import Embedding, Linear, RMSNorm
-from opsin.weights import load_weights, model_slots, read_safetensors
 
 
 def context(**changes: Any) -> BuildContext:

@@ -15,13 +15,13 @@ from starlette.routing import Route
 
 from opsin.cli import app
 from opsin.server.app import App
-from opsin.server.chat_request import ChatRequest, Part
-from opsin.server.completion_request import CompletionRequest
-from opsin.server.embedding_request import EmbeddingRequest
 from opsin.server.engine_host import EngineHost
-from opsin.server.middleware import OPEN_PATHS
+from opsin.server.http.middleware import OPEN_PATHS
+from opsin.server.schema.chat import ChatRequest, Part
+from opsin.server.schema.completion import CompletionRequest
+from opsin.server.schema.embedding import EmbeddingRequest
+from opsin.server.schema.tokens import DetokenizeRequest, TokenizeRequest
 from opsin.server.settings import ServerSettings
-from opsin.server.token_requests import DetokenizeRequest, TokenizeRequest
 from opsin.server.ui import UI_PATHS
 from tests.server.in_thread import MODEL, golden_config, running
 from tests.server.messages import CAT, data_url, image, text, user
@@ -156,7 +156,7 @@ def families(exposition: str) -> dict[str, str]:
 
 def test_statuses_of_errors() -> None:
     """The table has every status that the server gives a name to."""
-    from opsin.server.api_error import _TYPES
+    from opsin.server.http.errors import _TYPES
 
     listed = {int(cells[0]) for cells in rows(section("## Errors"), "status")}
     assert listed == set(_TYPES)

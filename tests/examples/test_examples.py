@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from opsin.chat_template import ChatTemplate
-from opsin.checkpoint import load_tokenizer
+from opsin.checkpoint.tokenizer import load_tokenizer
+from opsin.inputs.template import ChatTemplate
 from tests.server.process import GOLDEN, ServerProcess, serve
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))

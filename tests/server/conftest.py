@@ -8,7 +8,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from opsin.server.fetch_settings import FetchSettings
+from opsin.server.fetch.settings import FetchSettings
 from opsin.server.settings import RequestLimits, ServerSettings
 from tests.server.in_thread import Running, golden_config, running
 

@@ -15,7 +15,7 @@ import openai
 import requests
 
 from opsin import EngineConfig
-from opsin.engine import Engine
+from opsin.engine.engine import Engine
 from opsin.server.app import App
 from opsin.server.engine_host import EngineHost
 from opsin.server.run import Listen, Server

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from opsin.errors import ConfigError, MediaError
-from opsin.server.fetch import MediaFetcher, Message
-from opsin.server.fetch_error import FetchError
-from opsin.server.fetch_settings import FetchSettings, timeout_from_environment
+from opsin.server.fetch.fetcher import MediaFetcher, Message
+from opsin.server.fetch.settings import FetchSettings, timeout_from_environment
+from opsin.server.http.fetch_error import FetchError
 from tests.server.asset_server import Asset, AssetServer, asset_server
 from tests.server.pictures import gif, picture
 

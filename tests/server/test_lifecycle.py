@@ -17,7 +17,7 @@ import requests
 
 from opsin import EngineConfig
 from opsin.cli import app
-from opsin.engine import Engine
+from opsin.engine.engine import Engine
 from opsin.errors import OpsinError
 from opsin.server.engine_host import EngineHost
 from tests.server.in_thread import MODEL, golden_config, running

@@ -18,8 +18,8 @@ import torch
 from PIL import ImageFile
 from safetensors.torch import save
 
-from opsin.server import middleware
-from opsin.server.fetch_settings import FetchSettings
+from opsin.server.fetch.settings import FetchSettings
+from opsin.server.http import middleware
 from opsin.server.settings import ServerSettings
 from tests.server.asset_server import Asset, AssetServer, asset_server
 from tests.server.in_thread import MODEL, Running, golden_config, running

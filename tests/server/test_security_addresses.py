@@ -12,11 +12,11 @@ import pytest
 import trustme
 
 from opsin.errors import MediaError, RequestError
-from opsin.server.addresses import is_allowed
-from opsin.server.fetch import MediaFetcher
-from opsin.server.fetch_error import FetchError
-from opsin.server.fetch_settings import FetchSettings
-from opsin.server.pinned_http import Resolver
+from opsin.server.fetch.addresses import is_allowed
+from opsin.server.fetch.fetcher import MediaFetcher
+from opsin.server.fetch.pinned_http import Resolver
+from opsin.server.fetch.settings import FetchSettings
+from opsin.server.http.fetch_error import FetchError
 from tests.server.asset_server import asset_server, free_port
 from tests.server.pictures import picture
 

@@ -17,8 +17,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from opsin.errors import MediaError
-from opsin.server.fetch import MediaFetcher
-from opsin.server.fetch_settings import FetchSettings
+from opsin.server.fetch.fetcher import MediaFetcher
+from opsin.server.fetch.settings import FetchSettings
 
 ROWS = torch.linspace(-1, 1, 24).reshape(4, 6)
 GRID = torch.tensor([[1, 4, 4]])

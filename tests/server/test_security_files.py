@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from opsin.errors import ConfigError, MediaError
-from opsin.server.fetch import MediaFetcher
-from opsin.server.fetch_error import FetchError
-from opsin.server.fetch_settings import FetchSettings
+from opsin.server.fetch.fetcher import MediaFetcher
+from opsin.server.fetch.settings import FetchSettings
+from opsin.server.http.fetch_error import FetchError
 from tests.server.pictures import picture
 
 PICTURE = picture()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opsin.server.tool_parser import ToolParser, parse_answer
+from opsin.server.answers.tool_parser import ToolParser, parse_answer
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": "}<\\"", "b": [1, {"c": null}]}}\n</tool_call>'
 ARGUMENTS = '{"a": "}<\\"", "b": [1, {"c": null}]}'

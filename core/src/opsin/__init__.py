@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from opsin.async_engine import AsyncEngine
     from opsin.config import BeamSearchParams, EngineConfig, PoolingParams, SamplingParams
-    from opsin.engine import Engine
+    from opsin.engine.engine import Engine
     from opsin.hookspecs import hookimpl
     from opsin.llm import LLM
-    from opsin.output import CompletionOutput, RequestOutput
+    from opsin.results import CompletionOutput, RequestOutput
 
 __version__ = "0.1.0"
 
@@ -36,11 +36,11 @@ _HOME = {
     "LLM": "opsin.llm",
     "AsyncEngine": "opsin.async_engine",
     "BeamSearchParams": "opsin.config",
-    "CompletionOutput": "opsin.output",
-    "Engine": "opsin.engine",
+    "CompletionOutput": "opsin.results",
+    "Engine": "opsin.engine.engine",
     "EngineConfig": "opsin.config",
     "PoolingParams": "opsin.config",
-    "RequestOutput": "opsin.output",
+    "RequestOutput": "opsin.results",
     "SamplingParams": "opsin.config",
     "hookimpl": "opsin.hookspecs",
 }

@@ -14,13 +14,12 @@ from functools import partial
 from typing import Any, TypeVar
 
 from opsin.api import ProcessedPrompt
-from opsin.beam import BeamSearch, BeamSearchOutput
 from opsin.config import BeamSearchParams, EngineConfig, PoolingParams, SamplingParams
-from opsin.engine import Engine, Output
+from opsin.engine.beam import BeamSearch
+from opsin.engine.engine import Engine
 from opsin.errors import OpsinError, RequestError
-from opsin.output import RequestOutput
 from opsin.plugins import Plugins
-from opsin.pooling import PoolingRequestOutput
+from opsin.results import BeamSearchOutput, Output, PoolingRequestOutput, RequestOutput
 
 T = TypeVar("T")
 

@@ -6,11 +6,11 @@ All three are frozen; unknown names and impossible values are errors when they a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from opsin.api import Capabilities, PoolingType
-from opsin.errors import ConfigError
+from opsin.api import PoolingType
+from opsin.errors import ConfigError, MediaError
 
 MAX_LOGPROBS = 20
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
@@ -190,6 +190,55 @@ class PoolingParams:
             raise ConfigError(f"dimensions={self.dimensions}: expected at least 1, or None for all")
 
 
+@dataclass(frozen=True, kw_only=True)
+class MediaLimits:
+    """What one media item may cost before it is refused.
+
+    Attributes:
+        max_bytes: encoded size.
+        max_pixels: width x height of a picture or of one frame.
+        max_frames: frames of a video given as frames.
+        max_video_pixels: width x height x frames of a video.
+        sampled_frames: a video *file* with more frames is sampled down to this many, evenly spread.
+    """
+
+    max_bytes: int = 64 * 2**20
+    max_pixels: int = 64 * 2**20
+    max_frames: int = 768
+    max_video_pixels: int = 256 * 2**20
+    sampled_frames: int = 32
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ConfigError(f"{name}={value}: expected at least 1")
+
+    def check_size(self, width: int, height: int, frames: int = 1) -> None:
+        """Refuse empty and oversized pictures and videos.
+
+        Raises:
+            MediaError: a side is 0, or a limit is exceeded.
+        """
+        if width < 1 or height < 1 or frames < 1:
+            raise MediaError(f"got {frames} frame(s) of {width}x{height} pixels; expected at least one pixel")
+        if width * height > self.max_pixels:
+            raise MediaError(f"{width}x{height} pixels are too many; at most {self.max_pixels} are accepted")
+        if width * height * frames > self.max_video_pixels:
+            raise MediaError(
+                f"{frames} frames of {width}x{height} pixels are too many; "
+                f"at most {self.max_video_pixels} pixels in all are accepted"
+            )
+
+    def check_num_frames(self, num_frames: int) -> None:
+        """Refuse a video given as no frames, or as too many.
+
+        Raises:
+            MediaError: it is.
+        """
+        if not 1 <= num_frames <= self.max_frames:
+            raise MediaError(f"got a video of {num_frames} frames; expected 1 to {self.max_frames}")
+
+
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -276,106 +325,3 @@ class EngineConfig:
             if not isinstance(limit, int) or limit < 0:
                 raise ConfigError(f"limit_mm_per_prompt[{modality!r}]={limit!r}: expected 0 or more")
         object.__setattr__(self, "mm_processor_kwargs", dict(self.mm_processor_kwargs or {}))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resolved:
-    """What was asked for, made definite against device and checkpoint. See `resolve`."""
-
-    config: EngineConfig
-    dtype: str
-    block_size: int
-    num_blocks: int
-    max_model_len: int
-    explanation: str
-
-
-KV_SHARE = 0.3
-"""Share of free device memory taken for the KV cache by default: weights are already loaded when it is
-measured, the rest stays for activations, caches and everything else on a shared host."""
-
-KV_DEFAULT_CEILING = 4 * 2**30
-"""Without ``kv_cache_memory`` a host is not asked for more than this."""
-
-
-def resolve_dtype(requested: str, checkpoint: str, capabilities: Capabilities) -> str:
-    """The dtype to run in.
-
-    Raises:
-        ConfigError: the device does not support what was asked for; the message says what to pass.
-    """
-    dtype = capabilities.dtype_for.get(checkpoint, checkpoint) if requested == "auto" else requested
-    if dtype not in capabilities.dtypes:
-        advice = capabilities.advice.get(dtype, f"pass one of {', '.join(capabilities.dtypes)}")
-        raise ConfigError(f"dtype {dtype} is not supported by this device: {advice}")
-    return dtype
-
-
-def resolve(
-    config: EngineConfig,
-    capabilities: Capabilities,
-    *,
-    dtype: str,
-    model_max_len: int,
-    kv_bytes_per_token: int,
-    kv_row_elements: int,
-    free_bytes: int,
-) -> Resolved:
-    """Fix the sizes of a running engine. Pure: equal arguments give equal results.
-
-    Args:
-        config: what the user asked for.
-        capabilities: what the device can do.
-        dtype: the run dtype.
-        model_max_len: longest context of the model.
-        kv_bytes_per_token: of all layers.
-        kv_row_elements: elements of one token's keys in one layer.
-        free_bytes: device memory, after the weights were loaded.
-
-    Raises:
-        ConfigError: the context asked for is longer than the model's, or the memory holds no block.
-    """
-    asked = config.max_model_len
-    if asked is not None and asked > model_max_len:
-        raise ConfigError(
-            f"max_model_len={asked} is more than the {model_max_len} tokens this model was made for; "
-            f"pass at most {model_max_len}"
-        )
-    wanted_len = asked or model_max_len
-    size = capabilities.kv_block_size
-    budget = config.kv_cache_memory
-    if budget is None:
-        share = capabilities.kv_memory_share
-        budget = (
-            min(int(free_bytes * KV_SHARE), KV_DEFAULT_CEILING) if share is None else int(free_bytes * share)
-        )
-        # More than every sequence at full length can never be used.
-        budget = min(budget, (config.max_num_seqs * (wanted_len + size)) * kv_bytes_per_token)
-    num_blocks = budget // (kv_bytes_per_token * size)
-    if num_blocks < 1:
-        raise ConfigError(
-            f"kv_cache_memory={budget} bytes hold no block of {size} tokens "
-            f"({kv_bytes_per_token * size} bytes); pass more"
-        )
-    if capabilities.max_tensor_elements is not None:
-        num_blocks = min(num_blocks, capabilities.max_tensor_elements // (kv_row_elements * size))
-    capacity = num_blocks * size
-    max_len = min(wanted_len, capacity)
-    if asked is not None and max_len < asked:
-        raise ConfigError(
-            f"max_model_len={asked} needs {asked * kv_bytes_per_token} bytes of KV cache, "
-            f"{budget} are given; pass max_model_len={max_len} or a larger kv_cache_memory"
-        )
-    explanation = (
-        f"KV cache: {num_blocks} blocks x {size} tokens x {kv_bytes_per_token} B = "
-        f"{num_blocks * size * kv_bytes_per_token / 2**20:.0f} MiB = {capacity} tokens; "
-        f"context {max_len} tokens, {capacity / max_len:.1f} full-length sequences at once"
-    )
-    return Resolved(
-        config=replace(config),
-        dtype=dtype,
-        block_size=size,
-        num_blocks=num_blocks,
-        max_model_len=max_len,
-        explanation=explanation,
-    )

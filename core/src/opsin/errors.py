@@ -15,12 +15,9 @@ OpsinError
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from opsin.output import RequestOutput
-    from opsin.pooling import PoolingRequestOutput
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from typing import Any
 
 
 class OpsinError(Exception):
@@ -66,10 +63,25 @@ class RequestsFailed(OpsinError):
         outputs: the outputs of all requests, in order; failed ones have ``error`` set.
     """
 
-    def __init__(self, message: str, outputs: Sequence[RequestOutput | PoolingRequestOutput]) -> None:
+    def __init__(self, message: str, outputs: Sequence[Any]) -> None:
         super().__init__(message)
         self.outputs = list(outputs)
 
 
 class DeviceLostError(OpsinError):
     """The device stopped answering; the engine cannot go on."""
+
+
+def require_known(where: str, names: Iterable[Any], known: Iterable[str], error: type[OpsinError]) -> None:
+    """Refuse names that are not known, suggesting the one that was probably meant.
+
+    Raises:
+        OpsinError: of type ``error``, for the first unknown name.
+    """
+    accepted = sorted(known)
+    for name in names:
+        if name not in accepted:
+            close = get_close_matches(str(name), accepted, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            listed = ", ".join(accepted) or "none"
+            raise error(f"{where}: unknown {str(name)[:50]!r}{hint}; accepted: {listed}")

@@ -32,6 +32,7 @@ from opsin.api import (
     PrepareLinear,
     RMSNorm,
     Rotary,
+    TopK,
     WriteKV,
 )
 from opsin.errors import PluginError
@@ -179,6 +180,15 @@ def prepare_linear(
     return linear
 
 
+def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Reference of `opsin.api.TopK`."""
+    if k == 1:
+        values, ids = x.max(-1, keepdim=True)
+    else:
+        values, ids = x.topk(k, dim=-1)
+    return values, ids
+
+
 REFERENCES: Mapping[OpName, Callable[..., Any]] = {
     "rms_norm": rms_norm,
     "layer_norm": layer_norm,
@@ -189,6 +199,7 @@ REFERENCES: Mapping[OpName, Callable[..., Any]] = {
     "paged_attention": paged_attention,
     "dense_attention": dense_attention,
     "prepare_linear": prepare_linear,
+    "top_k": top_k,
 }
 
 _KV_OPS: frozenset[OpName] = frozenset({"plan_attention", "write_kv", "paged_attention"})
@@ -245,6 +256,10 @@ class Kernels:
     def prepare_linear(self, query: KernelQuery) -> PrepareLinear:
         """Bind `PrepareLinear`."""
         return cast(PrepareLinear, self._bind(query))
+
+    def top_k(self, query: KernelQuery) -> TopK:
+        """Bind `TopK`."""
+        return cast(TopK, self._bind(query))
 
     def paged(self, query: KernelQuery) -> tuple[WriteKV, PagedAttention]:
         """Bind the ops around the KV cache. With `plan_attention` they share a plan: one provider for all."""

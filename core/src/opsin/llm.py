@@ -12,15 +12,14 @@ from tqdm import tqdm
 
 from opsin.api import ProcessedPrompt, Tokenizer
 from opsin.config import BeamSearchParams, DType, EngineConfig, PoolingParams, SamplingParams
-from opsin.engine import Engine, Output
+from opsin.engine.engine import Engine
 from opsin.errors import ConfigError, RequestError, RequestsFailed
-from opsin.feed import Feed
-from opsin.output import RequestMetrics, RequestOutput
+from opsin.inputs.feed import Feed
 from opsin.plugins import Plugins
-from opsin.pooling import PoolingRequestOutput
+from opsin.results import Output, PoolingRequestOutput, RequestMetrics, RequestOutput
 
 if TYPE_CHECKING:
-    from opsin.beam import BeamSearchOutput
+    from opsin.results import BeamSearchOutput
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, or a dict of ``prompt`` or ``prompt_token_ids``, ``multi_modal_data`` and more."""
@@ -182,7 +181,7 @@ class LLM:
         self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams
     ) -> list[BeamSearchOutput]:
         """The ``params.beam_width`` most probable continuations of each prompt, best first."""
-        from opsin.beam import beam_search
+        from opsin.engine.beam import beam_search
 
         process = self.engine.processor.process
         return beam_search(

@@ -11,6 +11,6 @@ from opsin_device_cpu.plugin import opsin_register_kernels
 DEVICE = open_device(0)
 
 
-@pytest.mark.parametrize("case", kernel_cases(DEVICE.capabilities.dtypes), ids=str)
+@pytest.mark.parametrize("case", kernel_cases(DEVICE.capabilities.dtypes, later_ops=True), ids=str)
 def test_kernel(case: KernelCase) -> None:
     assert check_kernel(case, DEVICE, opsin_register_kernels()).provider == "cpu"

@@ -15,9 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from opsin import LLM, SamplingParams
-from opsin.chat_template import ChatTemplate
-from opsin.checkpoint import load_tokenizer
+from opsin.checkpoint.tokenizer import load_tokenizer
 from opsin.errors import CheckpointError, ConfigError, RequestError
+from opsin.inputs.template import ChatTemplate
 from opsin_models_llava.plugin import MISTRAL_TEMPLATE, VICUNA_TEMPLATE, chat_template
 from tests.models.golden import recorded_logits
 

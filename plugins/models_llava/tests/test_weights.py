@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from opsin.api import BuildContext
+from opsin.checkpoint.weights import load_weights, model_slots
 from opsin.kernels import Kernels
-from opsin.weights import load_weights, model_slots
 from opsin_models_llava.model import Llava, LlavaNext
 from opsin_models_llava.text import max_len
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from opsin.api import InputContext, MappedMedia, MediaItem
-from opsin.checkpoint import load_tokenizer
+from opsin.checkpoint.tokenizer import load_tokenizer
 from opsin_models_minicpmv.inputs import ImageMapper, Slices, VideoMapper, placeholder
 from opsin_models_minicpmv.plugin import opsin_register_input_mappers, opsin_register_placeholders
 from tests.models.golden import GOLDEN, Case, cases, picture

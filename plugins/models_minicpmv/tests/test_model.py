@@ -15,9 +15,9 @@ from torch import nn
 
 from opsin import LLM, SamplingParams
 from opsin.api import BuildContext
+from opsin.checkpoint.weights import model_slots
 from opsin.errors import CheckpointError, MediaError, RequestError
 from opsin.kernels import Kernels
-from opsin.weights import model_slots
 from opsin_models_minicpmv.model import MiniCPMV
 from opsin_models_minicpmv.resampler import positions_2d
 from opsin_models_minicpmv.versions import default_chat_template, version_of

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opsin.api import InputContext, MappedMedia, MediaItem
-from opsin.placeholders import Marker, PlaceholderFinder
+from opsin.inputs.placeholders import Marker, PlaceholderFinder
 from opsin_models_phi3v.inputs import (
     CROP,
     MAX_CROPS,

@@ -14,9 +14,9 @@ import torch
 
 from opsin import LLM, SamplingParams
 from opsin.api import BuildContext
+from opsin.checkpoint.weights import model_slots
 from opsin.errors import CheckpointError, MediaError, RequestError
 from opsin.kernels import Kernels
-from opsin.weights import model_slots
 from opsin_models_phi3v.model import Phi3V
 from opsin_models_phi3v.plugin import CHAT_TEMPLATE
 from tests.models.golden import picture

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from opsin.api import BuildContext, KVGeometry, Model
+from opsin.checkpoint.weights import LoadReport, load_weights, model_slots
 from opsin.kernels import Kernels
 from opsin.layers import Linear
 from opsin.plugins import load_plugins
-from opsin.weights import LoadReport, load_weights, model_slots
 from tests.models.full_size.hub_layout import CONFIGS, Shapes, check_names, hub_shapes, published_config
 
 DOCS = Path(__file__).parents[3] / "docs"

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from opsin.cli.errors import Debug
-from opsin.known_packages import known_packages
+from opsin.plugins.known_packages import known_packages
 
 if TYPE_CHECKING:
     from opsin.api import MediaItem
-    from opsin.output import RequestOutput
+    from opsin.results import RequestOutput
 
 EXAMPLES = f"""Examples:
 
@@ -123,7 +123,7 @@ def _options(text: str | None) -> dict[str, Any]:
 
 def _media(images: list[str], videos: list[str]) -> list[dict[str, Any]]:
     """Content parts; decoded before the model is loaded, so that a bad file is known at once."""
-    from opsin.media import errors_at, image_item, video_item
+    from opsin.inputs.media import errors_at, image_item, video_item
 
     parts: list[tuple[str, MediaItem]] = []
     for name in images:

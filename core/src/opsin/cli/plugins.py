@@ -54,7 +54,7 @@ def describe_plugins(found: Plugins) -> dict[str, Any]:
 
 def _describe_checkpoint(found: Plugins, name: str) -> dict[str, Any]:
     """An installed checkpoint, its architecture, and why it cannot run, if so."""
-    from opsin.checkpoint import load
+    from opsin.checkpoint.files import load
     from opsin.errors import OpsinError
 
     architecture = None
@@ -68,7 +68,7 @@ def _describe_checkpoint(found: Plugins, name: str) -> dict[str, Any]:
 
 def _missing_kinds(found: Plugins) -> list[str]:
     """What to install where no plugin provides any model, or any device."""
-    from opsin.known_packages import known_packages
+    from opsin.plugins.known_packages import known_packages
 
     kinds = {owner.kind for owner in found.owners()}
     known = known_packages()

@@ -14,7 +14,7 @@ import typer
 from opsin.cli.errors import Debug
 from opsin.cli.serve_arguments import limits_of_media, mapping, read_config
 from opsin.errors import ConfigError
-from opsin.known_packages import known_packages
+from opsin.plugins.known_packages import known_packages
 
 if TYPE_CHECKING:
     from opsin.config import EngineConfig
@@ -306,7 +306,7 @@ def _task(task: str, runner: str) -> Literal["generate", "embed"]:
 
 
 def _server_settings(given: dict[str, Any]) -> ServerSettings:
-    from opsin.server.fetch_settings import FetchSettings, timeout_from_environment
+    from opsin.server.fetch.settings import FetchSettings, timeout_from_environment
     from opsin.server.settings import RequestLimits, ServerSettings
 
     timeout, variable = timeout_from_environment()

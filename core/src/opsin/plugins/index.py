@@ -9,9 +9,9 @@ from typing import Any
 
 from opsin.api import DeviceSpec, InputMapperSpec, KernelSpec, ModelSpec, PlaceholderSpec, Probe
 from opsin.errors import ConfigError, MissingPluginError
-from opsin.known_packages import known_packages
 from opsin.plugins.claims import Claim, Failure, Owner, Plugin, reason_of
 from opsin.plugins.contract import DENY_VARIABLE, HOOKS
+from opsin.plugins.known_packages import known_packages
 
 ALLOW_VARIABLE = "OPSIN_PLUGINS"
 

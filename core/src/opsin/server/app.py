@@ -18,22 +18,23 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import opsin
-from opsin.server.admission import Admission
-from opsin.server.api_error import ApiError, ErrorBody
-from opsin.server.body import read_body
-from opsin.server.chat import ChatCompletions
-from opsin.server.chat_request import ChatRequest
-from opsin.server.completion_request import CompletionRequest
-from opsin.server.completions import Completions
-from opsin.server.disconnect import while_connected
-from opsin.server.embedding_request import EmbeddingRequest
-from opsin.server.embeddings import Embeddings
+from opsin.server.answers.chat import ChatCompletions
+from opsin.server.answers.completions import Completions
+from opsin.server.answers.embeddings import Embeddings
+from opsin.server.answers.tokens import Tokenization
 from opsin.server.engine_host import EngineHost
-from opsin.server.event_stream import EventStream
-from opsin.server.fetch import MediaFetcher
+from opsin.server.fetch.fetcher import MediaFetcher
+from opsin.server.http.admission import Admission
+from opsin.server.http.body import read_body
+from opsin.server.http.disconnect import while_connected
+from opsin.server.http.errors import ApiError, ErrorBody
+from opsin.server.http.event_stream import EventStream
+from opsin.server.http.middleware import OPEN_PATHS, Admit, ApiKeys, RequestLog, RootPath
 from opsin.server.metrics import Metrics
-from opsin.server.middleware import OPEN_PATHS, Admit, ApiKeys, RequestLog, RootPath
-from opsin.server.responses import (
+from opsin.server.schema.chat import ChatRequest
+from opsin.server.schema.completion import CompletionRequest
+from opsin.server.schema.embedding import EmbeddingRequest
+from opsin.server.schema.responses import (
     ChatCompletion,
     Completion,
     EmbeddingList,
@@ -44,10 +45,9 @@ from opsin.server.responses import (
     Tokens,
     Version,
 )
+from opsin.server.schema.tokens import DetokenizeRequest, TokenizeRequest
 from opsin.server.serving import Serving
 from opsin.server.settings import ServerSettings
-from opsin.server.token_requests import DetokenizeRequest, TokenizeRequest
-from opsin.server.tokens import Tokenization
 from opsin.server.ui import UI_PATHS, mount_ui
 
 M = TypeVar("M", bound=BaseModel)

@@ -10,9 +10,9 @@ from http import HTTPStatus
 
 from opsin.async_engine import AsyncEngine
 from opsin.config import EngineConfig, PoolingParams, SamplingParams, StructuredOutput
-from opsin.engine import Engine
+from opsin.engine.engine import Engine
 from opsin.errors import ConfigError
-from opsin.server.api_error import ApiError
+from opsin.server.http.errors import ApiError
 
 logger = logging.getLogger(__name__)
 

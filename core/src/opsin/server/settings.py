@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from opsin.config import MAX_LOGPROBS
 from opsin.errors import ConfigError
-from opsin.server.fetch_settings import FetchSettings
+from opsin.server.fetch.settings import FetchSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,6 +43,7 @@ from opsin.kernels import plan_attention as reference_plan_attention
 from opsin.kernels import prepare_linear as reference_prepare_linear
 from opsin.kernels import rms_norm as reference_rms_norm
 from opsin.kernels import rotary as reference_rotary
+from opsin.kernels import top_k as reference_top_k
 from opsin.kernels import write_kv as reference_write_kv
 
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -129,9 +130,18 @@ class Bench:
             self.worst = max(self.worst, (given - expected).abs().max().item() / limit)
 
 
-def kernel_cases(dtypes: Sequence[str] = ("float32", "bfloat16")) -> list[KernelCase]:
-    """All cases, for each of a device's dtypes."""
-    makers = (_norms, _gated_acts, _rotaries, _linears, _paged_attentions, _dense_attentions)
+def kernel_cases(
+    dtypes: Sequence[str] = ("float32", "bfloat16"), *, later_ops: bool = False
+) -> list[KernelCase]:
+    """All cases, for each of a device's dtypes.
+
+    Args:
+        dtypes: of the device.
+        later_ops: with the ops added since API 1.0 (top_k), which plugins of that time do not have.
+    """
+    makers = [_norms, _gated_acts, _rotaries, _linears, _paged_attentions, _dense_attentions]
+    if later_ops:
+        makers.append(_top_ks)
     return [case for dtype in dtypes for maker in makers for case in maker(dtype)]
 
 
@@ -476,6 +486,40 @@ def _check_dense(bench: Bench, *, q_lens: Sequence[int], k_lens: Sequence[int] |
         put_q, (put_k, put_v) = bench.put(q), bench.fused(k, v)
     got = bench.kernels.dense_attention(bench.query)(put_q, put_k, put_v, q_lens, k_lens, size**-0.5)
     bench.compare(got, expected, "attention")
+
+
+# --------------------------------------------------------------------------------------------------
+# Searching rows
+# --------------------------------------------------------------------------------------------------
+
+
+def _top_ks(dtype: str) -> Iterator[KernelCase]:
+    for rows, size, k in itertools.product((1, 5), (40, 1024, 5003, 33000), (1, 8, 128)):
+        if k <= size:
+            query = KernelQuery(op="top_k", dtype=dtype, size=size)
+            yield KernelCase(f"top_k-{dtype}-{rows}x{size}-{k}", query, partial(_check_top_k, rows=rows, k=k))
+
+
+def _check_top_k(bench: Bench, *, rows: int, k: int) -> None:
+    """Numbers as they come, equal ones among them, and a row with NaN, which counts as largest."""
+    size = bench.query.size or 0
+    search = bench.kernels.top_k(bench.query)
+    x = bench.draw(rows, size)
+    levels = (x * 4).round() / 4  # many equal values
+    for drawn in (x, levels):
+        values, ids = search(bench.put(drawn), k)
+        bench.compare(values, reference_top_k(drawn, k)[0], "values")
+        assert ids.dtype == torch.int64, f"ids: got {ids.dtype}, expected int64"
+        bench.compare(values, drawn.gather(1, ids.cpu()), "values at the ids")
+        assert all(len(set(row)) == k for row in ids.tolist()), "ids: one stands twice in a row"
+    if k == 1:
+        assert torch.equal(search(bench.put(levels), 1)[1].cpu(), reference_top_k(levels, 1)[1]), (
+            "first of equals"
+        )
+    x[0, size // 2] = math.nan
+    values, ids = search(bench.put(x), k)
+    assert math.isnan(values[0, 0].item()), "NaN counts as largest"
+    assert ids[0, 0].item() == size // 2, "the place of NaN"
 
 
 def _heads(query: KernelQuery) -> tuple[int, int, int]:

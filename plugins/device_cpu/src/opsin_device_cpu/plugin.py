@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 from opsin import hookimpl
@@ -23,21 +24,11 @@ def _open(index: int) -> Device:
     return open_device(index)
 
 
-def _norms_and_activations(op: OpName) -> Callable[[], Callable[..., Any]]:
+def _from(module: str, op: OpName) -> Callable[[], Callable[..., Any]]:
+    """Loads the kernel that stands in a module under the op's name."""
+
     def load() -> Callable[..., Any]:
-        from opsin_device_cpu import kernels
-
-        kernel: Callable[..., Any] = getattr(kernels, op)
-        return kernel
-
-    return load
-
-
-def _attention(op: OpName) -> Callable[[], Callable[..., Any]]:
-    def load() -> Callable[..., Any]:
-        from opsin_device_cpu import attention
-
-        kernel: Callable[..., Any] = getattr(attention, op)
+        kernel: Callable[..., Any] = getattr(import_module(f"opsin_device_cpu.{module}"), op)
         return kernel
 
     return load
@@ -65,9 +56,11 @@ def opsin_register_devices() -> Sequence[DeviceSpec]:
 
 @hookimpl
 def opsin_register_kernels() -> Sequence[KernelSpec]:
-    plain: tuple[OpName, ...] = ("rms_norm", "layer_norm", "gated_act", "rotary")
-    attention: tuple[OpName, ...] = ("plan_attention", "write_kv", "paged_attention", "dense_attention")
-    loaders = {op: _norms_and_activations(op) for op in plain}
-    loaders |= {op: _attention(op) for op in attention}
+    homes: dict[str, tuple[OpName, ...]] = {
+        "kernels": ("rms_norm", "layer_norm", "gated_act", "rotary"),
+        "attention": ("plan_attention", "write_kv", "paged_attention", "dense_attention"),
+        "search": ("top_k",),
+    }
+    loaders = {op: _from(module, op) for module, ops in homes.items() for op in ops}
     loaders["prepare_linear"] = _prepare_linear
     return [KernelSpec(device=NAME, op=op, load=load, supports=_supports) for op, load in loaders.items()]

@@ -1,0 +1,103 @@
+"""Models: what one is built from, what it computes in a step, how its embeddings are pooled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from opsin.api.kernels import Kernels, KVGeometry, KVLayer
+from opsin.api.media import MappedMedia, Modality
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """This process's place among the tensor-parallel ranks."""
+
+    rank: int = 0
+    world_size: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildContext:
+    """What a model is built from. Building allocates nothing: core streams the weights in afterwards.
+
+    Attributes:
+        config: the checkpoint's config.json.
+        kernels: layers bind their ops from it.
+        dtype: run dtype of parameters and activations.
+        device: torch device of weights and activations.
+        parallel: tensor-parallel place.
+    """
+
+    config: Mapping[str, Any]
+    kernels: Kernels
+    dtype: torch.dtype
+    device: str = "cpu"
+    parallel: Parallel = field(default_factory=Parallel)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardStep:
+    """One flat token batch for `Model.forward`.
+
+    Attributes:
+        embeds: (T, H) input embeddings, media already in place.
+        positions: int64 (A, T), or (A + 1, T) with the variants of `Positions.switch_lengths` last.
+        kv: one cache layer per model layer.
+        plan: the step's attention plan.
+    """
+
+    embeds: Tensor
+    positions: Tensor
+    kv: Sequence[KVLayer]
+    plan: Any
+
+
+class Model(Protocol):
+    """A model. `opsin.layers` has the building blocks; it is an ``nn.Module``."""
+
+    kv_geometry: KVGeometry
+    hidden_size: int
+    vocab_size: int
+
+    def weight_name(self, key: str) -> str | None:
+        """Checkpoint key -> name in this model's tree; None for a tensor that is not used."""
+        ...
+
+    def encode(self, modality: Modality, items: Sequence[MappedMedia]) -> Sequence[Tensor]:
+        """Encode several items of one modality in as few calls as the architecture allows -> (E, H) each."""
+        ...
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """int64 (T,) -> (T, H)."""
+        ...
+
+    def forward(self, step: ForwardStep) -> Tensor:
+        """Hidden states after the final norm, (T, H)."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, H) -> (B, V)."""
+        ...
+
+
+PoolingType = Literal["last", "mean", "cls"]
+"""Which hidden state stands for a text: the last token's, the mean of all, or the first token's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pooling:
+    """How an embedding is made of the hidden states after the final norm.
+
+    Attributes:
+        type: which of them.
+        normalize: divide by the L2 norm.
+    """
+
+    type: PoolingType = "last"
+    normalize: bool = True

@@ -1,0 +1,139 @@
+"""Where a checkpoint's files are: a local folder, an installed package, ModelScope, or the Hugging Face hub.
+
+Only data is ever downloaded. Python files, and weights in formats that run code when read, are left where
+they are.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+
+from opsin.api import CHECKPOINT_GROUP
+from opsin.errors import CheckpointError, MissingPluginError
+from opsin.plugins.known_packages import known_packages
+
+DATA_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+"""The only files that are downloaded: no ``*.py``, no pickles."""
+
+MODELSCOPE_VARIABLE = "OPSIN_USE_MODELSCOPE"
+
+
+def locate(model: str, *, revision: str | None = None) -> Path:
+    """The folder that holds a model's files, downloaded if need be.
+
+    Args:
+        model: a folder, the name of an installed checkpoint, or a hub id.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        MissingPluginError: the checkpoint comes in a package that is not installed.
+        CheckpointError: there is no such folder or hub id, or the hub cannot be reached.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"{model!r} is a file; pass the folder that holds config.json and the weights")
+    installed = entry_points(group=CHECKPOINT_GROUP, name=model)
+    if installed:
+        return _installed_folder(model)
+    known = known_packages().checkpoints.get(model)
+    if known is not None:
+        raise MissingPluginError(_not_installed(model))
+    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise CheckpointError(f"the folder {model!r} does not exist")
+    if os.environ.get(MODELSCOPE_VARIABLE, "") not in ("", "0"):
+        return _from_modelscope(model, revision)
+    return _from_hugging_face(model, revision)
+
+
+def _installed_folder(model: str) -> Path:
+    found = sorted(entry_points(group=CHECKPOINT_GROUP, name=model), key=lambda entry: entry.value)
+    if len(found) > 1:
+        packages = " and ".join(entry.dist.name if entry.dist else entry.value for entry in found)
+        raise CheckpointError(f"{model!r} is provided by {packages}; uninstall one, or pass a folder")
+    try:
+        folder = Path(found[0].load()())
+    except Exception as error:
+        raise CheckpointError(
+            f"the package of {model!r} is broken: {type(error).__name__}: {error}"
+        ) from error
+    if not folder.is_dir():
+        raise CheckpointError(f"the package of {model!r} is broken: {folder} is not a folder; reinstall it")
+    return folder
+
+
+def _not_installed(model: str) -> str:
+    """What to install for a checkpoint that comes as a package: it, and what runs its architecture."""
+    checkpoint = known_packages().checkpoints[model]
+    plugin = known_packages().architectures[checkpoint.architecture]
+    try:
+        version(plugin)
+    except PackageNotFoundError:
+        return (
+            f"the checkpoint {model!r} is not installed, and no plugin provides its architecture "
+            f"{checkpoint.architecture!r}: the packages {checkpoint.package} and {plugin} do. "
+            f"pip install {checkpoint.package} {plugin}"
+        )
+    return (
+        f"the checkpoint {model!r} is not installed; it comes in the package {checkpoint.package}: "
+        f"pip install {checkpoint.package}"
+    )
+
+
+def _from_modelscope(model: str, revision: str | None) -> Path:
+    try:
+        from modelscope import snapshot_download
+    except ImportError as error:
+        raise CheckpointError(
+            f"{MODELSCOPE_VARIABLE} is set and the package modelscope is not installed: "
+            f"pip install modelscope, or unset {MODELSCOPE_VARIABLE}"
+        ) from error
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=DATA_FILES))
+    except Exception as error:  # its own errors have no common class
+        raise CheckpointError(_failed(model, "ModelScope", error)) from error
+
+
+def _from_hugging_face(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=DATA_FILES))
+    except HFValidationError as error:
+        raise CheckpointError(
+            f"{model!r} is neither a folder, nor an installed checkpoint, nor a hub id (owner/name)"
+        ) from error
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{model!r} may be downloaded only after its terms are accepted on the hub; accept them there, "
+            "then log in with: hf auth login"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"{model!r} has no revision {revision!r} on the hub") from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{model!r} is neither a folder, nor an installed checkpoint, nor on the hub "
+            "(for a private repository: hf auth login)"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{model!r} is neither a folder nor an installed checkpoint, it is not in the hub's local cache, "
+            "and the hub cannot be reached (HF_ENDPOINT names a mirror, HF_HUB_OFFLINE=1 forbids downloads)"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(_failed(model, "the hub", error)) from error
+
+
+def _failed(model: str, where: str, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{model!r} could not be downloaded from {where}: {type(error).__name__}: {text:.300}"

@@ -1,0 +1,287 @@
+"""Requests on their way: tokens collected until a sample ends, or the embedding awaited; outputs made."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from opsin.api import ProcessedPrompt, Tokenizer
+from opsin.config import SamplingParams
+from opsin.engine.sequence import SampledToken
+from opsin.engine.text import Detokenizer, StopStrings
+from opsin.errors import RequestError
+from opsin.results import (
+    CompletionOutput,
+    EmbeddingOutput,
+    FinishReason,
+    Logprob,
+    PoolingRequestOutput,
+    RequestMetrics,
+    RequestOutput,
+)
+
+
+class _Sample:
+    """One growing sample."""
+
+    __slots__ = (
+        "cumulative_logprob",
+        "detokenizer",
+        "finish_reason",
+        "logprobs",
+        "num_visible",
+        "snapshot",
+        "stop_reason",
+        "text",
+        "token_ids",
+    )
+
+    def __init__(self, detokenizer: Detokenizer, wants_logprobs: bool) -> None:
+        self.detokenizer = detokenizer
+        self.text = ""
+        self.num_visible = 0
+        self.token_ids: list[int] = []
+        self.cumulative_logprob = 0.0
+        self.logprobs: list[dict[int, Logprob]] | None = [] if wants_logprobs else None
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+        self.snapshot: CompletionOutput | None = None
+
+    def output(self, index: int) -> CompletionOutput:
+        """The state as a snapshot; the same object until something changes."""
+        if self.snapshot is None:
+            wants_logprobs = self.logprobs is not None
+            self.snapshot = CompletionOutput(
+                index,
+                self.text[: self.num_visible],
+                self.token_ids.copy(),
+                self.cumulative_logprob if wants_logprobs else None,
+                self.logprobs.copy() if self.logprobs is not None else None,
+                self.finish_reason,
+                self.stop_reason,
+            )
+        return self.snapshot
+
+
+class RequestState:
+    """A request on its way: collects tokens, decides when a sample ends, makes the outputs.
+
+    Args:
+        request_id: the caller's name for it.
+        prompt: the processed prompt.
+        params: sampling settings; ``params.n`` samples are collected.
+        tokenizer: see `Detokenizer`.
+        eos_token_ids: ids that end a sample unless ``ignore_eos``.
+        max_len: most tokens of prompt and output together.
+        arrival_time: seconds of `time.monotonic`.
+
+    Attributes:
+        first_scheduled_time, num_cached_tokens, num_preemptions: set by the engine; see `RequestMetrics`.
+        error: why the request failed, or None.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt: ProcessedPrompt,
+        params: SamplingParams,
+        tokenizer: Tokenizer,
+        eos_token_ids: frozenset[int],
+        max_len: int,
+        arrival_time: float,
+    ) -> None:
+        self.request_id = request_id
+        self.prompt = prompt
+        self.params = params
+        self.first_scheduled_time: float | None = None
+        self.num_cached_tokens = 0
+        self.num_preemptions = 0
+        self.error: RequestError | None = None
+        self._arrival_time = arrival_time
+        self._first_token_time: float | None = None
+        self._finished_time: float | None = None
+        self._prompt_ids = list(prompt.token_ids)
+        self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+        self._eos_ids = frozenset() if params.ignore_eos else eos_token_ids
+        self._stop_ids = frozenset(params.stop_token_ids or ())
+        self._stop_strings = StopStrings(params.stop_strings) if params.stop_strings else None
+        room = max_len - len(self._prompt_ids)
+        self._max_tokens = room if params.max_tokens is None else min(room, params.max_tokens)
+        self._samples = [
+            _Sample(
+                Detokenizer(tokenizer, prompt.token_ids, params.skip_special_tokens),
+                params.logprobs is not None,
+            )
+            for _ in range(params.n)
+        ]
+        self._num_growing = params.n
+        self._token_texts: dict[int, str] = {}
+
+    @property
+    def finished(self) -> bool:
+        """Whether all samples have ended."""
+        return self._num_growing == 0
+
+    def append(self, index: int, token: SampledToken) -> FinishReason | None:
+        """Take sample ``index``'s next token.
+
+        Returns:
+            Why the sample ends with it, or None if it goes on.
+        """
+        sample = self._samples[index]
+        assert sample.finish_reason is None, "no token after the end"
+        if self._first_token_time is None:
+            self._first_token_time = time.monotonic()
+        params = self.params
+        token_id = token.token_id
+        sample.snapshot = None
+        sample.token_ids.append(token_id)
+        num_tokens = len(sample.token_ids)
+        if sample.logprobs is not None:
+            assert token.logprob is not None, "logprobs were asked for"
+            sample.logprobs.append(self._describe(token))
+            sample.cumulative_logprob += token.logprob
+
+        reason: FinishReason | None = None
+        is_eos = token_id in self._eos_ids
+        if (is_eos or token_id in self._stop_ids) and num_tokens >= params.min_tokens:
+            reason = "stop"
+            sample.stop_reason = None if is_eos else token_id
+        elif num_tokens >= self._max_tokens:
+            reason = "length"
+        if reason != "stop" or params.include_stop_str_in_output:
+            piece = sample.detokenizer.push(token_id)
+            if piece:
+                num_old = len(sample.text)
+                sample.text += piece
+                if self._stop_strings is not None and reason != "stop" and num_tokens > params.min_tokens:
+                    found = self._stop_strings.find(sample.text, num_old)
+                    if found is not None:
+                        start, string = found
+                        end = start + len(string) if params.include_stop_str_in_output else start
+                        sample.text = sample.text[:end]
+                        sample.detokenizer.flush()  # what comes behind the stop string is not output
+                        sample.stop_reason = string
+                        reason = "stop"
+        if reason is not None:
+            self._end(sample, reason)
+        elif self._stop_strings is None:
+            sample.num_visible = len(sample.text)
+        else:
+            pending = self._stop_strings.num_pending(sample.text)
+            sample.num_visible = max(sample.num_visible, len(sample.text) - pending)
+        return reason
+
+    def finish(self, index: int, reason: FinishReason) -> None:
+        """End sample ``index`` from outside (an abort). Nothing happens if it has ended already."""
+        sample = self._samples[index]
+        if sample.finish_reason is None:
+            self._end(sample, reason)
+
+    def fail(self, error: RequestError) -> None:
+        """End all samples that still grow: the request cannot be served."""
+        self.error = error
+        for index in range(len(self._samples)):
+            self.finish(index, "error")
+
+    def set_prompt_logprobs(self, tokens: Sequence[SampledToken]) -> None:
+        """Take the log-probabilities of all prompt tokens but the first."""
+        assert len(tokens) == len(self._prompt_ids) - 1, "one entry per predicted prompt token"
+        self._prompt_logprobs = [None, *map(self._describe, tokens)]
+
+    def output(self) -> RequestOutput:
+        """Everything so far. Costs what changed, not what is there."""
+        return RequestOutput(
+            self.request_id,
+            self.prompt.text,
+            self._prompt_ids,
+            self._prompt_logprobs,
+            [sample.output(index) for index, sample in enumerate(self._samples)],
+            self._num_growing == 0,
+            RequestMetrics(
+                self._arrival_time,
+                self.first_scheduled_time,
+                self._first_token_time,
+                self._finished_time,
+                self.num_cached_tokens,
+                self.num_preemptions,
+            ),
+            self.error,
+        )
+
+    def _end(self, sample: _Sample, reason: FinishReason) -> None:
+        sample.text += sample.detokenizer.flush()
+        sample.num_visible = len(sample.text)
+        sample.finish_reason = reason
+        sample.snapshot = None
+        self._num_growing -= 1
+        if self._num_growing == 0:
+            self._finished_time = time.monotonic()
+
+    def _describe(self, token: SampledToken) -> dict[int, Logprob]:
+        """The chosen token first, then the best ones."""
+        assert token.logprob is not None, "logprobs were asked for"
+        entries = {token.token_id: Logprob(token.logprob, token.rank, self._text_of(token.token_id))}
+        for rank, (token_id, logprob) in enumerate(token.top, start=1):
+            if token_id not in entries:
+                entries[token_id] = Logprob(logprob, rank, self._text_of(token_id))
+        return entries
+
+    def _text_of(self, token_id: int) -> str:
+        text = self._token_texts.get(token_id)
+        if text is None:
+            text = self._samples[0].detokenizer.token_text(token_id)
+            self._token_texts[token_id] = text
+        return text
+
+
+class PoolingState:
+    """An embedding request on its way.
+
+    Attributes:
+        first_scheduled_time, num_cached_tokens, num_preemptions: set by the engine.
+        error: why the request failed, or None.
+    """
+
+    def __init__(self, request_id: str, prompt: ProcessedPrompt, arrival_time: float) -> None:
+        self.request_id = request_id
+        self.prompt = prompt
+        self.first_scheduled_time: float | None = None
+        self.num_cached_tokens = 0
+        self.num_preemptions = 0
+        self.error: RequestError | None = None
+        self._arrival_time = arrival_time
+        self._finished_time: float | None = None
+        self._output: EmbeddingOutput | None = None
+
+    def complete(self, embedding: Tensor) -> None:
+        """Take the embedding."""
+        self._output = EmbeddingOutput(embedding)
+        self._finished_time = time.monotonic()
+
+    def fail(self, error: RequestError) -> None:
+        """The request cannot be served."""
+        self.error = error
+        self._finished_time = time.monotonic()
+
+    def finish(self, index: int, reason: str) -> None:
+        """End without an embedding (an abort)."""
+        self._finished_time = time.monotonic()
+
+    def output(self) -> PoolingRequestOutput:
+        """What there is."""
+        metrics = RequestMetrics(
+            arrival_time=self._arrival_time,
+            first_scheduled_time=self.first_scheduled_time,
+            first_token_time=self._finished_time,
+            finished_time=self._finished_time,
+            num_cached_tokens=self.num_cached_tokens,
+            num_preemptions=self.num_preemptions,
+        )
+        ids = list(self.prompt.token_ids)
+        finished = self._finished_time is not None
+        return PoolingRequestOutput(
+            self.request_id, self.prompt.text, ids, self._output, finished, metrics, self.error
+        )

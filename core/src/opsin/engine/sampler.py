@@ -1,0 +1,449 @@
+"""Logits to token ids, as vLLM does it, reproducible per request whatever else is in the batch.
+
+Order of operations on one row: log-probabilities are taken from the raw logits; then logit bias, the mask of
+ending tokens before ``min_tokens``, penalties, temperature, min_p, top_k, top_p, and the draw.
+
+Cuts and draws look at a row's best few candidates first and at the whole vocabulary only when the
+candidates cannot decide; the result is the same, see docs/decisions/0030-sampling.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from opsin.api import TopK
+from opsin.config import SamplingParams
+from opsin.engine.sequence import SampledToken, Sequence
+from opsin.errors import RequestError
+from opsin.kernels import top_k as reference_top_k
+
+CANDIDATES = 128
+"""How many of a row's best logits are looked at first; a row they cannot decide looks at 16 times more."""
+
+MIN_TEMPERATURE = 1e-6
+"""Below this, float32 logits cannot tell a temperature from 0."""
+
+PROMPT_SLICE_ELEMENTS = 2**22
+"""Most float32 elements of prompt logits worked on at once (16 MiB)."""
+
+SUM_SLICE_ELEMENTS = 2**18
+"""Most float32 elements whose weights are summed at once (1 MiB): they stay within a processor's cache."""
+
+
+def make_generator(seed: int) -> torch.Generator:
+    """A sequence's own random source, on the CPU. Any 64-bit integer will do, negative ones too."""
+    low, high = seed % 2**32, (seed >> 32) % 2**32
+    # torch's CPU generator looks at 32 bits only: fold the upper half in, or -1 and 2**32 - 1 are one seed.
+    return torch.Generator().manual_seed((low + high * 0x9E3779B9) % 2**32)
+
+
+def sample(
+    logits: Tensor, sequences: SequenceOf[Sequence], top_k: TopK = reference_top_k
+) -> list[SampledToken | RequestError]:
+    """Choose the next token of every sequence.
+
+    A row depends on its own logits, sequence and generator only. `logits` is left as it is.
+
+    Args:
+        logits: (B, V), any floating dtype, any device; worked on in float32.
+        sequences: B of them; row i belongs to ``sequences[i]``. Those that are not greedy have a generator.
+        top_k: searches rows.
+
+    Returns:
+        One entry per row: the token, or the error that ends this row's request and no other (logits that
+        are NaN or infinite, a ``logit_bias`` outside the vocabulary).
+    """
+    assert logits.shape[0] == len(sequences), "one row per sequence"
+    all_rules = [seq.sampler_state or _start(seq, logits) for seq in sequences]
+    if all(rules.plain for rules in all_rules):
+        return [
+            token if isinstance(token, RequestError) else SampledToken(token)
+            for token in _best(logits, top_k)
+        ]
+
+    chosen: list[int | RequestError] = [0] * len(sequences)
+    argmax_rows: list[int] = []
+    other_rows: list[int] = []
+    for row, (rules, seq) in enumerate(zip(all_rules, sequences)):
+        if rules.error is not None:
+            chosen[row] = rules.error
+        elif rules.params.greedy and not rules.adjusts(seq):
+            argmax_rows.append(row)
+        else:
+            other_rows.append(row)
+    if argmax_rows:
+        for row, token in zip(argmax_rows, _best(_take_rows(logits, argmax_rows), top_k)):
+            chosen[row] = token
+    if other_rows:
+        work = logits[other_rows].float()
+        failed: dict[int, RequestError] = {}
+        for index, row in enumerate(other_rows):
+            try:
+                all_rules[row].adjust(work[index], sequences[row])
+            except RequestError as problem:
+                failed[row] = problem
+        _choose_adjusted(work, other_rows, sequences, chosen, top_k)
+        for row, error in failed.items():
+            chosen[row] = error
+    return _with_logprobs(logits, chosen, all_rules, top_k)
+
+
+def prompt_logprobs(
+    logits: Tensor, next_ids: SequenceOf[int], k: int, top_k: TopK = reference_top_k
+) -> list[SampledToken]:
+    """Log-probabilities of the tokens that really came next.
+
+    Args:
+        logits: (T, V), any floating dtype.
+        next_ids: for each row the token that follows it.
+        k: how many best tokens to report besides it.
+        top_k: searches rows.
+
+    Returns:
+        T entries with logprob, rank and top filled in from the raw distribution.
+
+    Raises:
+        RequestError: the logits are NaN or infinite.
+    """
+    rows = max(1, PROMPT_SLICE_ELEMENTS // logits.shape[1])
+    found: list[SampledToken] = []
+    for start in range(0, len(next_ids), rows):
+        ids = list(next_ids[start : start + rows])
+        found += _describe(logits[start : start + len(ids)], ids, [k] * len(ids), top_k)
+    for token in found:
+        if token.logprob is None or math.isnan(token.logprob):
+            raise _not_finite(math.nan)
+    return found
+
+
+# --------------------------------------------------------------------------------------------------
+# What a sequence asks for, prepared once and kept in `Sequence.sampler_state`
+# --------------------------------------------------------------------------------------------------
+
+
+class _TokenCounts:
+    """Tokens a sequence has seen, kept as arrays so that a step costs its new tokens only.
+
+    Attributes:
+        ids: distinct token ids, int64; the first `num_ids` entries are in use.
+        counts: how often each was generated (0: it was only in the prompt), float32.
+    """
+
+    def __init__(self, prompt_ids: SequenceOf[int]) -> None:
+        known = sorted(set(prompt_ids))
+        self.num_ids = len(known)
+        self.num_counted = 0
+        self.ids: NDArray[np.int64] = np.zeros(max(64, 2 * len(known)), dtype=np.int64)
+        self.ids[: len(known)] = known
+        self.counts: NDArray[np.float32] = np.zeros(len(self.ids), dtype=np.float32)
+        self._slots = {token: slot for slot, token in enumerate(known)}
+
+    def catch_up(self, seq: Sequence) -> None:
+        """Count the tokens generated since the last call."""
+        for token in seq.token_ids[seq.num_prompt + self.num_counted :]:
+            slot = self._slots.setdefault(token, self.num_ids)
+            if slot == self.num_ids:
+                if slot == len(self.ids):
+                    self.ids = np.concatenate((self.ids, np.zeros_like(self.ids)))
+                    self.counts = np.concatenate((self.counts, np.zeros_like(self.counts)))
+                self.ids[slot] = token
+                self.num_ids += 1
+            self.counts[slot] += 1
+        self.num_counted = seq.num_output
+
+
+@dataclass(slots=True, eq=False)
+class _Rules:
+    """One sequence's sampling settings, ready to apply.
+
+    Attributes:
+        params: the settings.
+        plain: greedy with nothing else asked: the row's best token is the answer.
+        grammar: whether the sequence's tokens are constrained.
+        bias: (token ids, values to add), or None.
+        ending: ids that may not be chosen before ``min_tokens``, or None.
+        counts: tokens to penalise, or None.
+        error: why no token can ever be chosen, or None.
+    """
+
+    params: SamplingParams
+    plain: bool
+    grammar: bool
+    bias: tuple[Tensor, Tensor] | None
+    ending: Tensor | None
+    counts: _TokenCounts | None
+    error: RequestError | None
+
+    def adjusts(self, seq: Sequence) -> bool:
+        """Whether logits change in this step before temperature and cuts."""
+        blocked = self.ending is not None and seq.num_output < self.params.min_tokens
+        return self.grammar or self.bias is not None or self.counts is not None or blocked
+
+    def adjust(self, row: Tensor, seq: Sequence) -> None:
+        """Apply bias, mask and penalties in place. ``row``: float32 (V,)."""
+        if self.bias is not None:
+            ids, values = self.bias
+            row[ids] += values
+        if self.ending is not None and seq.num_output < self.params.min_tokens:
+            row[self.ending] = -math.inf
+        if self.counts is not None:
+            self.counts.catch_up(seq)
+            self._penalise(row, self.counts)
+        if seq.grammar is not None:
+            row[~seq.grammar.allowed(seq.output_ids, len(row)).to(row.device)] = -math.inf
+
+    def _penalise(self, row: Tensor, seen: _TokenCounts) -> None:
+        """Repetition (Keskar et al. 2019, section 4.1), then frequency and presence (OpenAI API)."""
+        params = self.params
+        ids = torch.from_numpy(seen.ids[: seen.num_ids]).to(row.device)
+        counts = torch.from_numpy(seen.counts[: seen.num_ids]).to(row.device)
+        values = row[ids]
+        penalty = params.repetition_penalty
+        if penalty != 1:
+            values = torch.where(values > 0, values / penalty, values * penalty)
+        values -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
+        row[ids] = values
+
+
+def _start(seq: Sequence, logits: Tensor) -> _Rules:
+    """Prepare a sequence's rules at its first token."""
+    params = seq.params
+    vocab, device = logits.shape[1], logits.device
+    bias, error = None, None
+    if params.logit_bias:
+        outside = [token for token in params.logit_bias if not 0 <= token < vocab]
+        if outside:
+            error = RequestError(f"logit_bias has token id {outside[0]}: expected 0 to {vocab - 1}")
+        else:
+            ids = torch.tensor(list(params.logit_bias), device=device)
+            values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
+            bias = ids, values
+    ending = None
+    if params.min_tokens:
+        stops = {*seq.eos_token_ids, *(params.stop_token_ids or ())}
+        ending = torch.tensor(
+            [token for token in stops if 0 <= token < vocab], dtype=torch.int64, device=device
+        )
+    counts = None
+    if params.repetition_penalty != 1:
+        counts = _TokenCounts(seq.prompt.token_ids)
+    elif params.presence_penalty or params.frequency_penalty:
+        counts = _TokenCounts(())
+    extras = (bias, ending, counts, error, params.logprobs)
+    grammar = seq.grammar is not None
+    plain = params.greedy and not grammar and all(extra is None for extra in extras)
+    rules = _Rules(
+        params=params, plain=plain, grammar=grammar, bias=bias, ending=ending, counts=counts, error=error
+    )
+    seq.sampler_state = rules
+    return rules
+
+
+# --------------------------------------------------------------------------------------------------
+# Choosing
+# --------------------------------------------------------------------------------------------------
+
+
+def _best(logits: Tensor, top_k: TopK) -> list[int | RequestError]:
+    """Each row's best token, or why there is none."""
+    values, ids = top_k(logits, 1)
+    return [
+        token if math.isfinite(value) else _not_finite(value)
+        for value, token in zip(values[:, 0].tolist(), ids[:, 0].tolist())
+    ]
+
+
+def _choose_adjusted(
+    work: Tensor,
+    rows: SequenceOf[int],
+    sequences: SequenceOf[Sequence],
+    chosen: list[int | RequestError],
+    top_k: TopK,
+) -> None:
+    """Choose for rows that are not plainly greedy. ``work``: adjusted float32 (R, V)."""
+    greedy: list[int] = []
+    by_width: dict[int, list[int]] = {}
+    for index, row in enumerate(rows):
+        params = sequences[row].params
+        if params.greedy:
+            greedy.append(index)
+        else:
+            # A power of two, so that rows with like settings share one call; never the neighbours' width.
+            wanted = max(CANDIDATES, 1 << (params.top_k - 1).bit_length() if params.top_k else 0)
+            by_width.setdefault(min(wanted, work.shape[1]), []).append(index)
+    if greedy:
+        for index, token in zip(greedy, _best(_take_rows(work, greedy), top_k)):
+            chosen[rows[index]] = token
+    for width, indices in by_width.items():
+        seqs = [sequences[rows[index]] for index in indices]
+        for index, token in zip(indices, _draw(_take_rows(work, indices), seqs, width, top_k)):
+            chosen[rows[index]] = token
+
+
+def _draw(
+    logits: Tensor, sequences: SequenceOf[Sequence], width: int, top_k: TopK
+) -> list[int | RequestError]:
+    """Temperature, min_p, top_k, top_p and the draw, from the best ``width`` candidates of each row.
+
+    The draw is a race: the winner is argmax(weight / Exp(1) noise), which picks each token with its
+    probability (the exponential form of Gumbel-max). All tokens beyond the candidates may enter as one
+    runner with their total weight. On the host in float64, since the candidates are few.
+
+    Args:
+        logits: adjusted float32 (R, V).
+        sequences: R of them.
+        width: number of candidates, at most V.
+        top_k: searches rows.
+    """
+    vocab = logits.shape[1]
+    params = [seq.params for seq in sequences]
+    temperatures = _column([max(p.temperature, MIN_TEMPERATURE) for p in params])
+    top_p = _column([p.top_p for p in params])
+    best_values, best_ids = top_k(logits, width)
+    values, ids = best_values.cpu().double().numpy(), best_ids.cpu().numpy()
+    # Every weight is relative to the best token's, which is 1: nothing can overflow. Rows that hold NaN or
+    # infinity give NaN here and are sorted out below.
+    with np.errstate(invalid="ignore"):
+        weights = np.exp((values - values[:, :1]) / temperatures)
+    allowed = weights >= _column([p.min_p for p in params])
+    allowed &= np.arange(width) < _column([p.top_k or vocab for p in params])
+    weights *= allowed
+    sums = weights.sum(-1, keepdims=True)
+    # A row is complete if no token beyond the candidates is allowed; others need the weight of the rest.
+    complete = ~allowed[:, -1:] | np.array([[0 < p.top_k <= width or width == vocab] for p in params])
+    totals = sums if complete.all() else _total_weights(logits, best_values[:, :1], temperatures)
+    mass = np.where(complete, sums, totals)
+    decided = (top_p == 1) | (sums >= top_p * mass)
+    decided &= np.array([[p.min_p == 0] for p in params])
+    settled = (complete | decided)[:, 0].tolist()
+    before = weights.cumsum(-1) - weights
+    weights *= (before < top_p * mass) | (top_p == 1)
+    rest = np.where(complete | (top_p < 1), 0.0, np.maximum(totals - sums, 0))
+
+    drawn: list[int | RequestError] = [0] * len(params)
+    racing: list[int] = []
+    wider: list[int] = []
+    for index, value in enumerate(values[:, 0].tolist()):
+        if not math.isfinite(value):
+            drawn[index] = _not_finite(value)
+        elif settled[index]:
+            racing.append(index)
+        else:
+            wider.append(index)
+    if racing:
+        noise = torch.empty(len(racing), width + 1, dtype=torch.float64)
+        for row, index in zip(noise, racing):
+            row.exponential_(generator=_generator(sequences[index]))
+        runners = np.concatenate((weights[racing], rest[racing]), axis=1)
+        for index, place in zip(racing, (runners / noise.numpy()).argmax(-1).tolist()):
+            if place < width:
+                drawn[index] = int(ids[index, place])
+            else:
+                drawn[index] = _draw_beyond(logits[index], best_ids[index], sequences[index])
+    if wider:
+        again = _draw(logits[wider], [sequences[index] for index in wider], min(vocab, width * 16), top_k)
+        for index, token in zip(wider, again):
+            drawn[index] = token
+    return drawn
+
+
+def _column(settings: list[float]) -> NDArray[np.float64]:
+    return np.array(settings, dtype=np.float64)[:, None]
+
+
+def _total_weights(logits: Tensor, best: Tensor, temperatures: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Sum over all tokens of exp((logit - best) / temperature): (R, 1)."""
+    divisors = torch.from_numpy(temperatures).float().to(logits.device)  # some devices lack float64
+    rows_at_once = max(1, SUM_SLICE_ELEMENTS // logits.shape[1])
+    sums = [
+        (rows - tops).div_(heat).exp_().sum(-1, keepdim=True)
+        for rows, tops, heat in zip(*(part.split(rows_at_once) for part in (logits, best, divisors)))
+    ]
+    return torch.cat(sums).cpu().double().numpy()
+
+
+def _draw_beyond(logits: Tensor, candidates: Tensor, seq: Sequence) -> int:
+    """Draw among all tokens that are not candidates, by inversion of the cumulative distribution.
+
+    Args:
+        logits: adjusted float32 (V,).
+        candidates: int64 ids, best first.
+        seq: an uncut row: no top_k, top_p or min_p.
+    """
+    row, candidates = logits.cpu().double(), candidates.cpu()
+    weights = ((row - row[candidates[0]]) / max(seq.params.temperature, MIN_TEMPERATURE)).exp()
+    weights[candidates] = 0
+    cumulative = weights.cumsum(-1)
+    total = float(cumulative[-1])
+    if total == 0:  # the total's rounding had let an empty rest win
+        return int(candidates[0])
+    point = torch.rand(1, dtype=torch.float64, generator=_generator(seq)) * total
+    return min(int(torch.searchsorted(cumulative, point, right=True)), int(weights.nonzero()[-1]))
+
+
+def _generator(seq: Sequence) -> torch.Generator:
+    assert seq.generator is not None, "a sequence that is not greedy has a generator"
+    return seq.generator
+
+
+# --------------------------------------------------------------------------------------------------
+# Log-probabilities
+# --------------------------------------------------------------------------------------------------
+
+
+def _with_logprobs(
+    logits: Tensor, chosen: SequenceOf[int | RequestError], all_rules: SequenceOf[_Rules], top_k: TopK
+) -> list[SampledToken | RequestError]:
+    """Wrap the chosen ids, with log-probabilities for the rows that asked."""
+    tokens = [SampledToken(entry) if isinstance(entry, int) else entry for entry in chosen]
+    rows, ids, sizes = [], [], []
+    for row, (entry, rules) in enumerate(zip(chosen, all_rules)):
+        if isinstance(entry, int) and rules.params.logprobs is not None:
+            rows.append(row)
+            ids.append(entry)
+            sizes.append(rules.params.logprobs)
+    if rows:
+        for row, token in zip(rows, _describe(_take_rows(logits, rows), ids, sizes, top_k)):
+            tokens[row] = token
+    return tokens
+
+
+def _describe(logits: Tensor, ids: list[int], sizes: list[int], top_k: TopK) -> list[SampledToken]:
+    """Log-probability, rank and best tokens for one id per row. ``logits``: raw (R, V)."""
+    wide = logits.float()
+    norm = wide.logsumexp(-1, keepdim=True)
+    picked = wide.gather(1, torch.tensor(ids, device=wide.device).unsqueeze(1))
+    width = min(max([1, *sizes]), wide.shape[1])
+    values, best = top_k(wide, width)
+    ranks = ((values > picked).sum(-1) + 1).tolist()
+    # Every token more probable than one among the best is among the best too; others need a full count.
+    outside = (picked < values[:, -1:]).squeeze(1).nonzero().squeeze(1).tolist()
+    if outside:
+        for row, count in zip(outside, (wide[outside] > picked[outside]).sum(-1).tolist()):
+            ranks[row] = count + 1
+    logprobs = (picked - norm).squeeze(1).tolist()
+    tops = zip(best.tolist(), (values - norm).tolist())
+    return [
+        SampledToken(token, logprob, tuple(zip(top_ids[:size], top_values[:size])), rank)
+        for token, logprob, (top_ids, top_values), size, rank in zip(ids, logprobs, tops, sizes, ranks)
+    ]
+
+
+def _take_rows(logits: Tensor, rows: SequenceOf[int]) -> Tensor:
+    """The given rows, without a copy if they are all."""
+    return logits if len(rows) == logits.shape[0] else logits[list(rows)]
+
+
+def _not_finite(value: float) -> RequestError:
+    what = "NaN" if math.isnan(value) else "infinite"
+    return RequestError(
+        f"the model's logits are {what}: no token can be chosen. float16 may have overflowed (use bfloat16 "
+        "or float32), or the checkpoint or an embedding input is damaged"
+    )

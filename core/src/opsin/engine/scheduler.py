@@ -1,0 +1,325 @@
+"""Waiting and running sequences + budgets -> the next step; and the step's results -> their state.
+
+There is no prefill phase and no decode phase: every sequence has tokens that are not computed yet, one in
+steady decoding, many after arrival or preemption, and a step computes some of them.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from opsin.api import PlacedMedia
+from opsin.engine.cache import BlockPool, EncoderCache, extend_block_keys
+from opsin.engine.sequence import Sequence, Status
+
+MIN_SHARED_TOKENS = 64
+"""A request waits for a prefix that another one is just computing only if at least this many tokens are
+saved: below, computing them again beside the others costs less than the wait."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The tokens ``start .. start + length`` of one sequence, computed in one step."""
+
+    sequence: Sequence
+    start: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        """Index after the last token."""
+        return self.start + self.length
+
+    @property
+    def samples(self) -> bool:
+        """Whether the chunk reaches the sequence's last token, so that a new one is sampled."""
+        return self.end == self.sequence.num_tokens
+
+    def media(self) -> list[PlacedMedia]:
+        """Media whose tokens are (partly) in the chunk."""
+        return [item for item in self.sequence.media if item.start < self.end and item.end > self.start]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One flat batch.
+
+    Attributes:
+        chunks: in batch order.
+        encode: media to encode first, each once.
+    """
+
+    chunks: tuple[Chunk, ...]
+    encode: tuple[PlacedMedia, ...] = ()
+
+
+@dataclass
+class _Budget:
+    """What is left of one step's limits."""
+
+    tokens: int
+    encoder: int
+    encoding: set[str] = field(default_factory=set)
+
+
+class Scheduler:
+    """Decides what runs next. Owns all sequences, the KV blocks and the encoder cache's pins."""
+
+    def __init__(
+        self,
+        *,
+        blocks: BlockPool,
+        encoder_cache: EncoderCache,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_encoder_tokens: int,
+        embed_bytes: int,
+        prefix_caching: bool = True,
+        root_key: bytes = b"",
+    ) -> None:
+        """``embed_bytes`` is the size of one media embedding; ``root_key`` identifies the model."""
+        self.blocks = blocks
+        self.encoder_cache = encoder_cache
+        self.waiting: list[Sequence] = []
+        """The next one first: by priority, then by arrival."""
+        self.running: list[Sequence] = []
+        """By priority, then by admission: the last one is the first to be pushed out."""
+        self.num_preemptions = 0
+        self.num_restarts = 0
+        self._block_size = block_size
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_encoder_tokens = max_encoder_tokens
+        self._embed_bytes = embed_bytes
+        self._prefix_caching = prefix_caching
+        self._root_key = root_key
+        self._in_flight: dict[bytes, int] = {}  # block key -> id of the running sequence computing it
+
+    # ---- arrival and departure ----------------------------------------------------------------
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence."""
+        insort(self.waiting, sequence, key=_turn)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, finished or not, and give back all it holds."""
+        if sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+            self._release(sequence)
+        elif sequence.status is Status.WAITING:
+            self.waiting.remove(sequence)
+        sequence.status = Status.FINISHED
+
+    def has_unfinished(self) -> bool:
+        """Whether anything waits or runs."""
+        return bool(self.waiting or self.running)
+
+    # ---- a step -------------------------------------------------------------------------------
+
+    def schedule(self) -> Step:
+        """The next step; empty only if nothing is unfinished."""
+        budget = _Budget(self._max_num_batched_tokens, self._max_encoder_tokens)
+        chunks, preempted = self._continue_running(budget)
+        if not preempted:
+            chunks += self._admit_waiting(budget)
+        encode = {
+            item.key: item
+            for chunk in chunks
+            for item in chunk.media()
+            if item.mapped.embeds is None and self.encoder_cache.get(item.key) is None
+        }
+        return Step(chunks=tuple(chunks), encode=tuple(encode.values()))
+
+    def commit(self, step: Step, sampled: Mapping[int, int]) -> None:
+        """Record that a step is done. ``sampled`` maps sequence ids to new tokens.
+
+        Sequences that were removed in the meantime are passed over.
+        """
+        for chunk in step.chunks:
+            sequence = chunk.sequence
+            if sequence.status is not Status.RUNNING:
+                continue
+            sequence.num_computed = chunk.end
+            self._publish_blocks(sequence, chunk)
+            passed = [item.key for item in sequence.media if item.end <= chunk.end]
+            self.encoder_cache.release(sequence.seq_id, passed)
+            token = sampled.get(sequence.seq_id)
+            if token is not None:
+                variant = sequence.variant
+                sequence.token_ids.append(token)
+                if sequence.variant != variant:
+                    self._restart(sequence)
+
+    # ---- parts of schedule --------------------------------------------------------------------
+
+    def _continue_running(self, budget: _Budget) -> tuple[list[Chunk], bool]:
+        chunks: list[Chunk] = []
+        preempted = False
+        index = 0
+        while index < len(self.running) and budget.tokens > 0:
+            sequence = self.running[index]
+            length = self._chunk_length(sequence, budget)
+            if length == 0:  # its next picture has to wait for room among the encoder's outputs
+                index += 1
+                continue
+            while not self._grow(sequence, sequence.num_computed + length):
+                victim = self.running[-1]
+                self._preempt(victim)
+                preempted = True
+                if victim is sequence:
+                    break
+            else:
+                chunks.append(self._chunk(sequence, length, budget))
+                index += 1
+        return chunks, preempted
+
+    def _admit_waiting(self, budget: _Budget) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        for sequence in list(self.waiting):
+            if budget.tokens <= 0 or len(self.running) >= self._max_num_seqs:
+                break
+            cached = self._cached_blocks(sequence)
+            if cached is None:
+                continue  # a running sequence is computing its prefix
+            self.blocks.take(cached)
+            sequence.block_ids = list(cached)
+            sequence.num_computed = len(cached) * self._block_size
+            length = self._chunk_length(sequence, budget)
+            # Room for all that is known of it, not only for this chunk: admitting a sequence that will
+            # soon push another one out is work for nothing.
+            missing = self._blocks_for(sequence.num_tokens) - len(cached)
+            fits = missing <= self.blocks.num_free or not self.running
+            if length == 0 or not fits or not self._grow(sequence, sequence.num_computed + length):
+                self._release(sequence)
+                break
+            self.waiting.remove(sequence)
+            insort(self.running, sequence, key=lambda other: other.priority)
+            sequence.status = Status.RUNNING
+            sequence.num_cached = sequence.num_computed
+            self.blocks.queries += (sequence.num_tokens - 1) // self._block_size
+            self.blocks.hits += len(cached)
+            self._announce(sequence)
+            chunks.append(self._chunk(sequence, length, budget))
+        return chunks
+
+    def _chunk(self, sequence: Sequence, length: int, budget: _Budget) -> Chunk:
+        chunk = Chunk(sequence, sequence.num_computed, length)
+        budget.tokens -= length
+        for item in chunk.media():
+            if self._to_encode(item, budget):
+                budget.encoder -= item.mapped.num_embeds
+                budget.encoding.add(item.key)
+        return chunk
+
+    def _chunk_length(self, sequence: Sequence, budget: _Budget) -> int:
+        """How many tokens the budgets allow; stops before media whose embeddings cannot be had now."""
+        length = min(sequence.num_remaining, budget.tokens)
+        encoder = budget.encoder
+        for item in Chunk(sequence, sequence.num_computed, length).media():
+            if item.mapped.embeds is not None:
+                continue
+            cost = item.mapped.num_embeds if self._to_encode(item, budget) else 0
+            affordable = cost <= encoder or (encoder == self._max_encoder_tokens)
+            if not affordable or not self.encoder_cache.reserve(
+                item.key, item.mapped.num_embeds * self._embed_bytes, sequence.seq_id
+            ):
+                return max(0, item.start - sequence.num_computed)
+            encoder -= cost
+        return length
+
+    def _to_encode(self, item: PlacedMedia, budget: _Budget) -> bool:
+        return (
+            item.mapped.embeds is None
+            and self.encoder_cache.get(item.key) is None
+            and item.key not in budget.encoding
+        )
+
+    # ---- blocks -------------------------------------------------------------------------------
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size)
+
+    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        missing = self._blocks_for(num_tokens) - len(sequence.block_ids)
+        if missing <= 0:
+            return True
+        blocks = self.blocks.allocate(missing)
+        if blocks is None:
+            return False
+        sequence.block_ids.extend(blocks)
+        return True
+
+    def _cached_blocks(self, sequence: Sequence) -> list[int] | None:
+        """Cached blocks of the sequence's prefix; None if waiting for a running sequence pays."""
+        if not self._prefix_caching or _needs_whole_prompt(sequence):
+            return []
+        # The last token is always computed: its logits are what the sequence came for.
+        usable = (sequence.num_tokens - 1) // self._block_size
+        keys = extend_block_keys(sequence, self._block_size, self._root_key)[:usable]
+        found = self.blocks.find(keys)
+        coming = 0
+        for key in keys[len(found) :]:
+            if key not in self._in_flight:
+                break
+            coming += 1
+        if coming * self._block_size >= MIN_SHARED_TOKENS:
+            return None
+        return found
+
+    def _announce(self, sequence: Sequence) -> None:
+        if self._prefix_caching:
+            first = sequence.num_computed // self._block_size
+            for key in extend_block_keys(sequence, self._block_size, self._root_key)[first:]:
+                self._in_flight.setdefault(key, sequence.seq_id)
+
+    def _publish_blocks(self, sequence: Sequence, chunk: Chunk) -> None:
+        if not self._prefix_caching:
+            return
+        keys = extend_block_keys(sequence, self._block_size, self._root_key)
+        for index in range(chunk.start // self._block_size, chunk.end // self._block_size):
+            self.blocks.register(sequence.block_ids[index], keys[index])
+            self._withdraw(sequence, keys[index])
+
+    def _withdraw(self, sequence: Sequence, key: bytes) -> None:
+        if self._in_flight.get(key) == sequence.seq_id:
+            del self._in_flight[key]
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Give back everything; the sequence is computed again, from the prefix cache where it can be."""
+        self._send_back(sequence)
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+
+    def _restart(self, sequence: Sequence) -> None:
+        """Compute a sequence again that has outgrown its variant: none of its keys and values hold."""
+        self._send_back(sequence)
+        sequence.block_keys.clear()
+        self.num_restarts += 1
+
+    def _send_back(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._release(sequence)
+        sequence.status = Status.WAITING
+        insort(self.waiting, sequence, key=_turn)
+
+    def _release(self, sequence: Sequence) -> None:
+        self.blocks.release(sequence.block_ids)
+        sequence.block_ids = []
+        sequence.num_computed = 0
+        for key in sequence.block_keys:
+            self._withdraw(sequence, key)
+        self.encoder_cache.release(sequence.seq_id, [item.key for item in sequence.media])
+
+
+def _turn(sequence: Sequence) -> tuple[int, int]:
+    return sequence.priority, sequence.seq_id
+
+
+def _needs_whole_prompt(sequence: Sequence) -> bool:
+    """A cached prefix has keys and values but no hidden states; who asks for those computes it again."""
+    if sequence.pooling is not None:
+        return sequence.pooling.type != "last"
+    return sequence.params.prompt_logprobs is not None and sequence.index == 0

@@ -1,0 +1,112 @@
+"""What was asked for, made definite against device and checkpoint: dtype, blocks of KV cache, context."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from opsin.api import Capabilities
+from opsin.config import EngineConfig
+from opsin.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """What was asked for, made definite against device and checkpoint. See `resolve`."""
+
+    config: EngineConfig
+    dtype: str
+    block_size: int
+    num_blocks: int
+    max_model_len: int
+    explanation: str
+
+
+KV_SHARE = 0.3
+"""Share of free device memory taken for the KV cache by default: weights are already loaded when it is
+measured, the rest stays for activations, caches and everything else on a shared host."""
+
+KV_DEFAULT_CEILING = 4 * 2**30
+"""Without ``kv_cache_memory`` a host is not asked for more than this."""
+
+
+def resolve_dtype(requested: str, checkpoint: str, capabilities: Capabilities) -> str:
+    """The dtype to run in.
+
+    Raises:
+        ConfigError: the device does not support what was asked for; the message says what to pass.
+    """
+    dtype = capabilities.dtype_for.get(checkpoint, checkpoint) if requested == "auto" else requested
+    if dtype not in capabilities.dtypes:
+        advice = capabilities.advice.get(dtype, f"pass one of {', '.join(capabilities.dtypes)}")
+        raise ConfigError(f"dtype {dtype} is not supported by this device: {advice}")
+    return dtype
+
+
+def resolve(
+    config: EngineConfig,
+    capabilities: Capabilities,
+    *,
+    dtype: str,
+    model_max_len: int,
+    kv_bytes_per_token: int,
+    kv_row_elements: int,
+    free_bytes: int,
+) -> Resolved:
+    """Fix the sizes of a running engine. Pure: equal arguments give equal results.
+
+    Args:
+        config: what the user asked for.
+        capabilities: what the device can do.
+        dtype: the run dtype.
+        model_max_len: longest context of the model.
+        kv_bytes_per_token: of all layers.
+        kv_row_elements: elements of one token's keys in one layer.
+        free_bytes: device memory, after the weights were loaded.
+
+    Raises:
+        ConfigError: the context asked for is longer than the model's, or the memory holds no block.
+    """
+    asked = config.max_model_len
+    if asked is not None and asked > model_max_len:
+        raise ConfigError(
+            f"max_model_len={asked} is more than the {model_max_len} tokens this model was made for; "
+            f"pass at most {model_max_len}"
+        )
+    wanted_len = asked or model_max_len
+    size = capabilities.kv_block_size
+    budget = config.kv_cache_memory
+    if budget is None:
+        share = capabilities.kv_memory_share
+        budget = (
+            min(int(free_bytes * KV_SHARE), KV_DEFAULT_CEILING) if share is None else int(free_bytes * share)
+        )
+        # More than every sequence at full length can never be used.
+        budget = min(budget, (config.max_num_seqs * (wanted_len + size)) * kv_bytes_per_token)
+    num_blocks = budget // (kv_bytes_per_token * size)
+    if num_blocks < 1:
+        raise ConfigError(
+            f"kv_cache_memory={budget} bytes hold no block of {size} tokens "
+            f"({kv_bytes_per_token * size} bytes); pass more"
+        )
+    if capabilities.max_tensor_elements is not None:
+        num_blocks = min(num_blocks, capabilities.max_tensor_elements // (kv_row_elements * size))
+    capacity = num_blocks * size
+    max_len = min(wanted_len, capacity)
+    if asked is not None and max_len < asked:
+        raise ConfigError(
+            f"max_model_len={asked} needs {asked * kv_bytes_per_token} bytes of KV cache, "
+            f"{budget} are given; pass max_model_len={max_len} or a larger kv_cache_memory"
+        )
+    explanation = (
+        f"KV cache: {num_blocks} blocks x {size} tokens x {kv_bytes_per_token} B = "
+        f"{num_blocks * size * kv_bytes_per_token / 2**20:.0f} MiB = {capacity} tokens; "
+        f"context {max_len} tokens, {capacity / max_len:.1f} full-length sequences at once"
+    )
+    return Resolved(
+        config=replace(config),
+        dtype=dtype,
+        block_size=size,
+        num_blocks=num_blocks,
+        max_model_len=max_len,
+        explanation=explanation,
+    )

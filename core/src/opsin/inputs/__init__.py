@@ -1,0 +1,1 @@
+"""What a user writes -> what the engine computes: conversations, media, placeholders, prompts. Usable from any thread."""

@@ -1,0 +1,136 @@
+"""What stands between a user's words and the engine, built for one checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from opsin.api import InputContext, ModelSpec, Tokenizer
+from opsin.checkpoint.files import Checkpoint
+from opsin.checkpoint.hub import locate
+from opsin.checkpoint.tokenizer import ChatTokenizer, load_tokenizer
+from opsin.config import EngineConfig, MediaLimits
+from opsin.errors import CheckpointError
+from opsin.inputs.chat import ChatRenderer
+from opsin.inputs.grammar import GrammarCompiler
+from opsin.inputs.processor import PromptProcessor
+from opsin.inputs.template import resolve_chat_template
+from opsin.plugins import Plugins
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frontend:
+    """The parts, all of them usable from any thread.
+
+    Attributes:
+        tokenizer: the checkpoint's, or the one asked for.
+        processor: prompts -> `ProcessedPrompt`.
+        renderer: conversations -> prompts.
+        eos_token_ids: ids that end a text.
+        grammars: constraints on the output.
+    """
+
+    tokenizer: ChatTokenizer
+    processor: PromptProcessor
+    renderer: ChatRenderer
+    eos_token_ids: frozenset[int]
+    grammars: GrammarCompiler
+
+
+def build_frontend(
+    config: EngineConfig,
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    plugins: Plugins,
+    *,
+    max_model_len: int,
+    vocab_size: int,
+    hidden_size: int,
+) -> Frontend:
+    """Build the parts from the family's specs and the checkpoint's files.
+
+    Raises:
+        CheckpointError: the family cannot follow the checkpoint's settings, or its tokenizer is unreadable.
+        ConfigError: a limit or an option is unknown to the family.
+    """
+    tokenizer = load_tokenizer(locate(config.tokenizer) if config.tokenizer else checkpoint.path)
+    architecture = checkpoint.architecture
+    context = InputContext(
+        config=checkpoint.config,
+        preprocessor=checkpoint.preprocessor,
+        tokenizer=tokenizer,
+        options=config.mm_processor_kwargs,
+    )
+    try:
+        mappers = {
+            modality: mapper
+            for modality, spec in plugins.input_mappers(architecture).items()
+            if (mapper := spec.build(context)) is not None
+        }
+        placeholders = {
+            modality: placeholder
+            for modality, spec in plugins.placeholders(architecture).items()
+            if (placeholder := spec.build(context)) is not None
+        }
+    except ValueError as error:  # settings the family cannot follow
+        raise CheckpointError(f"the settings in {checkpoint.path}: {error}") from error
+    media_limits = MediaLimits(
+        max_bytes=config.max_media_bytes,
+        max_pixels=config.max_image_pixels,
+        max_frames=config.max_video_frames,
+        max_video_pixels=config.max_video_pixels,
+        sampled_frames=config.sampled_video_frames,
+    )
+    processor = PromptProcessor(
+        model_spec=spec,
+        mappers=mappers,
+        placeholders=placeholders,
+        tokenizer=tokenizer,
+        config=checkpoint.config,
+        limits=config.limit_mm_per_prompt,
+        options=config.mm_processor_kwargs,
+        max_model_len=max_model_len,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        media_limits=media_limits,
+        media_cache_bytes=config.media_cache_memory,
+    )
+    content_format = config.chat_template_content_format
+    renderer = ChatRenderer(
+        tokenizer=tokenizer,
+        chat_template=resolve_chat_template(
+            config.chat_template,
+            own=checkpoint.chat_template,
+            default=_default_chat_template(spec, checkpoint.config),
+        ),
+        placeholders=placeholders,
+        content_format=None if content_format == "auto" else content_format,
+        limits=processor.limits,
+        media_limits=media_limits,
+        local_files=config.local_media,
+    )
+    eos = _eos_token_ids(checkpoint, spec, tokenizer)
+    return Frontend(
+        tokenizer=tokenizer,
+        processor=processor,
+        renderer=renderer,
+        eos_token_ids=eos,
+        grammars=GrammarCompiler(tokenizer, vocab_size, sorted(eos)),
+    )
+
+
+def _default_chat_template(spec: ModelSpec, config: Mapping[str, Any]) -> str | None:
+    template = spec.default_chat_template
+    return template(config) if callable(template) else template
+
+
+def _eos_token_ids(checkpoint: Checkpoint, spec: ModelSpec, tokenizer: Tokenizer) -> frozenset[int]:
+    """Ids that end a text: the checkpoint's, and the family's so far as the tokenizer has them."""
+    ids = set(checkpoint.eos_token_ids)
+    for text in spec.stop_tokens:
+        token = tokenizer.convert_tokens_to_ids(text)
+        # A text that is no token is given the id of the unknown one, or None.
+        if token is not None and tokenizer.decode([token], skip_special_tokens=False) == text:
+            ids.add(token)
+    return frozenset(ids)

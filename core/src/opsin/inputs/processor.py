@@ -1,0 +1,311 @@
+"""A prompt as the user wrote it -> `ProcessedPrompt`: media mapped, placeholders expanded, positions set."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from itertools import chain
+from typing import Any
+
+import torch
+
+from opsin.api import (
+    Expansion,
+    InputMapper,
+    MappedMedia,
+    MediaItem,
+    Modality,
+    ModelSpec,
+    PlacedMedia,
+    Placeholder,
+    ProcessedPrompt,
+    Tokenizer,
+)
+from opsin.config import MediaLimits
+from opsin.errors import ConfigError, MediaError, PromptTooLongError, RequestError, require_known
+from opsin.inputs.cache import ByteLRU
+from opsin.inputs.media import Fetch, embeds_item, errors_at, image_item, video_item
+from opsin.inputs.placeholders import Marker, PlaceholderFinder
+from opsin.inputs.prompt import ParsedPrompt, parse_prompt
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""Text; token ids; or a dict with ``prompt`` or ``prompt_token_ids``, and optionally ``multi_modal_data``,
+``mm_processor_kwargs`` and ``cache_salt``."""
+
+
+class PromptProcessor:
+    """Turns prompts into `ProcessedPrompt`s. Built once per engine; `process` is thread-safe.
+
+    Attributes:
+        limits: most items of each modality in one prompt; a modality not named is unlimited.
+        modalities: that the model takes beside text.
+        mapped_media: the mapped items kept by content and options, with their hit counters.
+    """
+
+    def __init__(
+        self,
+        *,
+        model_spec: ModelSpec,
+        mappers: Mapping[Modality, InputMapper],
+        placeholders: Mapping[Modality, Placeholder],
+        tokenizer: Tokenizer,
+        config: Mapping[str, Any],
+        max_model_len: int,
+        vocab_size: int,
+        hidden_size: int | None = None,
+        limits: Mapping[Modality, int] | None = None,
+        options: Mapping[str, Any] | None = None,
+        media_limits: MediaLimits | None = None,
+        media_cache_bytes: int = 512 * 2**20,
+        fetch: Fetch | None = None,
+        salt: str = "",
+    ) -> None:
+        """Set up for one model.
+
+        Args:
+            model_spec: gives positions and default limits.
+            mappers, placeholders: of the model, by modality; their keys are the modalities it takes.
+            tokenizer: its tokenizer.
+            config: its config.json.
+            max_model_len: longest prompt plus output.
+            vocab_size: token ids are below it.
+            hidden_size: width that ready-made embeddings must have; None: not checked here.
+            limits: the user's ``limit_mm_per_prompt``, over the family's defaults.
+            options: the user's ``mm_processor_kwargs`` for every prompt.
+            media_limits: caps on the size of one item.
+            media_cache_bytes: host memory for mapped items.
+            fetch: fetches http(s) URLs of media; None: they are refused.
+            salt: goes into every prompt's salt, e.g. the model's revision.
+
+        Raises:
+            ConfigError: a limit or an option has a name this model does not know.
+        """
+        if set(mappers) != set(placeholders):
+            raise ConfigError(
+                f"{model_spec.architecture} has input mappers for {sorted(mappers)} but placeholders for "
+                f"{sorted(placeholders)}; its plugin must register both for each modality"
+            )
+        require_known("limit_mm_per_prompt", limits or {}, mappers, ConfigError)
+        names = [
+            *(m.option_names for m in mappers.values()),
+            *(p.option_names for p in placeholders.values()),
+        ]
+        self._option_names = frozenset(chain.from_iterable(names))
+        require_known("mm_processor_kwargs", options or {}, self._option_names, ConfigError)
+        self.limits: Mapping[Modality, int] = {**model_spec.default_limits, **(limits or {})}
+        self.modalities: Sequence[Modality] = sorted(mappers)
+        self.mapped_media: ByteLRU[MappedMedia] = ByteLRU(media_cache_bytes)
+        self._model_spec = model_spec
+        self._mappers = mappers
+        self._placeholders = placeholders
+        self._finder = PlaceholderFinder(tokenizer, placeholders)
+        self._config = config
+        self._max_model_len = max_model_len
+        self._vocab_size = vocab_size
+        self._hidden_size = hidden_size
+        self._options = dict(options or {})
+        self._media_limits = media_limits or MediaLimits()
+        self._fetch = fetch
+        self._salt = salt
+        self._mapping_now: dict[str, Future[MappedMedia]] = {}
+        self._lock = threading.Lock()
+
+    def process(self, prompt: Prompt, *, min_new_tokens: int = 1) -> ProcessedPrompt:
+        """Process one prompt.
+
+        Args:
+            prompt: see `Prompt`.
+            min_new_tokens: room the context must leave; 0 for an embedding request.
+
+        Raises:
+            RequestError: the prompt is malformed, or its placeholders and media do not match.
+            MediaError: a media item cannot be used, or there are too many.
+            PromptTooLongError: it does not fit into the context once expanded.
+        """
+        parsed = parse_prompt(prompt)
+        require_known("mm_processor_kwargs", parsed.options, self._option_names, RequestError)
+        media = self._media(parsed.media)
+        counts = {modality: len(values) for modality, values in media.items()}
+        check_limits(counts, self.limits)
+
+        options = {**self._options, **parsed.options}
+        parts = self._parts(parsed, counts, options)
+        token_ids, placed = self._expand(parts, media, options)
+        self._check_len(len(token_ids), sum(sum(item.is_embed) for item in placed), min_new_tokens)
+
+        positions = self._model_spec.positions
+        return ProcessedPrompt(
+            token_ids=token_ids,
+            media=placed,
+            positions=positions and positions(self._config, token_ids, placed),
+            text=parsed.text,
+            salt="|".join(filter(None, (self._salt, parsed.salt))),
+        )
+
+    def _media(self, data: Mapping[str, Any]) -> dict[Modality, list[Any]]:
+        """Modality -> one value per item: not decoded yet, so that a count over the limit costs nothing."""
+        require_known("multi_modal_data", data, self._mappers, RequestError)
+        return {modality: list(self._values(modality, value)) for modality, value in data.items()}
+
+    def _values(self, modality: Modality, value: Any) -> Iterable[Any]:
+        if value is None:
+            return []
+        if _is_embeds(value):
+            return self._split_embeds(modality, value)
+        if not isinstance(value, (list, tuple)) or (modality == "video" and _is_frames(value)):
+            return [value]
+        if value and all(isinstance(element, torch.Tensor) and _is_embeds(element) for element in value):
+            return self._split_embeds(modality, value)
+        return chain.from_iterable(
+            self._split_embeds(modality, element) if _is_embeds(element) else [element] for element in value
+        )
+
+    def _split_embeds(self, modality: Modality, value: Any) -> list[MediaItem]:
+        try:
+            return [embeds_item(modality, part) for part in self._mappers[modality].split_embeds(value)]
+        except MediaError:
+            raise
+        except ValueError as error:
+            raise MediaError(str(error)) from None
+
+    def _parts(
+        self, parsed: ParsedPrompt, counts: Mapping[Modality, int], options: Mapping[str, Any]
+    ) -> list[int | Marker]:
+        if parsed.token_ids is None:
+            parts = self._finder.in_text(parsed.text or "", counts, options)
+        else:
+            wrong = next((i for i in parsed.token_ids if not 0 <= i < self._vocab_size), None)
+            if wrong is not None:
+                raise RequestError(
+                    f"token id {wrong} is out of vocabulary; expected 0 to {self._vocab_size - 1}"
+                )
+            parts = self._finder.in_ids(parsed.token_ids, counts)
+        if not parts:
+            raise RequestError("the prompt is empty; expected at least one token")
+        return parts
+
+    def _expand(
+        self,
+        parts: Sequence[int | Marker],
+        media: Mapping[Modality, Sequence[Any]],
+        options: Mapping[str, Any],
+    ) -> tuple[list[int], list[PlacedMedia]]:
+        """Put the expansion of each marker's item in its place."""
+        token_ids: list[int] = []
+        placed: list[PlacedMedia] = []
+        for part in parts:
+            if not isinstance(part, Marker):
+                token_ids.append(part)
+                continue
+            modality, number = part.modality, part.number
+            with errors_at(f"{modality} {number}"):
+                item = self._item(modality, media[modality][number - 1])
+                key, mapped = self._map(item, options)
+                expansion = self._placeholders[modality].expand(mapped, number)
+                self._check_embeds(mapped, expansion)
+            placed.append(
+                PlacedMedia(
+                    modality=modality,
+                    key=key,
+                    mapped=mapped,
+                    start=len(token_ids),
+                    is_embed=expansion.is_embed,
+                )
+            )
+            token_ids += expansion.token_ids
+        return token_ids, placed
+
+    def _item(self, modality: Modality, value: Any) -> MediaItem:
+        if modality == "image":
+            return image_item(value, self._media_limits, fetch=self._fetch)
+        if modality == "video":
+            return video_item(value, self._media_limits, fetch=self._fetch)
+        if isinstance(value, MediaItem) and value.modality == modality:
+            return value
+        raise MediaError(f"got a {type(value).__name__}; expected embeddings or a MediaItem of this modality")
+
+    def _map(self, item: MediaItem, options: Mapping[str, Any]) -> tuple[str, MappedMedia]:
+        """The item's cache key and tensors. Equal items asked for at the same time are mapped once."""
+        mapper = self._mappers[item.modality]
+        mine = {name: value for name, value in sorted(options.items()) if name in mapper.option_names}
+        key = item.digest
+        if mine:
+            key += "-" + hashlib.sha256(repr(mine).encode()).hexdigest()[:16]
+        if item.embeds is not None:  # nothing is saved by keeping what the user already has
+            return key, mapper.map(item, mine)
+        with self._lock:
+            known = self.mapped_media.get(key)
+            if known is not None:
+                return key, known
+            running = self._mapping_now.get(key)
+            if running is None:
+                mine_to_do = self._mapping_now[key] = Future()
+        if running is not None:
+            return key, running.result()
+        try:
+            mapped = mapper.map(item, mine)
+            self.mapped_media.put(key, mapped, sum(tensor.nbytes for tensor in mapped.tensors.values()))
+            mine_to_do.set_result(mapped)
+            return key, mapped
+        except BaseException as error:
+            mine_to_do.set_exception(error)
+            raise
+        finally:
+            del self._mapping_now[key]
+
+    def _check_embeds(self, mapped: MappedMedia, expansion: Expansion) -> None:
+        """An item must have as many embeddings as embed tokens, as wide as the model."""
+        num_rows = mapped.num_embeds
+        if mapped.embeds is not None:
+            shape, hidden = tuple(mapped.embeds.shape), self._hidden_size
+            if len(shape) != 2 or (hidden is not None and shape[1] != hidden):
+                raise MediaError(
+                    f"the embeddings have shape {shape}; expected (tokens, {hidden or 'hidden size'})"
+                )
+            num_rows = shape[0]
+        num_embed_tokens = sum(expansion.is_embed)
+        if not num_rows == mapped.num_embeds == num_embed_tokens:
+            raise MediaError(f"{num_rows} embeddings for {num_embed_tokens} embed tokens; expected as many")
+        if len(expansion.is_embed) != len(expansion.token_ids):
+            raise MediaError(
+                f"the placeholder expands to {len(expansion.token_ids)} tokens but tells of "
+                f"{len(expansion.is_embed)}; the plugin of {self._model_spec.architecture} is at fault"
+            )
+
+    def _check_len(self, num_tokens: int, num_embeds: int, min_new_tokens: int) -> None:
+        if num_tokens + min_new_tokens > self._max_model_len:
+            of_media = f" ({num_embeds} of them for media)" if num_embeds else ""
+            room = f", at least {min_new_tokens} of them for output" if min_new_tokens else ""
+            raise PromptTooLongError(
+                f"the prompt has {num_tokens} tokens{of_media}; the context holds "
+                f"{self._max_model_len}{room}. Shorten the prompt, use smaller or fewer media, or raise "
+                "max_model_len"
+            )
+
+
+def check_limits(counts: Mapping[Modality, int], limits: Mapping[Modality, int]) -> None:
+    """Refuse a prompt with more items than allowed.
+
+    Raises:
+        MediaError: it has; the message names the setting.
+    """
+    for modality, count in counts.items():
+        limit = limits.get(modality)
+        if limit is not None and count > limit:
+            raise MediaError(
+                f"At most {limit} {modality}(s) may be provided in one prompt, got {count}; "
+                f"limit_mm_per_prompt={{{modality!r}: {count}}} would allow it"
+            )
+
+
+def _is_embeds(value: Any) -> bool:
+    return isinstance(value, Mapping) or (isinstance(value, torch.Tensor) and value.is_floating_point())
+
+
+def _is_frames(value: Sequence[Any]) -> bool:
+    """Whether a list is one video, rather than a list of videos: every element is a single picture."""
+    return bool(value) and all(
+        hasattr(frame, "convert") or getattr(frame, "ndim", None) in (2, 3) for frame in value
+    )

@@ -1,0 +1,182 @@
+"""Chat templates: which one, what content it wants, and rendering it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+from jinja2 import ext, nodes
+from jinja2.parser import Parser
+
+from opsin.checkpoint.tokenizer import ChatTokenizer
+from opsin.errors import ConfigError, RequestError
+
+ContentFormat = Literal["openai", "string"]
+
+
+_OPTIONS = frozenset(
+    {"chat_template", "tokenize", "tools", "add_generation_prompt", "continue_final_message"}
+)
+
+
+@dataclass(frozen=True)
+class TemplateTraits:
+    """What a template does with ``message["content"]``.
+
+    Attributes:
+        format: ``"openai"`` if it walks over content parts, ``"string"`` if it wants text.
+        takes_strings: whether a template that walks over parts also tests for plain text.
+    """
+
+    format: ContentFormat
+    takes_strings: bool
+
+
+class ChatTemplate:
+    """A Jinja chat template bound to a tokenizer."""
+
+    def __init__(self, source: str, tokenizer: ChatTokenizer, content_format: ContentFormat | None = None):
+        """Parse the template.
+
+        Args:
+            source: Jinja text.
+            tokenizer: renders it, and provides ``bos_token`` and the like.
+            content_format: None: found out from the template.
+
+        Raises:
+            ConfigError: the template is not valid Jinja.
+        """
+        self.source = source
+        self._tokenizer = tokenizer
+        self.traits = template_traits(source, content_format)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any],
+    ) -> str:
+        """Messages as the template wants them -> prompt text.
+
+        Raises:
+            RequestError: the template refuses these messages.
+        """
+        taken = sorted(_OPTIONS & set(variables))
+        if taken:
+            raise RequestError(
+                f"chat_template_kwargs cannot set {', '.join(taken)}; it is for the template's own"
+            )
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(messages),
+                tools=None if tools is None else list(tools),
+                chat_template=self.source,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tokenize=False,
+                **variables,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise RequestError(f"the chat template refused these messages: {error}") from None
+        except (ArithmeticError, AttributeError, LookupError, RecursionError) as error:
+            # Not what a template says on purpose, so the text would tell a client nothing.
+            raise RequestError(f"the chat template refused these messages: {type(error).__name__}") from None
+        return str(text)
+
+
+def resolve_chat_template(
+    given: str | Path | None, *, own: str | None = None, default: str | None = None
+) -> str | None:
+    """The chat template to use: the first there is of the user's, the checkpoint's and the plugin's.
+
+    Args:
+        given: a file, or Jinja text.
+        own: the checkpoint's.
+        default: the model plugin's.
+
+    Raises:
+        ConfigError: ``given`` is neither a file nor Jinja text.
+    """
+    return _given_template(given) if given is not None else own or default
+
+
+def _given_template(given: str | Path) -> str:
+    if isinstance(given, str) and ("{%" in given or "{{" in given or "\n" in given):
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"chat_template={str(given)!r} is neither a readable file ({type(error).__name__}) nor Jinja text"
+        ) from None
+
+
+class _GenerationTag(ext.Extension):
+    """transformers' ``{% generation %}...{% endgeneration %}``, which only marks what the assistant said."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it a set)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def template_traits(source: str, content_format: ContentFormat | None = None) -> TemplateTraits:
+    """Find out, from its syntax tree, what a template does with ``message["content"]``.
+
+    It wants parts if it loops over the content: directly, through filters, under another name
+    (``{% set content = message.content %}``), or in a macro that it hands the content to.
+
+    Raises:
+        ConfigError: the template is not valid Jinja.
+    """
+    environment = jinja2.Environment(extensions=[_GenerationTag, ext.loopcontrols])  # parses, never renders
+    try:
+        tree = environment.parse(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigError(
+            f"the chat template is not valid Jinja: line {error.lineno}: {error.message}"
+        ) from None
+    names = _content_names(tree)
+    loops = any(_is_content(loop.iter, names) for loop in tree.find_all(nodes.For))
+    tests = any(test.name == "string" and _is_content(test.node, names) for test in tree.find_all(nodes.Test))
+    return TemplateTraits(content_format or ("openai" if loops else "string"), takes_strings=tests)
+
+
+def _content_names(tree: nodes.Template) -> set[str]:
+    """Names of variables and macro parameters that hold a message's content."""
+    macros = {macro.name: macro for macro in tree.find_all(nodes.Macro)}
+    names: set[str] = set()
+    while True:
+        more = {
+            assign.target.name
+            for assign in tree.find_all(nodes.Assign)
+            if isinstance(assign.target, nodes.Name) and _is_content(assign.node, names)
+        }
+        for call in tree.find_all(nodes.Call):
+            if isinstance(call.node, nodes.Name) and call.node.name in macros:
+                parameters = macros[call.node.name].args
+                pairs = [(p.name, arg) for p, arg in zip(parameters, call.args)]
+                pairs += [(keyword.key, keyword.value) for keyword in call.kwargs]
+                more |= {name for name, value in pairs if _is_content(value, names)}
+        if more <= names:
+            return names
+        names |= more
+
+
+def _is_content(node: nodes.Node | None, names: set[str]) -> bool:
+    while isinstance(node, nodes.Filter):
+        node = node.node
+    if isinstance(node, nodes.Name):
+        return node.name in names
+    if isinstance(node, nodes.Getattr):
+        return node.attr == "content"
+    return (
+        isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) and node.arg.value == "content"
+    )

@@ -1,0 +1,197 @@
+"""What a user gets: answers, embeddings, beams, and the engine's counters. Names are vLLM's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from opsin.errors import RequestError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """One token's place in the raw distribution.
+
+    Attributes:
+        logprob: natural logarithm of its probability.
+        rank: 1 for the most probable token.
+        decoded_token: its text, as it reads after other text.
+    """
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One sample of a request, as far as it is generated.
+
+    Attributes:
+        index: which sample.
+        text: generated text; while it grows, without what may become part of a stop string.
+        token_ids: generated ids, the one that ended it included.
+        cumulative_logprob: sum over the tokens; None unless ``logprobs`` was asked for.
+        logprobs: for each token the chosen and the best ones: token id -> `Logprob`.
+        finish_reason: None while it grows.
+        stop_reason: the stop string or stop token id that ended it; None for the model's own end.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMetrics:
+    """When things happened, in seconds of `time.monotonic`, and what was saved.
+
+    Attributes:
+        arrival_time: the request came in.
+        first_scheduled_time: its first tokens were computed.
+        first_token_time: its first token was there.
+        finished_time: its last sample ended.
+        num_cached_tokens: prompt tokens taken from the prefix cache.
+        num_preemptions: how often one of its samples had to give way and be computed again.
+    """
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """A request, as far as it is computed. A snapshot: later tokens are in later ones.
+
+    Attributes:
+        request_id: as given.
+        prompt: the text the user wrote, if it was text.
+        prompt_token_ids: after expansion of media.
+        prompt_logprobs: None first (nothing predicts the first token), then as in `CompletionOutput`.
+        outputs: one per sample.
+        finished: whether all samples have ended.
+        metrics: times and counts.
+        error: why the request failed, or None.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics | None = None
+    error: RequestError | None = None
+
+
+@dataclass(frozen=True)
+class EmbeddingOutput:
+    """One embedding.
+
+    Attributes:
+        data: float32 (H,), or (dimensions,).
+    """
+
+    data: Tensor
+
+    @property
+    def embedding(self) -> list[float]:
+        """``data`` as a list."""
+        return [float(value) for value in self.data.tolist()]
+
+
+@dataclass(frozen=True)
+class PoolingRequestOutput:
+    """The answer to an embedding request.
+
+    Attributes:
+        request_id: as given.
+        prompt: the text the user wrote, if it was text.
+        prompt_token_ids: after expansion of media.
+        outputs: the embedding; None if the request failed or was aborted.
+        finished: always true once it is returned.
+        metrics: times and cache hits.
+        error: why it failed, or None.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: Sequence[int]
+    outputs: EmbeddingOutput | None
+    finished: bool
+    metrics: RequestMetrics
+    error: RequestError | None = None
+
+
+Output = RequestOutput | PoolingRequestOutput
+"""What a step gives: an answer so far, or a finished embedding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeamSearchSequence:
+    """One continuation.
+
+    Attributes:
+        tokens: generated ids (not the prompt's), the end-of-sequence id included.
+        text: generated text.
+        cum_logprob: sum of the tokens' log-probabilities.
+        score: ``cum_logprob / len(tokens) ** length_penalty``; sequences are ordered by it.
+        finish_reason: ``"stop"`` at an end-of-sequence id, ``"length"`` at the limit.
+    """
+
+    tokens: list[int]
+    text: str
+    cum_logprob: float
+    score: float
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeamSearchOutput:
+    """The continuations of one prompt, best first; or why there are none."""
+
+    sequences: list[BeamSearchSequence]
+    error: RequestError | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """Counters and gauges at one moment.
+
+    Attributes:
+        num_running, num_waiting: sequences.
+        kv_blocks, kv_blocks_used: of the pool.
+        prefix_queries, prefix_hits: blocks looked up and found when sequences were admitted.
+        encoder_queries, encoder_hits: media items that steps needed, and found encoded.
+        encoder_cache_bytes: held now.
+        num_encoded: media items run through the encoder.
+        num_preemptions: sequences pushed out for want of blocks, so far.
+        num_restarts: sequences computed again because they outgrew a length of `Positions.switch_lengths`.
+    """
+
+    num_running: int
+    num_waiting: int
+    kv_blocks: int
+    kv_blocks_used: int
+    prefix_queries: int
+    prefix_hits: int
+    encoder_queries: int
+    encoder_hits: int
+    encoder_cache_bytes: int
+    num_encoded: int
+    num_preemptions: int
+    num_restarts: int

@@ -1,0 +1,102 @@
+"""Embeddings: `EmbeddingRequest` in, `EmbeddingList` out. Knows nothing of HTTP."""
+
+from __future__ import annotations
+
+import base64
+import time
+import uuid
+
+from opsin.api import ProcessedPrompt
+from opsin.config import PoolingParams
+from opsin.results import PoolingRequestOutput
+from opsin.server.http.errors import bad_request
+from opsin.server.http.gather import all_of
+from opsin.server.schema.embedding import EmbeddingRequest
+from opsin.server.schema.prompts import listed
+from opsin.server.schema.responses import Embedding, EmbeddingList, PromptTokensDetails, Usage
+from opsin.server.serving import Serving
+
+
+class Embeddings:
+    """Turns texts and messages into vectors with one model."""
+
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+
+    async def create(self, request: EmbeddingRequest) -> EmbeddingList:
+        """The vectors, in the order of the inputs.
+
+        Raises:
+            ApiError, RequestError: the request cannot be answered; then none of its inputs is.
+        """
+        serving, started = self._serving, time.monotonic()
+        model = serving.check(request.model, task="embed")
+        width = serving.engine.engine.executor.model.hidden_size
+        if request.dimensions is not None and request.dimensions > width:
+            raise bad_request(f"this model's embeddings have {width} dimensions", "dimensions")
+        request_id = f"embd-{uuid.uuid4().hex}"
+        prompts = await self._prompts(request)
+        params = PoolingParams(dimensions=request.dimensions)
+        found = await all_of(
+            serving.engine.embed(prompt, params, f"{request_id}-{number}")
+            for number, prompt in enumerate(prompts)
+        )
+        for output in found:
+            serving.metrics.embedded(started, len(output.prompt_token_ids))
+        num_tokens = sum(len(output.prompt_token_ids) for output in found)
+        cached = sum(output.metrics.num_cached_tokens for output in found)
+        return EmbeddingList(
+            id=request_id,
+            object="list",
+            created=int(time.time()),
+            model=model,
+            data=[
+                Embedding(index=index, object="embedding", embedding=_numbers(output, request))
+                for index, output in enumerate(found)
+            ],
+            usage=Usage(
+                prompt_tokens=num_tokens,
+                completion_tokens=0,
+                total_tokens=num_tokens,
+                prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
+            ),
+        )
+
+    async def _prompts(self, request: EmbeddingRequest) -> list[ProcessedPrompt]:
+        serving = self._serving
+        if request.input is None:
+            if request.truncate_prompt_tokens is not None:
+                raise bad_request(
+                    "messages are not truncated: a picture could be cut in two; use input",
+                    "truncate_prompt_tokens",
+                )
+            prompt = await serving.chat_prompt(
+                request,
+                rendering=request.rendering(),
+                options=request.mm_processor_kwargs,
+                cache_salt=request.cache_salt,
+                min_new_tokens=0,
+            )
+            return [prompt]
+        inputs = listed(request.input)
+        most = serving.settings.limits.inputs
+        if len(inputs) > most:
+            raise bad_request(f"at most {most} inputs are accepted (--max-inputs)", "input")
+        if request.mm_processor_kwargs:
+            raise bad_request("input holds no media; use messages", "mm_processor_kwargs")
+        return await all_of(
+            serving.plain_prompt(
+                text,
+                truncate=request.truncate_prompt_tokens,
+                cache_salt=request.cache_salt,
+                min_new_tokens=0,
+            )
+            for text in inputs
+        )
+
+
+def _numbers(output: PoolingRequestOutput, request: EmbeddingRequest) -> list[float] | str:
+    assert output.outputs is not None, "an embedding request ends with its embedding or an error"
+    if request.encoding_format != "base64":
+        return output.outputs.embedding
+    return base64.b64encode(output.outputs.data.numpy().astype("<f4").tobytes()).decode()

@@ -1,0 +1,61 @@
+"""Tokens of texts and chats, and back. Knows nothing of HTTP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from opsin.server.http.errors import bad_request
+from opsin.server.schema.responses import Text, Tokens
+from opsin.server.schema.tokens import DetokenizeRequest, TokenizeRequest
+from opsin.server.serving import Serving
+
+
+class Tokenization:
+    """The tokenizer of one model."""
+
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+
+    async def tokenize(self, request: TokenizeRequest) -> Tokens:
+        """Ids of a text, or of a chat with its pictures expanded.
+
+        Raises:
+            ApiError, RequestError: the text is empty, or the chat cannot be rendered or does not fit.
+        """
+        serving = self._serving
+        serving.check(request.model)
+        tokenizer: Any = serving.engine.engine.tokenizer
+        if request.prompt is not None:
+            special = request.add_special_tokens is not False
+            ids = await serving.engine.in_pool(tokenizer.encode, request.prompt, add_special_tokens=special)
+        else:
+            prompt = await serving.chat_prompt(
+                request,
+                rendering=request.rendering(),
+                options=request.mm_processor_kwargs,
+                tools=request.tools or (),
+                min_new_tokens=0,
+            )
+            ids = list(prompt.token_ids)
+        return Tokens(
+            count=len(ids),
+            max_model_len=serving.max_model_len,
+            tokens=ids,
+            token_strs=tokenizer.convert_ids_to_tokens(ids) if request.return_token_strs else None,
+        )
+
+    async def detokenize(self, request: DetokenizeRequest) -> Text:
+        """Text of ids.
+
+        Raises:
+            ApiError: an id is out of vocabulary.
+        """
+        serving = self._serving
+        serving.check(request.model)
+        if any(not 0 <= token < serving.vocab_size for token in request.tokens):
+            raise bad_request(
+                f"a token id is out of vocabulary; expected 0 to {serving.vocab_size - 1}", "tokens"
+            )
+        tokenizer = serving.engine.engine.tokenizer
+        text = await serving.engine.in_pool(tokenizer.decode, request.tokens, skip_special_tokens=False)
+        return Text(prompt=text)

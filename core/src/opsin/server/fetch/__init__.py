@@ -1,0 +1,1 @@
+"""Media that requests name by URL -> bytes, guarded against misuse."""

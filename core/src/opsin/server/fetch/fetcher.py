@@ -1,0 +1,267 @@
+"""Media that requests name by URL -> bytes, before the chat is rendered: concurrent, bounded, guarded."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from http import HTTPStatus
+from typing import Any, TypeVar
+
+from opsin.api import Modality
+from opsin.errors import MediaError
+from opsin.inputs.processor import check_limits
+from opsin.server.fetch.embeds import decode_embeds
+from opsin.server.fetch.local_file import read_local_file
+from opsin.server.fetch.pinned_http import PinnedHTTP, Resolver, system_resolver
+from opsin.server.fetch.settings import FetchSettings
+from opsin.server.fetch.sniff import SNIFFED_BYTES, modality_of
+from opsin.server.http.fetch_error import FetchError
+from opsin.server.http.gather import all_of
+
+T = TypeVar("T")
+Message = Mapping[str, Any]
+RunBlocking = Callable[..., Awaitable[Any]]
+"""``await run_blocking(function, *arguments)``: `AsyncEngine.in_pool`, or `asyncio.to_thread`."""
+
+_ACCEPT: Mapping[Modality, str] = {"image": "image/*", "video": "video/*, image/*"}
+
+_MODALITIES: Mapping[str, Modality] = {
+    "image_url": "image",
+    "input_image": "image",
+    "image": "image",
+    "image_pil": "image",
+    "image_embeds": "image",
+    "video_url": "video",
+    "video": "video",
+    "video_embeds": "video",
+}
+"""Type of a content part -> what it is."""
+
+
+class MediaFetcher:
+    """Fetches the media of requests. Belongs to one event loop; close it with `aclose`."""
+
+    def __init__(
+        self,
+        settings: FetchSettings,
+        *,
+        run_blocking: RunBlocking = asyncio.to_thread,
+        resolver: Resolver = system_resolver,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        """Set up; nothing is opened yet.
+
+        Args:
+            settings: what is allowed.
+            run_blocking: runs the reading of files and the decoding of embeddings.
+            resolver, tls: as for `PinnedHTTP`.
+        """
+        self.settings = settings
+        self._run_blocking = run_blocking
+        self._slots = asyncio.Semaphore(settings.max_concurrent)
+        self._http = PinnedHTTP(
+            allowed_domains=settings.allowed_domains,
+            allow_loopback=settings.allow_loopback,
+            max_redirects=settings.max_redirects,
+            resolver=resolver,
+            tls=tls,
+        )
+
+    async def resolve(
+        self, messages: Sequence[Message], limits: Mapping[Modality, int] | None = None
+    ) -> list[Message]:
+        """Put content in the place of URLs: the result needs no network and no file any more.
+
+        Parts with http(s) and ``file://`` URLs become ``{"type": "image", "image": bytes}`` (or ``video``),
+        embeddings become tensors; ``data:`` URLs stay, to be decoded where pictures are. A URL that a request
+        names several times is fetched once. The first failure ends all fetches of the request.
+
+        Args:
+            messages: a conversation; what is malformed stays as it is.
+            limits: most items of each modality, checked before anything is fetched.
+
+        Raises:
+            FetchError: a URL may not or cannot be fetched; the error says which HTTP status that is.
+            MediaError: content is too large or is no embeddings, or there are too many items.
+        """
+        parts = [part for message in messages for part in _parts(message)]
+        check_limits(Counter(kind for part in parts if (kind := _modality(part)) is not None), limits or {})
+        request = _Request(self)
+        try:
+            return await all_of(request.message(index, message) for index, message in enumerate(messages))
+        finally:
+            request.cancel()
+
+    async def aclose(self) -> None:
+        """Close what is open."""
+        await self._http.aclose()
+
+    async def fetch(self, url: str, modality: Modality, budget: Budget | None = None) -> bytes:
+        """The content of an http(s) or ``file://`` URL, which looks like the modality.
+
+        Raises:
+            FetchError, MediaError: as `resolve`.
+        """
+        budget = budget or Budget(self.settings.max_request_bytes)
+        scheme = url.partition(":")[0].lower() if ":" in url else ""
+        if not scheme:
+            raise MediaError("expected a data:, http:// or https:// URL")
+        if scheme == "file":
+            content: bytes = await self._run_blocking(
+                read_local_file, url, self.settings.local_root, self.settings.max_bytes
+            )
+            budget.spend(len(content))
+            if not _looks_like(modality, content):
+                raise MediaError(f"the file:// URL leads to something that is no {modality}")
+            return content
+        async with self._slots:
+            return await self._fetch_http(url, modality, budget)
+
+    async def embeds(self, value: Any, budget: Budget) -> Any:
+        """The tensors of an embeddings part, see `opsin.server.embeds`.
+
+        Raises:
+            MediaError: this server takes none, or not these.
+        """
+        if not self.settings.accept_embeds:
+            raise MediaError(
+                "this server takes no ready-made embeddings; --enable-mm-embeds would allow them"
+            )
+        tensors = await self._run_blocking(decode_embeds, value, self.settings.max_bytes)
+        named = tensors.values() if isinstance(tensors, Mapping) else [tensors]
+        budget.spend(sum(tensor.nbytes for tensor in named))
+        return tensors
+
+    async def _fetch_http(self, url: str, modality: Modality, budget: Budget) -> bytes:
+        content = bytearray()
+
+        def check_kind() -> None:
+            if not _looks_like(modality, content):
+                raise FetchError(
+                    f"the URL answers with something that is no {modality}", HTTPStatus.UNPROCESSABLE_ENTITY
+                )
+
+        def receive(piece: bytes) -> None:
+            budget.spend(len(piece))
+            known = len(content) >= SNIFFED_BYTES
+            content.extend(piece)
+            if len(content) > self.settings.max_bytes:
+                raise MediaError(
+                    f"the file is too large; at most {self.settings.max_bytes} bytes are accepted"
+                )
+            if not known and len(content) >= SNIFFED_BYTES:
+                check_kind()
+
+        try:
+            await self._http.get(
+                url, deadline_s=self.settings.timeout_s, receive=receive, accept=_ACCEPT[modality]
+            )
+        except FetchError as error:
+            if error.status is not HTTPStatus.GATEWAY_TIMEOUT:
+                raise
+            raise FetchError(f"{error}; {self.settings.timeout_variable} sets it", error.status) from None
+        check_kind()
+        return bytes(content)
+
+
+class Budget:
+    """Bytes that the media of one request may still have."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._total = self.remaining = num_bytes
+
+    def spend(self, num_bytes: int) -> None:
+        """Raises MediaError if that is more than there is."""
+        self.remaining -= num_bytes
+        if self.remaining < 0:
+            raise MediaError(
+                f"the media of a request are too large; at most {self._total} bytes are accepted"
+            )
+
+
+class _Request:
+    """The fetches of one request."""
+
+    def __init__(self, fetcher: MediaFetcher) -> None:
+        self._fetcher = fetcher
+        self._budget = Budget(fetcher.settings.max_request_bytes)
+        self._slots = asyncio.Semaphore(fetcher.settings.max_concurrent_per_request)
+        self._running: dict[tuple[str, Modality], asyncio.Task[bytes]] = {}
+
+    async def message(self, index: int, message: Message) -> Message:
+        parts = _parts(message)
+        if not parts:
+            return message
+        where = f"messages[{index}].content"
+        done = await all_of(self._part(f"{where}[{number}]", part) for number, part in enumerate(parts))
+        return {**message, "content": done}
+
+    def cancel(self) -> None:
+        """End what nobody waits for any more."""
+        for task in self._running.values():
+            if not task.cancel() and not task.cancelled():
+                task.exception()  # else asyncio logs that nobody looked at it
+
+    async def _part(self, where: str, part: Any) -> Any:
+        modality = _modality(part)
+        if modality is None:
+            return part
+        kind: str = part["type"]
+        value = part.get("image_url" if kind == "input_image" else kind)
+        if kind.endswith("_embeds"):
+            if value is None:
+                return part
+            return {
+                "type": kind,
+                kind: await self._at(where, kind, self._fetcher.embeds(value, self._budget)),
+            }
+        if kind.endswith("_url"):
+            value = value.get("url") if isinstance(value, Mapping) else None
+        if isinstance(value, list):
+            return {"type": kind, kind: await all_of(self._content(where, "image", frame) for frame in value)}
+        if not _is_url(value):
+            return part
+        return {"type": modality, modality: await self._content(where, modality, value)}
+
+    async def _content(self, where: str, modality: Modality, value: Any) -> Any:
+        if not _is_url(value):
+            return value
+        key = (value, modality)
+        if key not in self._running:
+            self._running[key] = asyncio.ensure_future(self._fetch(value, modality))
+        return await self._at(where, f"{modality}_url", self._running[key])
+
+    async def _fetch(self, url: str, modality: Modality) -> bytes:
+        async with self._slots:
+            return await self._fetcher.fetch(url, modality, self._budget)
+
+    async def _at(self, where: str, param: str, result: Awaitable[T]) -> T:
+        """The result; errors begin with the place and name the parameter."""
+        try:
+            return await result
+        except FetchError as error:
+            raise FetchError(f"{where}: {error}", error.status, param) from None
+        except MediaError as error:
+            raise MediaError(f"{where}: {error}") from None
+
+
+def _parts(message: Any) -> list[Any]:
+    content = message.get("content") if isinstance(message, Mapping) else None
+    return content if isinstance(content, list) else []
+
+
+def _modality(part: Any) -> Modality | None:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    return _MODALITIES.get(kind) if isinstance(kind, str) else None
+
+
+def _is_url(value: Any) -> bool:
+    """Whether a value has to be fetched: ``data:`` URLs hold what they name."""
+    return isinstance(value, str) and value[:5].lower() != "data:"
+
+
+def _looks_like(modality: Modality, content: bytes | bytearray) -> bool:
+    found = modality_of(bytes(content[:SNIFFED_BYTES]))
+    return found == modality or (modality == "video" and found == "image")  # an animated picture

@@ -1,0 +1,228 @@
+"""GET for URLs that strangers wrote: only to public addresses, and only to the addresses that were checked.
+
+The guards against server-side request forgery, in the order of a request:
+
+1. one parser: the `httpx.URL` that is checked is the one that is requested; no other code reads the text
+2. scheme http or https, no user name, no backslash; the host is one of the allowed domains, if there are any
+3. the host is resolved once; if any of its addresses is not allowed, none is used
+4. the connection goes to a checked address, whatever the name resolves to by now; Host header and TLS server
+   name stay the URL's
+5. redirects are followed here, by the same steps, a bounded number of times; no cookies, no proxies, no
+   connection is used twice
+6. the content is capped while it comes in, and its first bytes decide whether the rest is read
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from functools import lru_cache
+from http import HTTPStatus
+
+import httpx
+
+import opsin
+from opsin.errors import MediaError
+from opsin.server.fetch.addresses import is_allowed
+from opsin.server.http.fetch_error import FetchError
+
+Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
+"""Host name or literal address, port -> addresses, best first. Raises OSError if there are none."""
+
+MAX_URL_CHARS = 8192
+MAX_TRIED_ADDRESSES = 4
+_REDIRECTS = (301, 302, 303, 307, 308)
+_TEMPORARY = (408, 429)
+
+
+async def system_resolver(host: str, port: int) -> list[str]:
+    """Ask the operating system, on a thread of the event loop's executor."""
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(sockaddr[0]) for *_, sockaddr in found))
+
+
+class PinnedHTTP:
+    """Fetches from public addresses. Belongs to one event loop; close it with `aclose`."""
+
+    def __init__(
+        self,
+        *,
+        allowed_domains: Collection[str] | None = None,
+        allow_loopback: bool = False,
+        max_redirects: int = 5,
+        resolver: Resolver = system_resolver,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        """Set up; nothing is opened yet.
+
+        Args:
+            allowed_domains: the only hosts to fetch from, by exact name; None: any. Opens no address.
+            allow_loopback: whether this machine's loopback addresses count as public.
+            max_redirects: most redirects that are followed.
+            resolver: gives the addresses of a host.
+            tls: certificates to trust; None: certifi's, or those of SSL_CERT_FILE.
+        """
+        self._domains = None if allowed_domains is None else {_canonical(name) for name in allowed_domains}
+        self._allow_loopback = allow_loopback
+        self._max_redirects = max_redirects
+        self._resolver = resolver
+        # httpx's transport rather than its client: a client has cookies, proxies and redirects of its own.
+        # Connections are not kept: one is known by its address, and could be handed to another host's URL.
+        self._transport = httpx.AsyncHTTPTransport(
+            verify=tls or _trusted(),
+            limits=httpx.Limits(max_keepalive_connections=0),
+            trust_env=False,
+        )
+
+    async def get(
+        self, url: str, *, deadline_s: float, receive: Callable[[bytes], None], accept: str = "*/*"
+    ) -> None:
+        """Fetch one URL.
+
+        Args:
+            url: as the client wrote it.
+            deadline_s: for every step together.
+            receive: gets the content in pieces; what it raises ends the fetch.
+            accept: the Accept header.
+
+        Raises:
+            FetchError: not allowed, an error status, not reachable, or not in time.
+            MediaError: not a URL.
+        """
+        host = "the host"
+        try:
+            parsed = parse_url(url)
+            host = shown(parsed)
+            await asyncio.wait_for(self._follow(parsed, receive, accept, deadline_s), deadline_s)
+        except (asyncio.TimeoutError, httpx.TimeoutException):
+            raise FetchError(
+                f"fetching from {host} was not done within {deadline_s:g} s", HTTPStatus.GATEWAY_TIMEOUT
+            ) from None
+        except httpx.TransportError:
+            raise FetchError(f"{host} cannot be reached", HTTPStatus.BAD_GATEWAY) from None
+
+    async def aclose(self) -> None:
+        """Close what is open."""
+        await self._transport.aclose()
+
+    async def _follow(
+        self, url: httpx.URL, receive: Callable[[bytes], None], accept: str, deadline_s: float
+    ) -> None:
+        for _ in range(self._max_redirects + 1):
+            response = await self._send(url, accept, deadline_s)
+            try:
+                location = response.headers.get("location")
+                if response.status_code not in _REDIRECTS or location is None:
+                    await _read(url, response, receive)
+                    return
+                url = parse_url(location, base=url)
+            finally:
+                await response.aclose()
+        raise FetchError(
+            f"{shown(url)} is the end of more than {self._max_redirects} redirects", HTTPStatus.FORBIDDEN
+        )
+
+    async def _send(self, url: httpx.URL, accept: str, deadline_s: float) -> httpx.Response:
+        addresses = await self._addresses(url)
+        headers = {
+            "Host": url.netloc.decode("ascii"),
+            "User-Agent": f"opsin/{opsin.__version__}",
+            "Accept": accept,
+            "Accept-Encoding": "identity",  # what is not compressed cannot unpack to more than it was
+        }
+        host = url.raw_host.decode("ascii")
+        for tried, address in enumerate(addresses, 1):
+            request = httpx.Request(
+                "GET",
+                url.copy_with(host=address),
+                headers=headers,
+                # An address that swallows packets must leave time for the others.
+                extensions={"sni_hostname": host, "timeout": {"connect": deadline_s / len(addresses)}},
+            )
+            try:
+                return await self._transport.handle_async_request(request)
+            except (httpx.ConnectError, httpx.ConnectTimeout):
+                if tried == len(addresses):
+                    raise
+        raise AssertionError("a host has at least one address")
+
+    async def _addresses(self, url: httpx.URL) -> Sequence[str]:
+        """The addresses of a URL's host, all of them allowed."""
+        host = url.raw_host.decode("ascii")
+        if self._domains is not None and _canonical(host) not in self._domains:
+            raise FetchError(
+                f"{shown(url)} is not among the domains this server fetches from", HTTPStatus.FORBIDDEN
+            )
+        port = url.port or {"http": 80, "https": 443}[url.scheme]
+        try:
+            addresses = await self._resolver(host, port)
+        except (OSError, UnicodeError):
+            addresses = []
+        if not addresses:
+            raise FetchError(f"{shown(url)} has no known address", HTTPStatus.BAD_GATEWAY)
+        # All of them: a name with a public and a private address would else be a matter of luck.
+        if not all(is_allowed(address, allow_loopback=self._allow_loopback) for address in addresses):
+            raise FetchError(f"{shown(url)} is not on the public internet", HTTPStatus.FORBIDDEN)
+        return addresses[:MAX_TRIED_ADDRESSES]
+
+
+def parse_url(text: str, base: httpx.URL | None = None) -> httpx.URL:
+    """An http(s) URL, or a redirect's target relative to ``base``.
+
+    Raises:
+        FetchError: it may not be fetched, wherever it leads.
+        MediaError: it is not a URL.
+    """
+    if len(text) > MAX_URL_CHARS:
+        raise MediaError(f"the URL has {len(text)} characters; at most {MAX_URL_CHARS} are accepted")
+    if "\\" in text or any(character <= " " or character == "\x7f" for character in text):
+        # Parsers disagree on where the host ends in these.
+        raise FetchError(
+            "the URL has a backslash, blank or control character; percent-encode it", HTTPStatus.FORBIDDEN
+        )
+    try:
+        url = httpx.URL(text) if base is None else base.join(text)
+        port = url.port
+    except (httpx.InvalidURL, UnicodeError, ValueError, TypeError):
+        raise MediaError("the URL is malformed; expected http(s)://host/path") from None
+    if url.scheme not in ("http", "https"):
+        raise FetchError(
+            f"{url.scheme[:20] or 'other'}: URLs are not fetched; expected data:, http:// or https://",
+            HTTPStatus.FORBIDDEN,
+        )
+    if url.userinfo or "@" in url.netloc.decode("ascii"):
+        raise FetchError("URLs with a user name or password are not fetched", HTTPStatus.FORBIDDEN)
+    if not url.raw_host or b"%" in url.raw_host or (port is not None and not 1 <= port <= 65535):
+        raise MediaError("the URL names no host and port; expected http(s)://host/path")
+    return url
+
+
+def shown(url: httpx.URL) -> str:
+    """The host as error messages show it: quoted, shortened."""
+    return repr(url.raw_host.decode("ascii")[:100])
+
+
+async def _read(url: httpx.URL, response: httpx.Response, receive: Callable[[bytes], None]) -> None:
+    status = response.status_code
+    if status >= 500 or status in _TEMPORARY:
+        raise FetchError(f"{shown(url)} answered with status {status}", HTTPStatus.BAD_GATEWAY)
+    if not 200 <= status < 300:
+        raise FetchError(f"{shown(url)} answered with status {status}", HTTPStatus.UNPROCESSABLE_ENTITY)
+    if response.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
+        raise FetchError(f"{shown(url)} answered with compressed content", HTTPStatus.UNPROCESSABLE_ENTITY)
+    assert isinstance(response.stream, httpx.AsyncByteStream)
+    async for piece in response.stream:
+        receive(piece)
+
+
+@lru_cache(maxsize=1)
+def _trusted() -> ssl.SSLContext:
+    """The usual certificates: reading them takes a tenth of a second."""
+    return httpx.create_ssl_context()
+
+
+def _canonical(host: str) -> str:
+    return host.lower().rstrip(".")

@@ -1,0 +1,1 @@
+"""HTTP itself: the body in, events and errors out, API keys, admission, clients that leave."""

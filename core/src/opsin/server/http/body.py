@@ -1,0 +1,114 @@
+"""A request's body -> a checked model, within the byte limit; what is wrong with it in the client's terms."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect, Request
+
+from opsin.server.http.disconnect import ClientGone
+from opsin.server.http.errors import ApiError, bad_request
+from opsin.server.schema.strict import plain
+
+M = TypeVar("M", bound=BaseModel)
+
+MAX_ERRORS = 5
+"""Faults that an answer lists at most."""
+
+_ON_THE_LOOP_BYTES = 64 * 1024
+"""Bodies up to this size are parsed in place; larger ones on a thread."""
+
+_DRAINED_BYTES = 8
+"""How many times the limit is read and thrown away, so that a client that only reads after it has sent
+everything gets the answer rather than a broken connection."""
+
+_TAGS = frozenset({"as_text", "as_parts"})
+"""Alternatives of a union in pydantic's locations; they are no fields of the client's. After "as_parts" come
+an index and the part's type."""
+
+
+async def read_body(request: Request, model: type[M], max_bytes: int) -> M:
+    """The body of a request as a model.
+
+    Raises:
+        ApiError: too large, not JSON, or not what the model wants. The input is not repeated.
+        ClientGone: the client went away while sending.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        # Also what keeps other sites' pages from posting here: this type needs their browser's preflight.
+        raise ApiError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "expected Content-Type: application/json")
+    try:
+        data = await _read(request, max_bytes)
+    except ClientDisconnect:
+        raise ClientGone from None
+    try:
+        if len(data) <= _ON_THE_LOOP_BYTES:
+            return model.model_validate_json(data)
+        return await asyncio.to_thread(model.model_validate_json, data)
+    except ValidationError as error:
+        raise _refused(error) from None
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
+    announced = request.headers.get("content-length", "")
+    too_large = announced.isdigit() and int(announced) > max_bytes
+    pieces: list[bytes] = []
+    size = 0
+    async for piece in request.stream():
+        size += len(piece)
+        if size > max_bytes:
+            too_large = True
+            pieces.clear()
+        if not too_large:
+            pieces.append(piece)
+        elif size > _DRAINED_BYTES * max_bytes:
+            break
+    if too_large:
+        raise ApiError(
+            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+            f"the request's body is too large; at most {max_bytes} bytes are accepted (--max-body-bytes)",
+        )
+    return b"".join(pieces)
+
+
+def _refused(error: ValidationError) -> ApiError:
+    faults = error.errors(include_url=False, include_input=False)
+    described = list(dict.fromkeys(_described(fault) for fault in faults))
+    more = len(described) - MAX_ERRORS
+    message = "; ".join(described[:MAX_ERRORS]) + (f"; and {more} more" if more > 0 else "")
+    param = faults[0].get("ctx", {}).get("param") or _place(faults[0]["loc"]) or None
+    return bad_request(message, param)
+
+
+def _described(fault: Any) -> str:
+    kind, context = fault["type"], fault.get("ctx", {})
+    if kind == "extra_forbidden":
+        text = "unknown field"
+    elif kind in ("union_tag_invalid", "union_tag_not_found"):
+        tags = context.get("expected_tags") or "a known type"
+        text = f'unknown or missing "type"; expected one of {tags}'
+    elif kind == "value_error":
+        text = str(context.get("error", "invalid"))
+    elif kind == "json_invalid":
+        text = f"the body is not valid JSON: {context.get('error', 'invalid')}"
+    else:
+        text = fault["msg"][:1].lower() + fault["msg"][1:]
+    place = _place(fault["loc"])
+    return f"{place}: {text}" if place else text
+
+
+def _place(loc: Sequence[int | str]) -> str:
+    """``messages[0].content[1].text``."""
+    place = ""
+    for position, step in enumerate(loc):
+        is_tag = step in _TAGS or (position > 1 and loc[position - 2] == "as_parts")
+        if isinstance(step, int):
+            place += f"[{step}]"
+        elif not is_tag:
+            place += f".{plain(step)}" if place else plain(step)
+    return place[:200]
