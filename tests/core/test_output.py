@@ -18,7 +18,8 @@ from transformers import AutoTokenizer
 from opsin.api import ProcessedPrompt
 from opsin.config import SamplingParams
 from opsin.engine.request import RequestState
-from opsin.engine.sequence import SampledToken, Sequence
+from opsin.engine.sequence import SampledToken
+from opsin.engine.sequence import Sequence as EngineSequence
 from opsin.engine.text import Detokenizer, StopStrings
 from opsin.errors import RequestError
 from opsin.results import CompletionOutput, Logprob, RequestOutput
@@ -480,7 +481,7 @@ def test_failure() -> None:
 
 def test_metrics_and_prompt() -> None:
     state = make_state(prompt="Q:", max_tokens=1)
-    sequence = Sequence(seq_id=0, request_id="r", index=0, prompt=state.prompt, params=state.params)
+    sequence = EngineSequence(seq_id=0, request_id="r", index=0, prompt=state.prompt, params=state.params)
     sequence.num_cached, sequence.num_preemptions = 16, 1
     state.computed(sequence, 2.0)
     sequence.num_cached = 32  # of a later admission

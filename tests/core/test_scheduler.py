@@ -134,7 +134,7 @@ class Machine:
             if not (self.scheduler.waiting or self.scheduler.running):
                 break
             self.step()
-        assert not (self.scheduler.waiting or self.scheduler.running), "not all requests end"
+        assert self.scheduler.waiting + self.scheduler.running == [], "not all requests end"
         assert self.scheduler.blocks.num_used == 0, "blocks leak"
         assert not self.scheduler._in_flight, "a finished sequence is waited for"
         assert not any(self.scheduler.encoder_cache._pins.values()), "pins leak"
@@ -317,7 +317,7 @@ def test_priority_comes_before_arrival() -> None:
     for sequence in sequences:
         machine.scheduler.add(sequence)
     order: list[int] = []
-    while machine.(scheduler.waiting or scheduler.running):
+    while machine.scheduler.waiting or machine.scheduler.running:
         order += [chunk.sequence.seq_id for chunk in machine.step().chunks]
     assert list(dict.fromkeys(order)) == [2, 4, 0, 1, 3]
 
