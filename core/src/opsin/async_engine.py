@@ -11,7 +11,6 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 from opsin.api import ProcessedPrompt
@@ -119,8 +118,18 @@ class AsyncEngine:
         return await self.in_pool(self.frontend.processor.process, prompt, min_new_tokens=min_new_tokens)
 
     async def in_pool(self, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """Run blocking media work in the bounded pool."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, partial(work, *args, **kwargs))
+        """Run blocking media work in the bounded pool.
+
+        Raises:
+            OpsinError: the engine has stopped; or whatever the work raises.
+        """
+
+        def job() -> T:
+            self._check_running()
+            return work(*args, **kwargs)
+
+        self._check_running()
+        return await asyncio.get_running_loop().run_in_executor(self._pool, job)
 
     async def generate(
         self,
@@ -255,15 +264,18 @@ class AsyncEngine:
         """Stop the thread, aborting what runs."""
         self._commands.put(None)
         self._thread.join()
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown()  # what is queued is refused, by `in_pool`
 
     # ---- on the engine's thread ---------------------------------------------------------------
 
     def _submit(self, command: _Command) -> None:
         with self._submitting:
-            if self._death is not None:
-                raise OpsinError("the engine has stopped; restart the process") from self._death
+            self._check_running()
             self._commands.put(command)
+
+    def _check_running(self) -> None:
+        if self._death is not None:
+            raise OpsinError("the engine has stopped; restart the process") from self._death
 
     def _run(self) -> None:
         try:
