@@ -14,15 +14,20 @@ from opsin.layers.decoder import (
     DecoderConfig,
     DecoderLayer,
     GatedMLP,
+    LanguageModel,
     kv_geometry,
     output_head,
 )
 from opsin.layers.embeds import split_image_embeds
-from opsin.layers.linear import Embedding, Layer, Linear, Slot, dtype_name
+from opsin.layers.linear import Embedding, Linear, dtype_name
+from opsin.layers.module import Layer, Module, Slot
 from opsin.layers.norm import LayerNorm, RMSNorm
 from opsin.layers.pixels import CLIP_MEAN, CLIP_STD, pixel_levels, pixel_values
 from opsin.layers.rotary import RotaryTable, inverse_frequencies
+from opsin.layers.text import max_len, text_config
 from opsin.layers.vision import (
+    MLP,
+    TIMM_RENAMES,
     Table,
     VisionConfig,
     VisionEncoder,
@@ -34,15 +39,19 @@ from opsin.layers.vision import (
 __all__ = [
     "CLIP_MEAN",
     "CLIP_STD",
+    "MLP",
+    "TIMM_RENAMES",
     "Attention",
     "Decoder",
     "DecoderConfig",
     "DecoderLayer",
     "Embedding",
     "GatedMLP",
+    "LanguageModel",
     "Layer",
     "LayerNorm",
     "Linear",
+    "Module",
     "RMSNorm",
     "RotaryTable",
     "Slot",
@@ -55,8 +64,10 @@ __all__ = [
     "flatten_patches",
     "inverse_frequencies",
     "kv_geometry",
+    "max_len",
     "output_head",
     "pixel_levels",
     "pixel_values",
     "split_image_embeds",
+    "text_config",
 ]
