@@ -46,6 +46,7 @@ from opsin.api.media import (
     Positions,
     ProcessedPrompt,
     Tokenizer,
+    repeat_token,
 )
 from opsin.api.model import (
     BuildContext,
@@ -116,4 +117,5 @@ __all__ = [
     "Tokenizer",
     "TopK",
     "WriteKV",
+    "repeat_token",
 ]

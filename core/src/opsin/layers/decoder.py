@@ -226,17 +226,21 @@ class LanguageModel(Module):
         context: build context.
         config: the decoder, usually of a `text_config`.
         rotary: int64 positions (A, T) -> cosines and sines (T, D), usually a `RotaryTable`.
-
-    Attributes:
-        renames: regular expressions and what replaces them in checkpoint keys, applied one after another.
-        unused: regular expressions of names, renamed already, whose tensors no computation reads.
+        renames: regular expressions -> what replaces them in checkpoint keys, one after another.
+        unused: regular expressions of names, after that, whose tensors no computation reads.
     """
 
-    renames: Mapping[str, str] = {}
-    unused: Sequence[str] = ()
-
-    def __init__(self, context: BuildContext, config: DecoderConfig, *, rotary: nn.Module) -> None:
+    def __init__(
+        self,
+        context: BuildContext,
+        config: DecoderConfig,
+        *,
+        rotary: nn.Module,
+        renames: Mapping[str, str] | None = None,
+        unused: Sequence[str] = (),
+    ) -> None:
         super().__init__()
+        self._renames, self._unused = renames or {}, (*unused, *_CONSTANTS)
         self.hidden_size, self.vocab_size = config.hidden_size, config.vocab_size
         self.kv_geometry = kv_geometry(config, context.parallel.world_size)
         self.lm_head = output_head(context, config)
@@ -244,9 +248,9 @@ class LanguageModel(Module):
 
     def weight_name(self, key: str) -> str | None:
         """See `opsin.api.Model.weight_name`; constants that some exports store are not used either."""
-        for pattern, replacement in self.renames.items():
+        for pattern, replacement in self._renames.items():
             key = re.sub(pattern, replacement, key)
-        return None if any(re.search(name, key) for name in (*self.unused, *_CONSTANTS)) else key
+        return None if any(re.search(pattern, key) for pattern in self._unused) else key
 
     def encode(self, modality: Modality, items: Sequence[MappedMedia]) -> Sequence[Tensor]:
         """See `opsin.api.Model.encode`."""

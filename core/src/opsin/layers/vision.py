@@ -32,7 +32,7 @@ TIMM_RENAMES: Mapping[str, str] = {
     r"\.attn\.proj\.": ".self_attn.out_proj.",
     r"\.norm([12])\.": r".layer_norm\1.",
 }
-"""`LanguageModel.renames` for a `VisionEncoder` that is stored under timm's names."""
+"""``renames`` of a `LanguageModel` whose `VisionEncoder` is stored under timm's names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +167,8 @@ class VisionAttention(Module):
     def forward(self, x: Tensor, lengths: Sequence[int], rotary: Rotary | None = None) -> Tensor:
         """x (P, width) -> (P, width)."""
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, -1, self._head_size)).unbind(1)
-        if self._rotate is not None and rotary is not None:
+        if self._rotate is not None:
+            assert rotary is not None, "the config says that q and k are rotated"
             q, k = self._rotate(q, k, *rotary)
         attended = self._attend(q, k, v, lengths, None, 1 / math.sqrt(self._head_size))
         return self.out_proj(attended.flatten(1))
@@ -250,7 +251,7 @@ class VisionTransformer(Module):
 
     Args:
         config: the tower, with only the layers that are used: one that is read at its last layer but one
-            has one layer less, and the model drops the keys of the rest (`LanguageModel.unused`).
+            has one layer less, and the model drops the keys of the rest (``unused`` of `LanguageModel`).
         post_norm: whether ``post_layernorm`` is applied (and stored).
         read_after: after how many layers a state is read (0: the embeddings); several states are put side
             by side, in this order. None: after the last layer.
