@@ -24,9 +24,8 @@ from opsin.layers.module import Layer, Module, Slot
 from opsin.layers.norm import LayerNorm, RMSNorm
 from opsin.layers.pixels import CLIP_MEAN, CLIP_STD, pixel_levels, pixel_values
 from opsin.layers.rotary import RotaryTable, inverse_frequencies
-from opsin.layers.text import max_len, text_config
+from opsin.layers.text import context_length, text_config
 from opsin.layers.vision import (
-    MLP,
     TIMM_RENAMES,
     Table,
     VisionConfig,
@@ -39,7 +38,6 @@ from opsin.layers.vision import (
 __all__ = [
     "CLIP_MEAN",
     "CLIP_STD",
-    "MLP",
     "TIMM_RENAMES",
     "Attention",
     "Decoder",
@@ -60,11 +58,11 @@ __all__ = [
     "VisionEncoder",
     "VisionMLP",
     "VisionTransformer",
+    "context_length",
     "dtype_name",
     "flatten_patches",
     "inverse_frequencies",
     "kv_geometry",
-    "max_len",
     "output_head",
     "pixel_levels",
     "pixel_values",

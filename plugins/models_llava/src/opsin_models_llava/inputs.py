@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from opsin.api import Expansion, InputContext, MappedMedia, MediaItem, Placeholder
+from opsin.api import InputContext, MappedMedia, MediaItem, Placeholder, repeat_token
 from opsin.layers import pixel_levels, pixel_values, split_image_embeds
 from opsin_models_llava.features import Features
 from opsin_models_llava.grid import Grid, Size, best_resolution, fitted_size, grids_of
@@ -205,8 +205,4 @@ def placeholder(context: InputContext) -> Placeholder:
     config = context.config
     given = config.get("image_token_index", config.get("image_token_id"))
     token_id = context.tokenizer.convert_tokens_to_ids(IMAGE_TEXT) if given is None else int(given)
-
-    def expand(mapped: MappedMedia, number: int) -> Expansion:
-        return Expansion(token_ids=[token_id] * mapped.num_embeds, is_embed=[True] * mapped.num_embeds)
-
-    return Placeholder(text=lambda number: IMAGE_TEXT, expand=expand, token_id=token_id)
+    return Placeholder(text=lambda number: IMAGE_TEXT, expand=repeat_token(token_id), token_id=token_id)

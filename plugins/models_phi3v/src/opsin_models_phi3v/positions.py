@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from opsin.api import PlacedMedia, Positions
-from opsin.layers import RotaryTable
+from opsin.layers import Module, RotaryTable, text_config
 
 SHORT, LONG = 0, 1
 """Variants of a sequence."""
@@ -28,7 +28,7 @@ def positions(config: Mapping[str, Any], token_ids: Sequence[int], media: Sequen
     return Positions(prompt=np.arange(len(token_ids), dtype=np.int64)[None], switch_lengths=switch)
 
 
-class LongRotaryTable(nn.Module):
+class LongRotaryTable(Module):
     """Cosines and sines of a step whose sequences are short or long.
 
     Args:
@@ -60,17 +60,18 @@ class LongRotaryTable(nn.Module):
         return angles.cos() * self._attention_factor, angles.sin() * self._attention_factor
 
 
-def rotary_table(config: Mapping[str, Any], head_size: int, device: str) -> nn.Module:
+def rotary_table(config: Mapping[str, Any], head_size: int, device: str) -> RotaryTable | LongRotaryTable:
     """The table of a config.json.
 
     Raises:
-        ValueError: its ``rope_scaling`` is of another kind, or its factors do not fit the heads.
+        ValueError: its rotary positions are of another kind, or their factors do not fit the heads.
     """
-    theta, scaling = float(config.get("rope_theta", 10000.0)), config.get("rope_scaling")
-    if not scaling:
-        return RotaryTable(head_size, theta, device=device)
-    kind = scaling.get("type") or scaling.get("rope_type")
-    short, long = scaling.get("short_factor", ()), scaling.get("long_factor", ())
+    text = text_config(config)
+    rope = text["rope_parameters"]
+    kind, theta = rope["rope_type"], rope["rope_theta"]
+    if kind == "default":
+        return RotaryTable.from_config(text, head_size, device)
+    short, long = rope.get("short_factor", ()), rope.get("long_factor", ())
     if kind not in ("su", "longrope") or not len(short) == len(long) == head_size // 2:
         raise ValueError(
             f"rope_scaling of type {kind!r} with {len(short)} short and {len(long)} long factors; this "
