@@ -158,14 +158,8 @@ def in_shorter_sums(prepare: PrepareLinear, num_sums: int) -> PrepareLinear:
         few_rows: bool = False,
     ) -> LinearFn:
         first, *others = (
-            prepare(
-                part.contiguous(),
-                None if index else bias,
-                activation,
-                keep_weight=False,
-                few_rows=few_rows,
-            )
-            for index, part in enumerate(weight.chunk(num_sums, dim=1))
+            prepare(part.contiguous(), None if i else bias, activation, keep_weight=False, few_rows=few_rows)
+            for i, part in enumerate(weight.chunk(num_sums, dim=1))
         )
 
         def linear(x: Tensor) -> Tensor:
@@ -184,20 +178,15 @@ class Embedding(Layer):
     """Token embeddings, multiplied by ``scale``; ``tied`` is an output head that shares the table."""
 
     def __init__(
-        self,
-        context: BuildContext,
-        rows: int,
-        width: int,
-        *,
-        tied: Linear | None = None,
-        scale: float = 1.0,
+        self, context: BuildContext, rows: int, width: int, *, tied: Linear | None = None, scale: float = 1.0
     ) -> None:
         super().__init__()
         self._shape, self._scale = (rows, width), scale
         self._dtype, self._device = context.dtype, context.device
-        self._share = None
+        self._share: Callable[[Tensor], None] | None = None
         if tied is not None:
-            tied.tied, self._share = True, tied.adopt
+            tied.tied = True
+            self._share = tied.adopt
         self.weight: Tensor | None = None
 
     def slots(self) -> Iterator[Slot]:
