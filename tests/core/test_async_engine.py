@@ -40,7 +40,7 @@ async def collect(engine: AsyncEngine, prompt: object, max_tokens: int = 12) -> 
 
 async def wait_idle(engine: AsyncEngine) -> None:
     """Until the engine's thread has nothing left."""
-    while engine.engine.has_unfinished():
+    while engine._engine.has_unfinished():
         await asyncio.sleep(0.01)
 
 
@@ -73,7 +73,7 @@ def test_leaving_a_stream_aborts_its_request(engine: AsyncEngine) -> None:
                 break
         await stream.aclose()  # type: ignore[attr-defined]
         await wait_idle(engine)
-        assert engine.engine.stats().kv_blocks_used == 0
+        assert engine._engine.stats().kv_blocks_used == 0
 
     asyncio.run(main())
 
@@ -90,7 +90,7 @@ def test_cancelled_tasks_abort_and_the_others_go_on(engine: AsyncEngine) -> None
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(isinstance(result, asyncio.CancelledError) for result in results)
         await wait_idle(engine)
-        assert engine.engine.stats().kv_blocks_used == 0
+        assert engine._engine.stats().kv_blocks_used == 0
 
     asyncio.run(main())
 
@@ -127,7 +127,7 @@ def test_a_dead_engine_says_so_to_everyone(engine: AsyncEngine) -> None:
         raise OpsinError("the device is gone")
 
     async def main() -> None:
-        engine.engine.executor.run = broken  # type: ignore[method-assign, assignment]
+        engine._engine.executor.run = broken  # type: ignore[method-assign, assignment]
         with pytest.raises(OpsinError, match="gone"):
             await collect(engine, "Hello")
         with pytest.raises(OpsinError, match="stopped"):
