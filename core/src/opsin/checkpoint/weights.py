@@ -96,7 +96,7 @@ def read_safetensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     total = sum(file.stat().st_size for file in files)
-    # Nobody wants a bar for what takes a blink.
+    # No progress bar for small checkpoints.
     progress = tqdm(
         total=total, unit="B", unit_scale=True, desc="loading weights", disable=total < 256 * 2**20
     )

@@ -1,9 +1,9 @@
 """PUBLIC building blocks: models are written with these, on the op table of their device.
 
-A layer declares the checkpoint tensors it takes as `Slot`s and holds nothing until they are put in. A
-linear layer hands its finished weight to the device (`prepare_linear`), which may pack it, and keeps only
-the callable. Linear layers are column- or row-parallel with a world size that is 1 today: a slot takes
-this rank's slice.
+A family is a `LanguageModel` with an encoder, its config.json read by `text_config`. A layer declares the
+checkpoint tensors it takes as `Slot`s and holds nothing until they are put in. A linear layer hands its
+finished weight to the device (`prepare_linear`), which may pack it, and keeps only the callable. Linear
+layers are column- or row-parallel with a world size that is 1 today: a slot takes this rank's slice.
 
 Names of modules are the names of the checkpoint's keys; a fused layer names the keys it is fused from.
 """

@@ -36,7 +36,7 @@ class DecoderConfig:
         fused: whether the checkpoint stores qkv_proj and gate_up_proj already fused.
         embed_scale: factor on token embeddings; embeddings of media are taken as they are.
         residual_scale: factor on what each attention and MLP adds to the residual stream.
-        logit_scale: factor on the final hidden states where logits are made of them.
+        logit_scale: factor on the final hidden states before the output head.
     """
 
     vocab_size: int
@@ -213,7 +213,7 @@ class OutputHead(Linear):
 
 
 def output_head(context: BuildContext, config: DecoderConfig) -> Linear:
-    """The layer that makes logits of final hidden states."""
+    """The layer that turns final hidden states into logits."""
     return OutputHead(context, config)
 
 

@@ -35,7 +35,7 @@ class Linear(Layer):
         num_sums: in float32, compute the product as this many shorter sums over the input, which round
             less. Patch values are large and nearly equal; the norm that follows removes them but not their
             rounding error. Not with an activation.
-        few_rows: whether the layer also sees single rows, again and again (a decoder's).
+        few_rows: whether the layer often sees single rows (a decoder's layer).
 
     Attributes:
         tied: whether the layer multiplies by the table of an `Embedding` and takes no weight of its own.

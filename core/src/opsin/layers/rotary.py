@@ -56,7 +56,7 @@ class RotaryTable(Module):
         return cls(head_size, rope["rope_theta"], sections=sections, device=device)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """int64 (A, T) -> cos, sin, float32 (T, D), the halves alike."""
+        """int64 (A, T) -> cos, sin, float32 (T, D), both halves equal."""
         if self._axis is None:
             angles = positions[0].float().unsqueeze(1) * self._inverse
         else:

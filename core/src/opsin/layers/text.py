@@ -1,4 +1,4 @@
-"""What config.json says of the language model, in one form whoever wrote it."""
+"""What config.json says about the language model, in one form whoever wrote it."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ Array = np.ndarray[Any, Any]
 IMAGE_TEXT = "<image>"
 DEFAULT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 MAX_ELONGATION = 64
-"""Of what is resized before the middle is cut out: a picture of 1x100000 would become gigabytes."""
+"""Largest aspect ratio that is resized before the middle is cut out: 1x100000 would become gigabytes."""
 
 
 def resized(pixels: Array, size: Size, resample: Image.Resampling) -> Array:
@@ -74,7 +74,7 @@ class SquareProcessing:
         self._crop: Size | None = None
         if settings.get("do_center_crop", not siglip):
             self._crop = int(crop["height"]), int(crop["width"])
-        # LLaVA-NeXT's processor has a "do_pad" too, which means something else.
+        # "do_pad" of LLaVA-NeXT's processor means something else.
         self._background: tuple[int, ...] | None = None
         if kind.startswith("LlavaImageProcessor") and settings.get("do_pad", False):
             self._background = tuple(int(mean * 255) for mean in settings["image_mean"])

@@ -35,7 +35,7 @@ def positions_2d(shapes: Sequence[Shape], width: int) -> Tensor:
     (He et al. 2022, MAE: its grid has the width first.)
     """
     sides = [side for shape in shapes for side in shape]
-    # Lengths by powers of two: the table is made anew only a few times.
+    # Lengths are powers of two, so that the table is recomputed only a few times.
     table = sincos(max(64, 1 << (max(sides) - 1).bit_length()), width // 2)
     rows = torch.cat([torch.arange(rows).repeat_interleave(columns) for rows, columns in shapes])
     columns = torch.cat([torch.arange(columns).repeat(rows) for rows, columns in shapes])

@@ -44,7 +44,7 @@ def bucketised(count: int, side: int) -> Tensor:
 def position_rows(shape: Shape, side: int, *, flat: bool) -> Tensor:
     """Row of the position table of each patch, int64 (rows * columns,).
 
-    ``flat``: as the published 2.5 has it, which hands all patches of a slice to its tower as a single line.
+    ``flat``: the published 2.5 passes all patches of a slice to its tower as a single row.
     """
     rows, columns = (1, shape[0] * shape[1]) if flat else shape
     return (bucketised(rows, side)[:, None] * side + bucketised(columns, side)).flatten()

@@ -178,10 +178,10 @@ class ImageMapper:
 
 
 def image_placeholder(context: InputContext) -> Placeholder:
-    """``<|image_1|>``, ``<|image_2|>``, ...: text, not tokens, of which each becomes image tokens.
+    """``<|image_1|>``, ``<|image_2|>``, ...: each is text, not one token, and becomes image tokens.
 
     By default the text between two of them is tokenized on its own with a BOS, as the hub's processor does;
-    ``tokenize_whole_prompt`` has the prompt tokenized in one go.
+    with ``tokenize_whole_prompt`` the prompt is tokenized as a whole.
     """
     return Placeholder(
         text=lambda number: f"<|image_{number}|>",

@@ -1,7 +1,7 @@
 """Rotary positions, with other frequencies for long sequences ("su" scaling, LongRoPE: Ding et al. 2024).
 
-A sequence of up to ``original_max_position_embeddings`` tokens turns with the short factors, a longer one,
-*all* of it, with the long ones (``Phi3SuScaledRotaryEmbedding`` in ``modeling_phi3_v.py`` of the hub's
+A sequence of up to ``original_max_position_embeddings`` tokens uses the short factors; a longer one uses the
+long factors for *all* of its tokens (``Phi3SuScaledRotaryEmbedding`` in ``modeling_phi3_v.py`` of the hub's
 repositories).
 """
 
@@ -18,13 +18,11 @@ from torch import Tensor
 from opsin.api import PlacedMedia, Positions
 from opsin.layers import Module, RotaryTable, text_config
 
-SHORT, LONG = 0, 1
-"""Variants of a sequence."""
-
 
 def positions(config: Mapping[str, Any], token_ids: Sequence[int], media: Sequence[PlacedMedia]) -> Positions:
-    """0, 1, 2, ... and the length at which the rotary factors change."""
-    switch = (int(config["original_max_position_embeddings"]),) if config.get("rope_scaling") else ()
+    """0, 1, 2, ..., and the length above which the long factors are used."""
+    scaled = text_config(config)["rope_parameters"]["rope_type"] != "default"
+    switch = (int(config["original_max_position_embeddings"]),) if scaled else ()
     return Positions(prompt=np.arange(len(token_ids), dtype=np.int64)[None], switch_lengths=switch)
 
 
@@ -35,7 +33,7 @@ class LongRotaryTable(Module):
         head_size: D.
         theta: base of the frequencies.
         short, long: factors by which each of the D/2 wave lengths is stretched, for each variant.
-        attention_factor: factor of cosines and sines, hence its square of the attention's logits.
+        attention_factor: factor of cosines and sines; attention logits are scaled by its square.
     """
 
     def __init__(
@@ -54,7 +52,7 @@ class LongRotaryTable(Module):
         self._attention_factor = attention_factor
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """int64 (2, T), positions and variants -> cos, sin, float32 (T, D), the halves alike."""
+        """int64 (2, T), positions and variants (0: short) -> cos, sin, float32 (T, D), both halves equal."""
         angles = positions[0].float().unsqueeze(1) * self._inverse.index_select(0, positions[1])
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos() * self._attention_factor, angles.sin() * self._attention_factor

@@ -26,7 +26,7 @@ CLIP = {
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }
-"""openai/clip-vit-large-patch14-336, which the published config.json names and does not describe."""
+"""openai/clip-vit-large-patch14-336, which the published config.json names but does not describe."""
 
 SETTINGS: Mapping[tuple[str, str], Any] = {
     ("embd_layer", "hd_transform_order"): "sub_glb",
@@ -35,7 +35,7 @@ SETTINGS: Mapping[tuple[str, str], Any] = {
     ("embd_layer", "with_learnable_separator"): True,
     ("img_processor", "type_feature"): "patch",
 }
-"""Settings of config.json that the hub's code has alternatives for and no published checkpoint uses."""
+"""Settings of config.json for which the hub's code has alternatives that no published checkpoint uses."""
 
 
 def layer_counts(config: Mapping[str, Any]) -> tuple[int, int]:
