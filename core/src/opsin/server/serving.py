@@ -51,7 +51,7 @@ class Serving:
     @property
     def names(self) -> Sequence[str]:
         """Names of the model, its own first."""
-        return self.settings.served_model_names or (self.engine.engine.config.model,)
+        return self.settings.served_model_name or (self.engine.engine.config.model,)
 
     @property
     def max_model_len(self) -> int:
@@ -181,7 +181,7 @@ class Serving:
         return request.chat_template
 
     def _check_counts(self, request: ChatFields, limits: Mapping[Modality, int]) -> None:
-        most = self.settings.limits.parts
+        most = self.settings.limits.max_parts
         if request.num_parts > most:
             raise bad_request(f"at most {most} content parts are accepted (--max-parts)", "messages")
         for modality, count in _num_items(request.messages).items():

@@ -79,7 +79,7 @@ class Embeddings:
             )
             return [prompt]
         inputs = listed(request.input)
-        most = serving.settings.limits.inputs
+        most = serving.settings.limits.max_inputs
         if len(inputs) > most:
             raise bad_request(f"at most {most} inputs are accepted (--max-inputs)", "input")
         if request.mm_processor_kwargs:
