@@ -17,7 +17,7 @@ from PIL import Image
 
 import opsin
 from opsin.api import Capabilities, Device, DeviceSpec, MemoryInfo, ModelSpec, Probe
-from opsin.cli import app, plugins, table
+from opsin.cli import main, plugins, table
 from opsin.config import SamplingParams
 from opsin.errors import RequestError
 from opsin.hookspecs import hookimpl
@@ -39,13 +39,10 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """Run a command line in this process."""
 
     def run(*arguments: str) -> Result:
-        try:
-            app(list(arguments), prog_name="opsin")
-            status: Any = 0
-        except SystemExit as exit:
-            status = exit.code
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
         captured = capsys.readouterr()
-        return Result(status=status or 0, out=captured.out, err=captured.err)
+        return Result(status=ended.value.code or 0, out=captured.out, err=captured.err)
 
     return run
 
@@ -419,9 +416,9 @@ def process(code: str) -> subprocess.CompletedProcess[str]:
 def test_light_commands_load_neither_torch_nor_transformers(arguments: list[str]) -> None:
     code = f"""
 import sys
-from opsin.cli import app
+from opsin.cli import main
 try:
-    app({arguments!r})
+    main({arguments!r})
 except SystemExit as exit:
     assert not exit.code, exit.code
 heavy = {{"torch", "transformers", "numpy", "PIL", "huggingface_hub"}} & set(sys.modules)

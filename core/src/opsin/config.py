@@ -1,8 +1,7 @@
 """What a user may set: `EngineConfig` for a model, `SamplingParams` and its siblings for a request.
 
-All of them are frozen; unknown names and impossible values are errors at construction. Only `EngineConfig`
-names and describes its settings and gives them defaults: `LLM`, the command line, the environment and the YAML
-file are made from it. The sections of its docstring are the topics of ``opsin serve --help``.
+All of them are frozen; unknown names and impossible values are errors at construction. The names, defaults and
+help of `LLM`, the command line, the environment and the YAML file are those of `EngineConfig`. The sections of its docstring are the topics of ``opsin serve --help``.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from functools import cache
 from numbers import Real
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -48,7 +46,7 @@ def check_fields(settings: object) -> None:
     Raises:
         ConfigError: a value is not of its field's type.
     """
-    for name, hint in _hints(type(settings)).items():
+    for name, hint in get_type_hints(type(settings), include_extras=True).items():
         value = getattr(settings, name)
         expected = []
         for member in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
@@ -80,11 +78,6 @@ def parameters_of(settings: type) -> list[inspect.Parameter]:
                     )
                 )
     return parameters
-
-
-@cache
-def _hints(settings: type) -> dict[str, Any]:
-    return get_type_hints(settings, include_extras=True)
 
 
 def _fits(value: Any, hint: Any) -> tuple[bool, str]:
@@ -279,10 +272,10 @@ class MediaLimits:
     """What one media item may cost before it is refused.
 
     Pictures and videos:
-        max_media_bytes: encoded bytes of one picture or video.
-        max_image_pixels: width x height of a picture or of one frame.
-        max_video_pixels: width x height x frames of a video.
-        max_video_frames: frames of a video given as frames.
+        max_media_bytes: most encoded bytes of one picture or video.
+        max_image_pixels: most pixels (width x height) of a picture or of one frame.
+        max_video_pixels: most pixels of a video (width x height x frames).
+        max_video_frames: most frames of a video given as frames.
         sampled_video_frames: frames taken from a video file that has more, evenly spread.
     """
 
@@ -336,38 +329,39 @@ class EngineConfig(MediaLimits):
 
     Model:
         model: a folder, the name of an installed checkpoint (``opsin plugins`` lists them), or a hub id.
-        task: what the model is for: ``generate`` answers, ``embed`` (or ``embedding``) turns prompts into
-            vectors, ``auto`` follows ``runner`` and else is ``generate``.
+        task: what the model is for: ``generate`` answers, ``embed`` or ``embedding`` turns prompts into vectors.
+            ``auto`` is what ``runner`` says, otherwise ``generate``.
         runner: the task in vLLM's newer words: ``generate`` or ``pooling``.
         revision: revision on the hub.
         tokenizer: another folder or hub id for the tokenizer.
         device: where the model runs: ``auto``, NAME or NAME:INDEX. ``opsin doctor`` lists them.
-        dtype: type to compute in; ``auto`` is what the device prefers for the checkpoint's.
-        max_model_len: tokens of prompt and answer together. Default: what the model allows and memory holds.
+        dtype: type to compute in. ``auto`` is what the device prefers for the checkpoint's type; ``float`` is
+            float32, ``half`` is float16.
+        max_model_len: most tokens of prompt and answer together. Default: what the model allows and memory holds.
         load_format: accepted for compatibility. Only safetensors are ever read.
         trust_remote_code: accepted for compatibility. Code from a model repository is never run.
-        seed: seed of the requests that bring none. Default: not reproducible.
+        seed: seed of requests that bring none. Default: none, so that their answers vary.
         prefer: which plugin wins a conflict over a key: KIND:KEY=PLUGIN.
 
     Chat and embeddings:
-        chat_template: file or Jinja text. Default: the checkpoint's own.
+        chat_template: file or Jinja text. Default: the checkpoint's own, otherwise the model family's.
         chat_template_content_format: content that the template expects: ``string`` (text with placeholders)
             or ``openai`` (a list of parts); ``auto`` finds out from the template.
         pooling_type: how embeddings are made. Default: as the model was trained.
         normalize: whether embeddings have L2 norm 1. Default: as the model was trained.
 
     Pictures and videos:
-        limit_mm_per_prompt: items of each modality in one prompt, such as image=2,video=1. Default: the model
+        limit_mm_per_prompt: most items of each modality in one prompt, such as image=2,video=1. Default: the model
             family's.
         mm_processor_kwargs: options of the model family's media processing, such as max_pixels=50176.
 
     Engine:
-        max_num_seqs: sequences computed in one step.
-        max_num_batched_tokens: tokens computed in one step. Longer prompts are computed in chunks.
-        max_encoder_tokens: media embeddings computed in one step. A single larger item still runs, alone.
+        max_num_seqs: most sequences computed in one step.
+        max_num_batched_tokens: most tokens computed in one step. Longer prompts are computed in chunks.
+        max_encoder_tokens: most media embeddings computed in one step. A single larger item still runs, alone.
         enable_prefix_caching: whether equal beginnings of prompts are computed once.
         scheduling_policy: whose turn it is: ``fcfs``, first come, first served; or ``priority``, by the
-            priority of requests.
+            priority of requests, with which clients can push each other back.
         kv_cache_memory: bytes of the KV cache. Default: a share of the device's free memory.
         encoder_cache_memory: bytes of encoded media kept for reuse.
         media_cache_memory: bytes of preprocessed media kept for reuse, in host memory.

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Group, Parameter
 
 import opsin
 from opsin.cli.help import PlainHelp
@@ -27,6 +27,8 @@ app = App(
     default_parameter=Parameter(
         negative_bool=(), negative_iterable=(), allow_repeating=True, show_env_var=False
     ),
+    group_arguments=Group.create_ordered("Arguments"),
+    group_parameters=Group.create_ordered("Options"),
     config=(from_environment, from_file),
     suppress_keyboard_interrupt=False,
 )
@@ -43,6 +45,9 @@ for position, (name, text) in enumerate(_COMMANDS.items()):
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command line; ends the process, with status 2 for one that makes no sense."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if "-" in arguments and "--" not in arguments:  # standard input: cyclopts would take it for an option
+        arguments.remove("-")
+        arguments += ["--", "-"]
     try:
         status = app(arguments, print_error=False, exit_on_error=False, result_action="return_value")
         sys.stdout.flush()

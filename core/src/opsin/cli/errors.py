@@ -12,7 +12,7 @@ from cyclopts import CycloptsError, Parameter
 
 from opsin.errors import OpsinError
 
-Debug = Annotated[bool, Parameter(help="Show the traceback of an error.")]
+Debug = Annotated[bool, Parameter(negative=(), help="Show the traceback of an error.")]
 """A command's option: every command has it."""
 
 

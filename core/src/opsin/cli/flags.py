@@ -18,7 +18,7 @@ from opsin.errors import ConfigError
 
 T = TypeVar("T")
 
-UNDOCUMENTED_TOPIC = "Attributes"
+PYTHON_ONLY = "Attributes"
 """Section of a docstring whose fields are for Python only."""
 
 _topic = functools.cache(Group.create_ordered)
@@ -29,12 +29,13 @@ def takes(*settings: type) -> Callable[[Callable[..., T]], Callable[..., T]]:
 
     def decorate(command: Callable[..., T]) -> Callable[..., T]:
         own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        flags = [
+        flags = list(itertools.chain(*map(_flags, settings)))
+        required = [flag for flag in flags if flag.default is flag.empty]
+        ordered = [*required, *own, *(flag for flag in flags if flag not in required)]
+        signature = inspect.Signature(
             flag.replace(kind=flag.POSITIONAL_ONLY) if flag.kind is flag.POSITIONAL_OR_KEYWORD else flag
-            for flag in (*itertools.chain(*map(_flags, settings)), *own)
-        ]
-        # `sorted` is stable: a required setting, the command's own arguments, then everything with a name.
-        signature = inspect.Signature(sorted(flags, key=lambda flag: flag.kind))
+            for flag in ordered
+        )
 
         @functools.wraps(command)
         def run(*arguments: Any, **given: Any) -> T:
@@ -63,7 +64,7 @@ def build(cls: type[T], given: Mapping[str, Any]) -> T:
 def _flags(cls: type) -> Iterator[inspect.Parameter]:
     parameters = {parameter.name: parameter for parameter in parameters_of(cls)}
     for topic, name, text in described(cls):
-        if topic != UNDOCUMENTED_TOPIC:
+        if topic != PYTHON_ONLY:
             yield _flag(parameters[name], topic, text)
     for parameter in parameters.values():
         if _is_settings(parameter.annotation):
@@ -88,10 +89,11 @@ def described(cls: type) -> Iterator[tuple[str, str, str]]:
 def _flag(parameter: inspect.Parameter, topic: str, text: str) -> inspect.Parameter:
     hint = parameter.annotation
     members = [get_origin(member) or member for member in (hint, *get_args(hint))]
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {"negative": ()}
     if Mapping in members:
         # The values of several such flags come together, as they do for a list.
-        hint, more = dict[str, Any], {"converter": _mapping, "n_tokens": -1, "json_dict": False}
+        hint = dict[str, Any]
+        more |= {"converter": _mapping, "n_tokens": -1, "json_dict": False}
     elif Sequence in members:
         hint = list[str]
     elif bool in members and parameter.default is not False:
@@ -100,11 +102,12 @@ def _flag(parameter: inspect.Parameter, topic: str, text: str) -> inspect.Parame
     if named:
         more |= {"group": _topic(topic), "allow_leading_hyphen": bool not in members}
     flag = Parameter(help=text[:1].upper() + text[1:], **more)
+    hint = hint | None if parameter.default is None else hint
     return parameter.replace(annotation=Annotated[hint, flag])
 
 
 def _mapping(hint: Any, given: Sequence[Token] | Mapping[str, Any]) -> dict[str, Any]:
-    """``image=2,video=1`` and JSON, repeated or not; or ``--flag.image 2``. Values are JSON where they can be.
+    """``image=2,video=1`` or JSON, repeated or not; or ``--flag.image 2``. Values are JSON where they can.
 
     Raises:
         ValueError: the text is neither.

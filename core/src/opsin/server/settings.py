@@ -16,13 +16,13 @@ class RequestLimits:
     """What one request may ask for, and how many requests there may be.
 
     Limits of requests:
-        max_body_bytes: bytes of a request's body.
-        max_parts: content parts of all messages.
-        max_inputs: prompts of a completion, texts of an embedding request.
-        max_n: samples of one prompt.
-        max_stop: stop strings.
-        max_logprobs: alternatives per token.
-        max_waiting: requests beyond --max-num-seqs. Any further ones get status 429.
+        max_body_bytes: most bytes of a request's body.
+        max_parts: most content parts of all messages.
+        max_inputs: most prompts of a completion, or texts of an embedding request.
+        max_n: most samples of one prompt.
+        max_stop: most stop strings.
+        max_logprobs: most alternatives per token.
+        max_waiting: most requests that wait, beyond --max-num-seqs. Further ones get status 429.
     """
 
     max_body_bytes: Positive = 64 * MIB
@@ -42,7 +42,7 @@ class ServerSettings:
     """Settings of the HTTP side.
 
     Model:
-        served_model_name: names that clients use, one or several. Default: MODEL.
+        served_model_name: name that clients use, one or several. Default: MODEL.
 
     Chat and embeddings:
         trust_request_chat_template: whether requests may bring a chat template of their own.
@@ -57,8 +57,8 @@ class ServerSettings:
         shutdown_timeout: seconds that accepted requests may go on after SIGTERM. Default: to their end.
 
     Access:
-        api_key: key that clients must send; one of them where there are several. Default: OPSIN_API_KEY or
-            VLLM_API_KEY, otherwise open to all.
+        api_key: key that clients must send as ``Authorization: Bearer KEY``, one of several. Default:
+            OPSIN_API_KEY or VLLM_API_KEY, otherwise open to all.
         allowed_origins: web pages of these origins may call the server. Default: none.
 
     Attributes:

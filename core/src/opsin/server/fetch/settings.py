@@ -21,8 +21,9 @@ class FetchSettings:
             Default: any.
         allow_loopback_media: lets URLs lead to this machine, for tests.
         enable_mm_embeds: whether requests may bring ready-made embeddings.
-        image_fetch_timeout: seconds for one fetch, from resolving the name to the last byte.
-        max_request_media_bytes: bytes of all that is fetched for one request.
+        image_fetch_timeout: seconds for one fetch, from resolving the name to the last byte. Also as
+            VLLM_IMAGE_FETCH_TIMEOUT.
+        max_request_media_bytes: most bytes of all that is fetched for one request.
 
     Attributes:
         max_media_bytes: bytes of one item; the engine's setting of this name.
