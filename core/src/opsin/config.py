@@ -1,7 +1,8 @@
 """What a user may set: `EngineConfig` for a model, `SamplingParams` and its siblings for a request.
 
-All of them are frozen; unknown names and impossible values are errors at construction. The names, defaults and
-help of `LLM`, the command line, the environment and the YAML file are those of `EngineConfig`. The sections of its docstring are the topics of ``opsin serve --help``.
+All of them are frozen; unknown names and impossible values are errors at construction. `LLM`, the command
+line, the environment and the YAML file take the names, defaults and help of `EngineConfig`; the sections of
+its docstring are the topics of ``opsin serve --help``.
 """
 
 from __future__ import annotations
@@ -329,15 +330,16 @@ class EngineConfig(MediaLimits):
 
     Model:
         model: a folder, the name of an installed checkpoint (``opsin plugins`` lists them), or a hub id.
-        task: what the model is for: ``generate`` answers, ``embed`` or ``embedding`` turns prompts into vectors.
-            ``auto`` is what ``runner`` says, otherwise ``generate``.
+        task: what the model is for: ``generate`` answers, ``embed`` or ``embedding`` turns prompts into
+            vectors. ``auto`` is what ``runner`` says, otherwise ``generate``.
         runner: the task in vLLM's newer words: ``generate`` or ``pooling``.
         revision: revision on the hub.
         tokenizer: another folder or hub id for the tokenizer.
         device: where the model runs: ``auto``, NAME or NAME:INDEX. ``opsin doctor`` lists them.
         dtype: type to compute in. ``auto`` is what the device prefers for the checkpoint's type; ``float`` is
             float32, ``half`` is float16.
-        max_model_len: most tokens of prompt and answer together. Default: what the model allows and memory holds.
+        max_model_len: most tokens of prompt and answer together. Default: what the model allows and memory
+            holds.
         load_format: accepted for compatibility. Only safetensors are ever read.
         trust_remote_code: accepted for compatibility. Code from a model repository is never run.
         seed: seed of requests that bring none. Default: none, so that their answers vary.
@@ -351,14 +353,15 @@ class EngineConfig(MediaLimits):
         normalize: whether embeddings have L2 norm 1. Default: as the model was trained.
 
     Pictures and videos:
-        limit_mm_per_prompt: most items of each modality in one prompt, such as image=2,video=1. Default: the model
-            family's.
+        limit_mm_per_prompt: most items of each modality in one prompt, such as image=2,video=1. Default: the
+            model family's.
         mm_processor_kwargs: options of the model family's media processing, such as max_pixels=50176.
 
     Engine:
         max_num_seqs: most sequences computed in one step.
         max_num_batched_tokens: most tokens computed in one step. Longer prompts are computed in chunks.
-        max_encoder_tokens: most media embeddings computed in one step. A single larger item still runs, alone.
+        max_encoder_tokens: most media embeddings computed in one step. A single larger item still runs,
+            alone.
         enable_prefix_caching: whether equal beginnings of prompts are computed once.
         scheduling_policy: whose turn it is: ``fcfs``, first come, first served; or ``priority``, by the
             priority of requests, with which clients can push each other back.

@@ -33,8 +33,10 @@ def takes(*settings: type) -> Callable[[Callable[..., T]], Callable[..., T]]:
         required = [flag for flag in flags if flag.default is flag.empty]
         ordered = [*required, *own, *(flag for flag in flags if flag not in required)]
         signature = inspect.Signature(
-            flag.replace(kind=flag.POSITIONAL_ONLY) if flag.kind is flag.POSITIONAL_OR_KEYWORD else flag
-            for flag in ordered
+            [
+                flag.replace(kind=flag.POSITIONAL_ONLY) if flag.kind is flag.POSITIONAL_OR_KEYWORD else flag
+                for flag in ordered
+            ]
         )
 
         @functools.wraps(command)
