@@ -82,7 +82,7 @@ def _job(side: OpsinSide, phase: str) -> Callable[[int], Callable[[], object]]:
         params = SamplingParams(temperature=0, max_tokens=4 * DECODE_STEPS, ignore_eos=True)
         for i, request in enumerate(requests):
             prompt = {"prompt": request.text, "multi_modal_data": {"image": request.image}}
-            engine.add(f"profiled-{i}", engine.processor.process(prompt), params)
+            engine.add(f"profiled-{i}", engine.frontend.processor.process(prompt), params)
         started: set[str] = set()
         while len(started) < len(requests):
             started |= {output.request_id for output in engine.step()}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from opsin import AsyncEngine, EngineConfig, SamplingParams
+from opsin.api import ProcessedPrompt
 from opsin.errors import OpsinError, RequestError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -40,7 +43,7 @@ async def collect(engine: AsyncEngine, prompt: object, max_tokens: int = 12) -> 
 
 async def wait_idle(engine: AsyncEngine) -> None:
     """Until the engine's thread has nothing left."""
-    while engine.engine.has_unfinished():
+    while engine._engine.has_unfinished():
         await asyncio.sleep(0.01)
 
 
@@ -73,7 +76,7 @@ def test_leaving_a_stream_aborts_its_request(engine: AsyncEngine) -> None:
                 break
         await stream.aclose()  # type: ignore[attr-defined]
         await wait_idle(engine)
-        assert engine.engine.stats().kv_blocks_used == 0
+        assert engine._engine.stats().kv_blocks_used == 0
 
     asyncio.run(main())
 
@@ -90,7 +93,7 @@ def test_cancelled_tasks_abort_and_the_others_go_on(engine: AsyncEngine) -> None
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(isinstance(result, asyncio.CancelledError) for result in results)
         await wait_idle(engine)
-        assert engine.engine.stats().kv_blocks_used == 0
+        assert engine._engine.stats().kv_blocks_used == 0
 
     asyncio.run(main())
 
@@ -127,10 +130,80 @@ def test_a_dead_engine_says_so_to_everyone(engine: AsyncEngine) -> None:
         raise OpsinError("the device is gone")
 
     async def main() -> None:
-        engine.engine.executor.run = broken  # type: ignore[method-assign, assignment]
+        engine._engine.executor.run = broken  # type: ignore[method-assign, assignment]
         with pytest.raises(OpsinError, match="gone"):
             await collect(engine, "Hello")
         with pytest.raises(OpsinError, match="stopped"):
             await collect(engine, "Hello")
+
+    asyncio.run(main())
+
+
+def test_a_closed_engine_refuses_what_comes_later(engine: AsyncEngine) -> None:
+    async def main() -> None:
+        engine.close()
+        with pytest.raises(OpsinError, match="stopped"):
+            await asyncio.wait_for(collect(engine, [1, 2, 3]), 10)
+        with pytest.raises(OpsinError, match="stopped"):
+            await asyncio.wait_for(engine.stats(), 10)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("end", ["close", "death"])
+def test_what_was_asked_for_while_the_engine_ends_is_refused(engine: AsyncEngine, end: str) -> None:
+    """Commands that stand in the queue when the thread ends are answered, too."""
+    blocked, going_on = threading.Event(), threading.Event()
+    run = engine._engine.executor.run
+
+    def stuck(step: Any) -> Any:
+        blocked.set()
+        assert going_on.wait(30)
+        if end == "death":
+            raise OpsinError("the device is gone")
+        return run(step)
+
+    engine._engine.executor.run = stuck  # type: ignore[method-assign]
+
+    async def main() -> None:
+        first = asyncio.create_task(collect(engine, [1, 2, 3], 1500))
+        await asyncio.to_thread(blocked.wait, 30)
+        closing = threading.Thread(target=engine.close) if end == "close" else None
+        if closing is not None:
+            closing.start()
+            while engine._commands.qsize() < 1:
+                await asyncio.sleep(0.01)
+        late = asyncio.create_task(collect(engine, [4, 5, 6]))
+        asked = asyncio.create_task(engine.stats())
+        while engine._commands.qsize() < (3 if closing else 2):
+            await asyncio.sleep(0.01)
+        going_on.set()
+        results = await asyncio.wait_for(
+            asyncio.gather(first, late, asked, return_exceptions=True), timeout=30
+        )
+        assert all(isinstance(result, OpsinError) for result in results), results
+        if closing is not None:
+            closing.join()
+
+    asyncio.run(main())
+
+
+def test_a_request_that_cannot_be_added_ends_no_other(engine: AsyncEngine) -> None:
+    async def main() -> None:
+        good = asyncio.create_task(collect(engine, "Hello", 40))
+        with pytest.raises(TypeError):
+            await collect(engine, ProcessedPrompt(token_ids=None))  # type: ignore[arg-type]
+        assert len(await good) == 40
+
+    asyncio.run(main())
+
+
+def test_stats_are_asked_for_between_steps(engine: AsyncEngine) -> None:
+    async def main() -> None:
+        running = asyncio.create_task(collect(engine, "Hello", 200))
+        while (await engine.stats()).num_running == 0:
+            await asyncio.sleep(0.001)
+        await running
+        assert (await engine.stats()).num_running == 0
 
     asyncio.run(main())

@@ -289,7 +289,7 @@ def test_sequences_and_scores_are_those_of_transformers(
     )
     [output] = beam_search(
         llm.engine,
-        [llm.engine.processor.process(prompt)],
+        [llm.engine.frontend.processor.process(prompt)],
         BeamSearchParams(beam_width=width, max_tokens=7, length_penalty=penalty),
         tokenizer=llm.get_tokenizer(),
         eos_token_ids=eos,

@@ -1,8 +1,9 @@
-"""`opsin.chat`: messages become the family's prompt, media in their places; malformed ones are named."""
+"""`opsin.inputs.chat`: messages become the prompt, media in their places; malformed ones are named."""
 
 import base64
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from transformers import AutoTokenizer
 
 from opsin.api import Expansion, InputContext, MappedMedia, MediaItem, Placeholder
 from opsin.errors import ConfigError, MediaError, RequestError
-from opsin.inputs.chat import ChatRenderer
+from opsin.inputs.chat import ChatOptions, ChatRenderer
+from opsin.inputs.conversation import Conversation
 from opsin.inputs.processor import PromptProcessor
+from opsin.inputs.prompt import Prompt
 from opsin.inputs.template import TemplateTraits, resolve_chat_template, template_traits
 from opsin_models_qwen2vl import plugin as qwen2vl
 
@@ -28,6 +31,7 @@ CASES = [
 ]
 TOKENIZER: Any = AutoTokenizer.from_pretrained(MODEL, trust_remote_code=False)
 PICTURE = GOLDEN / "images" / "astronaut_96x96.png"
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
 DATA_URL = "data:image/png;base64," + base64.b64encode(PICTURE.read_bytes()).decode()
 
 
@@ -49,6 +53,12 @@ PARTS_TEMPLATE = (
 def renderer(template: str | None = STRING_TEMPLATE, **settings: Any) -> ChatRenderer:
     arguments = {"tokenizer": TOKENIZER, "placeholders": FIXED, "local_files": True, **settings}
     return ChatRenderer(chat_template=template, **arguments)
+
+
+def render(chat: ChatRenderer, messages: Any, **options: Any) -> Prompt:
+    conversation = Conversation.parse(messages)
+    chat.check(conversation)
+    return chat.render(conversation, ChatOptions(**options))
 
 
 def user(*parts: Any) -> dict[str, Any]:
@@ -100,10 +110,12 @@ def qwen2vl_inputs() -> tuple[ChatRenderer, PromptProcessor]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["case"])
 def test_recorded_messages_become_the_recorded_prompt_and_ids(case: dict[str, Any]) -> None:
     chat, processor = qwen2vl_inputs()
-    prompt = chat.render(with_media(case))
+    prompt = render(chat, with_media(case))
     if case["case"].startswith("embed"):
-        prompt["prompt"] += "<|endoftext|>"  # the embedding model's own template adds it
-    assert prompt["prompt"] == case["prompt"]
+        prompt = replace(
+            prompt, text=f"{prompt.text}<|endoftext|>"
+        )  # the embedding model's own template adds it
+    assert prompt.text == case["prompt"]
     result = processor.process(prompt)
     assert list(result.token_ids) == case["prompt_token_ids"]
     assert result.positions is not None
@@ -115,13 +127,13 @@ def test_recorded_messages_become_the_recorded_prompt_and_ids(case: dict[str, An
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["case"])
 def test_the_plugins_own_template_renders_as_the_checkpoints(case: dict[str, Any]) -> None:
-    own = renderer(qwen2vl.CHAT_TEMPLATE).render(with_media(case))["prompt"]
+    own = render(renderer(qwen2vl.CHAT_TEMPLATE), with_media(case)).text
     assert own == case["prompt"].removesuffix("<|endoftext|>")
 
 
 def test_a_placeholder_smuggled_into_text_is_refused_not_mixed_up() -> None:
     chat, processor = qwen2vl_inputs()
-    prompt = chat.render([user(image(), "What is <|image_pad|> here?")])
+    prompt = render(chat, [user(image(), "What is <|image_pad|> here?")])
     with pytest.raises(RequestError, match=r"2 image placeholder\(s\) for 1 image item"):
         processor.process(prompt)
 
@@ -135,26 +147,26 @@ def test_placeholders_are_written_where_the_parts_stand() -> None:
         {"role": "assistant", "content": "yes"},
         {"role": "user", "content": ["three", image()]},
     ]
-    fixed = renderer().render(messages)
-    assert fixed["prompt"] == "[user]<image>\none\n<image>\ntwo[assistant]yes[user]three\n<image>"
-    numbered = renderer(placeholders=NUMBERED).render(messages)["prompt"]
+    fixed = render(renderer(), messages)
+    assert fixed.text == "[user]<image>\none\n<image>\ntwo[assistant]yes[user]three\n<image>"
+    numbered = render(renderer(placeholders=NUMBERED), messages).text
     assert re.findall(r"\d", numbered) == ["1", "2", "3"]
-    parts = renderer(PARTS_TEMPLATE).render(messages)["prompt"]
+    parts = render(renderer(PARTS_TEMPLATE), messages).text
     assert parts == "[user]<image>one<image>two[assistant]yes[user]three<image>"
-    assert len(fixed["multi_modal_data"]["image"]) == 3
+    assert len(fixed.media["image"]) == 3
 
 
 @pytest.mark.parametrize("template", [STRING_TEMPLATE, PARTS_TEMPLATE])
 def test_placeholders_the_user_wrote_are_not_doubled(template: str) -> None:
-    prompt = renderer(template).render([user(image(), "what is <image>?")])
-    assert prompt["prompt"] == "[user]what is <image>?"
-    assert len(prompt["multi_modal_data"]["image"]) == 1
+    prompt = render(renderer(template), [user(image(), "what is <image>?")])
+    assert prompt.text == "[user]what is <image>?"
+    assert len(prompt.media["image"]) == 1
 
 
 def test_numbered_placeholders_the_user_wrote_keep_their_numbers() -> None:
     chat = renderer(placeholders=NUMBERED)
     messages = [user(image(), "a"), user(image(), image(), "b <|image_3|>")]
-    assert chat.render(messages)["prompt"] == "[user]<|image_1|>\na[user]<|image_2|>\nb <|image_3|>"
+    assert render(chat, messages).text == "[user]<|image_1|>\na[user]<|image_2|>\nb <|image_3|>"
 
 
 @pytest.mark.parametrize(
@@ -167,13 +179,13 @@ def test_numbered_placeholders_the_user_wrote_keep_their_numbers() -> None:
 )
 def test_a_guess_which_item_a_placeholder_means_is_never_made(message: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match="write none"):
-        renderer().render([user(image(), "fine"), message])
+        render(renderer(), [user(image(), "fine"), message])
 
 
 @pytest.mark.parametrize("text", ["<|image_2|>", "<|image_1|><|image_1|>"])
 def test_a_numbered_placeholder_must_belong_to_its_message(text: str) -> None:
     with pytest.raises(RequestError, match="write none"):
-        renderer(placeholders=NUMBERED).render([user(image(), text), user(image())])
+        render(renderer(placeholders=NUMBERED), [user(image(), text), user(image())])
 
 
 # --- parts ----------------------------------------------------------------------------------------
@@ -184,14 +196,13 @@ def test_every_spelling_of_a_picture_is_the_same_picture() -> None:
         parts = [
             {"type": "image_url", "image_url": {"url": DATA_URL, "detail": "high"}},
             {"type": "image_url", "image_url": {"url": PICTURE.as_uri()}},
-            {"type": "image_url", "image_url": {"url": "https://host/a.png"}},
             {"type": "input_image", "image_url": DATA_URL},
             {"type": "image_pil", "image_pil": opened},
             image(opened),
             image(str(PICTURE)),
             image(np.asarray(opened)),
         ]
-        data = renderer().render([user(*parts)], fetch=lambda url: PICTURE.read_bytes())["multi_modal_data"]
+        data = render(renderer(), [user(*parts)]).media
     assert len(data["image"]) == len(parts)
     assert len({item.digest for item in data["image"]}) == 1
 
@@ -208,12 +219,12 @@ def test_videos_and_embeddings_are_parts_too() -> None:
         {"type": "video_embeds", "video_embeds": {"rows": rows}},
         {"type": "input_text", "text": "?"},
     )
-    prompt = renderer().render([message])
-    assert prompt["prompt"] == "[user]<video>\n<video>\n<image>\n<video>\n?"
-    videos = prompt["multi_modal_data"]["video"]
+    prompt = render(renderer(), [message])
+    assert prompt.text == "[user]<video>\n<video>\n<image>\n<video>\n?"
+    videos = prompt.media["video"]
     assert [video.pixels.shape for video in videos[:2]] == [(3, 84, 112, 3), (1, 96, 96, 3)]
     assert videos[2] == {"rows": rows}
-    assert prompt["multi_modal_data"]["image"][0] is rows
+    assert prompt.media["image"][0] is rows
 
 
 @pytest.mark.parametrize(
@@ -234,7 +245,10 @@ def test_videos_and_embeddings_are_parts_too() -> None:
             [user({"type": "image_url", "image_url": DATA_URL})],
             "messages[0].content[0].image_url must be a dict",
         ),
-        ([user({"type": "input_image", "image_url": {"url": DATA_URL}})], "expected the URL as a string"),
+        (
+            [user({"type": "input_image", "image_url": {"url": DATA_URL}})],
+            "messages[0].content[0].image_url is a dict; expected a string",
+        ),
         ([user("a", {"type": "image"})], "messages[0].content[1] has no 'image'"),
         ([user("a", image(b"x"))], "messages[0].content[1]: the image cannot be read"),
         ([user({"type": "video", "video": []})], "messages[0].content[0]: got a video of 0 frames"),
@@ -242,31 +256,31 @@ def test_videos_and_embeddings_are_parts_too() -> None:
 )
 def test_malformed_messages_are_refused_by_name(messages: Any, complaint: str) -> None:
     with pytest.raises(RequestError, match=re.escape(complaint)):
-        renderer().render(messages)
+        render(renderer(), messages)
 
 
 @pytest.mark.parametrize("value", [str(PICTURE), PICTURE, PICTURE.read_bytes()])
 def test_embeddings_are_tensors_and_never_a_file(value: Any) -> None:
     message = user({"type": "image_embeds", "image_embeds": value}, "q")
     with pytest.raises(MediaError, match=r"content\[0\]: got embeddings as a .*expected tensors"):
-        renderer(local_files=False).render([message])
+        render(renderer(local_files=False), [message])
 
 
 def test_files_are_read_only_for_trusted_callers() -> None:
     chat = renderer(local_files=False)
     for part in (image(str(PICTURE)), {"type": "image_url", "image_url": {"url": PICTURE.as_uri()}}):
         with pytest.raises(MediaError, match=re.escape("messages[0].content[0]: local files are not read")):
-            chat.render([user(part)])
-    assert chat.render([user({"type": "image_url", "image_url": {"url": DATA_URL}})])["multi_modal_data"]
+            render(chat, [user(part)])
+    assert render(chat, [user({"type": "image_url", "image_url": {"url": DATA_URL}})]).media
 
 
 def test_limits_are_checked_before_anything_is_decoded() -> None:
     with pytest.raises(MediaError, match=r"At most 1 image\(s\)"):
-        renderer(limits={"image": 1}).render([user(image(b"x"), image(b"y"))])
+        render(renderer(limits={"image": 1}), [user(image(b"x"), image(b"y"))])
     with pytest.raises(
         RequestError, match=r"content\[0\]: this model does not take video \(it takes image\)"
     ):
-        renderer(placeholders=NUMBERED).render([user({"type": "video", "video": []})])
+        render(renderer(placeholders=NUMBERED), [user({"type": "video", "video": []})])
 
 
 # --- templates ------------------------------------------------------------------------------------
@@ -279,32 +293,32 @@ def test_options_reach_the_template() -> None:
     )
     chat = renderer(template)
     messages = [user("hi"), {"role": "assistant", "content": None, "name": "x"}]
-    assert chat.render([user("hi")], chat_template_kwargs={"flavour": "mild"})["prompt"] == "mild|hi>"
-    assert chat.render(messages[:1], add_generation_prompt=False, tools=[{"a": 1}])["prompt"] == "|hi1"
-    assert chat.render(messages)["prompt"] == "|hi>"
+    assert render(chat, [user("hi")], chat_template_kwargs={"flavour": "mild"}).text == "mild|hi>"
+    assert render(chat, messages[:1], add_generation_prompt=False, tools=[TOOL]).text == "|hi1"
+    assert render(chat, messages).text == "|hi>"
     with pytest.raises(RequestError, match="cannot set chat_template"):
-        chat.render(messages, chat_template_kwargs={"chat_template": "x"})
+        render(chat, messages, chat_template_kwargs={"chat_template": "x"})
 
 
 def test_the_final_message_can_be_left_open() -> None:
     template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<end>{% endfor %}"
     messages = [user("hi"), {"role": "assistant", "content": "It is"}]
     chat = renderer(template)
-    opened = chat.render(messages, add_generation_prompt=False, continue_final_message=True)
-    assert opened["prompt"] == "[user]hi<end>[assistant]It is"
+    opened = render(chat, messages, continue_final_message=True)
+    assert opened.text == "[user]hi<end>[assistant]It is"
     with pytest.raises(RequestError, match="set only one"):
-        chat.render(messages, continue_final_message=True)
+        render(chat, messages, continue_final_message=True, add_generation_prompt=True)
 
 
 def test_templates_are_sandboxed_and_their_refusals_are_request_errors() -> None:
     refusing = renderer("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(RequestError, match="roles must alternate"):
-        refusing.render([user("x")])
+        render(refusing, [user("x")])
     escaping = renderer("{{ messages.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(RequestError, match="template refused"):
-        escaping.render([user("x")])
+        render(escaping, [user("x")])
     with pytest.raises(RequestError, match=r"no chat template; pass chat_template .*--chat-template"):
-        renderer(None).render([user("x")])
+        render(renderer(None), [user("x")])
     with pytest.raises(ConfigError, match="line 2"):
         renderer("fine\n{% for %}")
 
@@ -347,7 +361,7 @@ def test_what_a_template_wants_is_read_from_its_syntax(template: str, traits: tu
 
 def test_generation_tags_render() -> None:
     chat = renderer("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}")
-    assert chat.render([user("x")])["prompt"]
+    assert render(chat, [user("x")]).text
 
 
 def test_the_users_template_comes_before_the_checkpoints_and_the_plugins(tmp_path: Path) -> None:
@@ -366,4 +380,4 @@ def test_the_users_template_comes_before_the_checkpoints_and_the_plugins(tmp_pat
 
 def test_a_ready_made_item_passes_as_it_is() -> None:
     item = MediaItem(modality="image", digest="d", pixels=np.zeros((2, 2, 3), np.uint8))
-    assert renderer().render([user(image(item))])["multi_modal_data"]["image"] == [item]
+    assert render(renderer(), [user(image(item))]).media["image"] == [item]

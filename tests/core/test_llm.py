@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -221,3 +222,51 @@ def test_embeddings_in_chunks_are_whole(pooling: Any) -> None:
             return second.data
 
     assert torch.allclose(embed(2048), embed(7), atol=1e-5)
+
+
+ASK = [{"role": "user", "content": "How many?"}]
+TOOL = {"type": "function", "function": {"name": "count", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize("method", ["chat", "stream_chat"])
+def test_a_misspelt_parameter_is_refused_before_anything_runs(llm: LLM, method: str) -> None:
+    before = llm.engine.stats()
+    with pytest.raises(
+        ConfigError, match=r"unknown 'continue_final_mesage' \(did you mean 'continue_final_me"
+    ):
+        getattr(llm, method)(ASK, continue_final_mesage=True)
+    with pytest.raises(ConfigError, match="unknown 'fetch'"):
+        getattr(llm, method)(ASK, fetch=lambda url: b"")
+    assert llm.engine.stats() == before
+
+
+def test_tools_are_told_as_the_server_tells_them(llm: LLM) -> None:
+    called = [
+        *ASK,
+        {"role": "assistant", "tool_calls": [{"function": {"name": "count", "arguments": '{"a": 1}'}}]},
+        {"role": "tool", "content": "three"},
+    ]
+    params = SamplingParams(temperature=0, max_tokens=1)
+    [output] = llm.chat(called, params, use_tqdm=False, tools=[TOOL])
+    text = llm.get_tokenizer().decode(output.prompt_token_ids)
+    assert f"<tools>\n{json.dumps(TOOL)}\n</tools>" in text
+    assert '<tool_call>\n{"name": "count", "arguments": {"a": 1}}\n</tool_call><|im_end|>' in text
+    assert "<|im_start|>user\n<tool_response>\nthree\n</tool_response><|im_end|>" in text
+    with pytest.raises(RequestError, match="tools: got"):
+        llm.chat(ASK, params, use_tqdm=False, tools=[{"name": "count"}])
+    plain = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(RequestError, match="template has no tools"):
+        llm.chat(ASK, params, use_tqdm=False, tools=[TOOL], chat_template=plain)
+    native = "{% for t in tools %}{{ t.function.name }};{% endfor %}"
+    [output] = llm.chat(ASK, params, use_tqdm=False, tools=[TOOL], chat_template=native)
+    assert llm.get_tokenizer().decode(output.prompt_token_ids) == "count;"
+
+
+def test_the_last_message_can_be_left_open_without_saying_it_twice(llm: LLM) -> None:
+    begun = [*ASK, {"role": "assistant", "content": "There are"}]
+    [output] = llm.chat(
+        begun, SamplingParams(temperature=0, max_tokens=1), False, continue_final_message=True
+    )
+    assert llm.get_tokenizer().decode(output.prompt_token_ids).endswith("<|im_start|>assistant\nThere are")
+    with pytest.raises(RequestError, match="set only one"):
+        llm.chat(begun, continue_final_message=True, add_generation_prompt=True)

@@ -19,6 +19,7 @@ from opsin.api import ProcessedPrompt
 from opsin.config import SamplingParams
 from opsin.engine.request import RequestState
 from opsin.engine.sequence import SampledToken
+from opsin.engine.sequence import Sequence as EngineSequence
 from opsin.engine.text import Detokenizer, StopStrings
 from opsin.errors import RequestError
 from opsin.results import CompletionOutput, Logprob, RequestOutput
@@ -306,7 +307,7 @@ def test_eos_ends_without_text(skip: bool) -> None:
     output = result(state)
     assert (output.text, output.token_ids) == (" yes", tokens)
     assert (output.finish_reason, output.stop_reason) == ("stop", None)
-    assert state.finished
+    assert state.output().finished
 
 
 def test_stop_token_ends_without_text_unless_it_is_wanted() -> None:
@@ -422,7 +423,7 @@ def test_prompt_logprobs_begin_with_none() -> None:
     state = make_state(prompt="a b", prompt_logprobs=1)
     prompt = state.output().prompt_token_ids
     assert state.output().prompt_logprobs is None
-    state.set_prompt_logprobs([SampledToken(token, -1.0, ((token, -1.0),), 1) for token in prompt[1:]])
+    state.describe_prompt(1, [SampledToken(token, -1.0, ((token, -1.0),), 1) for token in prompt[1:]])
     first, *others = state.output().prompt_logprobs or []
     assert first is None
     assert [list(entry or {}) for entry in others] == [[token] for token in prompt[1:]]
@@ -446,7 +447,6 @@ def test_samples_end_one_by_one() -> None:
     a = ids_of("a")[0]
     assert state.append(1, SampledToken(a)) is None
     assert state.append(1, SampledToken(a)) == "length"
-    assert not state.finished
     assert not state.output().finished
     assert state.append(0, SampledToken(EOS)) == "stop"
     output = state.output()
@@ -481,7 +481,11 @@ def test_failure() -> None:
 
 def test_metrics_and_prompt() -> None:
     state = make_state(prompt="Q:", max_tokens=1)
-    state.first_scheduled_time, state.num_cached_tokens, state.num_preemptions = 2.0, 16, 1
+    sequence = EngineSequence(seq_id=0, request_id="r", index=0, prompt=state.prompt, params=state.params)
+    sequence.num_cached, sequence.num_preemptions = 16, 1
+    state.computed(sequence, 2.0)
+    sequence.num_cached = 32  # of a later admission
+    state.computed(sequence, 3.0)
     before: RequestOutput = state.output()
     assert before.metrics is not None
     assert (before.metrics.first_token_time, before.metrics.finished_time) == (None, None)

@@ -280,7 +280,7 @@ def test_limits_are_the_familys_unless_the_user_says_otherwise() -> None:
     spec = ModelSpec(architecture="Toy", build=lambda context: None, default_limits={"image": 1})  # type: ignore[arg-type,return-value]
     two = {"prompt": "<img><img>", "multi_modal_data": {"image": [b"never decoded"] * 2}}
     with pytest.raises(
-        MediaError, match=r"At most 1 image\(s\) may be provided in one prompt, got 2"
+        MediaError, match=r"At most 1 image\(s\) may be provided in one request. This one has 2"
     ) as caught:
         processor(model_spec=spec).process(two)
     assert "limit_mm_per_prompt={'image': 2}" in str(caught.value)

@@ -36,7 +36,6 @@ def make_sequence(
         index=0,
         prompt=ProcessedPrompt(token_ids=prompt),
         params=params,
-        max_len=10_000,
         eos_token_ids=eos,
         token_ids=[*prompt, *output],
         generator=None if params.greedy else make_generator(seed),

@@ -47,7 +47,6 @@ def make_sequence(
         index=0,
         prompt=ProcessedPrompt(token_ids=token_ids, media=media, salt=salt, positions=positions),
         params=params or SamplingParams(max_tokens=max_tokens),
-        max_len=len(token_ids) + max_tokens,
         priority=priority,
     )
 
@@ -115,7 +114,7 @@ class Machine:
         }
         scheduler.commit(step, sampled)
         for chunk in step.chunks:
-            if chunk.sequence.num_tokens >= chunk.sequence.max_len:
+            if chunk.sequence.num_output >= (chunk.sequence.params.max_tokens or 0):
                 scheduler.remove(chunk.sequence)
         return step
 
@@ -132,10 +131,10 @@ class Machine:
 
     def finish(self, limit: int = 10_000) -> None:
         for _ in range(limit):
-            if not self.scheduler.has_unfinished():
+            if not (self.scheduler.waiting or self.scheduler.running):
                 break
             self.step()
-        assert not self.scheduler.has_unfinished(), "not all requests end"
+        assert self.scheduler.waiting + self.scheduler.running == [], "not all requests end"
         assert self.scheduler.blocks.num_used == 0, "blocks leak"
         assert not self.scheduler._in_flight, "a finished sequence is waited for"
         assert not any(self.scheduler.encoder_cache._pins.values()), "pins leak"
@@ -318,7 +317,7 @@ def test_priority_comes_before_arrival() -> None:
     for sequence in sequences:
         machine.scheduler.add(sequence)
     order: list[int] = []
-    while machine.scheduler.has_unfinished():
+    while machine.scheduler.waiting or machine.scheduler.running:
         order += [chunk.sequence.seq_id for chunk in machine.step().chunks]
     assert list(dict.fromkeys(order)) == [2, 4, 0, 1, 3]
 

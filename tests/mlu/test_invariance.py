@@ -73,7 +73,7 @@ def test_prefix_cache(llm: LLM, family: str, expected: list[list[int]]) -> None:
 
 def test_preemption(llm: LLM, family: str, expected: list[list[int]]) -> None:
     longest = max(
-        len(llm.engine.processor.process(prompt).token_ids) + (params.max_tokens or 0)
+        len(llm.engine.frontend.processor.process(prompt).token_ids) + (params.max_tokens or 0)
         for prompt, params in requests(family, COUNT)
     )
     executor = llm.engine.executor
@@ -98,7 +98,7 @@ def test_embeddings_instead_of_pictures(llm: LLM, family: str) -> None:
     names = ["coffee_320x213.png", "astronaut_96x96.png"]
     marks = "".join(kind.image_text(n + 1) for n in range(len(names)))
     prompt = {"prompt": f"{marks}\nwhich?", "multi_modal_data": {"image": [picture(name) for name in names]}}
-    processed = llm.engine.processor.process(prompt)
+    processed = llm.engine.frontend.processor.process(prompt)
     embeds = encoded(llm, processed)
     assert all(part.device.type == "mlu" for part in embeds)
     given = kind.embeds_input([part.cpu() for part in embeds], [m.mapped.geometry for m in processed.media])

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from opsin import LLM, SamplingParams
 from opsin.errors import RequestError
+from opsin.inputs.chat import ChatOptions
+from opsin.inputs.prompt import Prompt
 from tests.models.families import FAMILIES
 from tests.models.golden import GOLDEN, Case, cases, largest_difference, recorded_logits
+
+
+def rendered(llm: LLM, messages: Any) -> Prompt:
+    frontend = llm.engine.frontend
+    return frontend.renderer.render(frontend.conversation(messages), ChatOptions())
+
 
 CASES = [case for family in FAMILIES for case in cases(family)]
 NUM_STEPS = 16
@@ -100,10 +109,10 @@ def test_messages_render_to_the_recorded_prompt(llms: dict[str, LLM], case: Case
             ]
         messages.append({**message, "content": content})
     llm = llms[case.family]
-    rendered = llm.engine.renderer.render(messages)["prompt"]
-    assert rendered + case.data["prompt"].removeprefix(rendered) == case.data["prompt"]
+    text = rendered(llm, messages).text
+    assert text + case.data["prompt"].removeprefix(text) == case.data["prompt"]
     params = SamplingParams(temperature=0, max_tokens=1)
-    if rendered == case.data["prompt"]:
+    if text == case.data["prompt"]:
         [output] = llm.chat(messages, params, use_tqdm=False, mm_processor_kwargs=case.options())
         assert output.prompt_token_ids == case.token_ids()
 

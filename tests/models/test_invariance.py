@@ -107,7 +107,7 @@ def test_preemption_changes_nothing(family: str, expected: list[list[int]]) -> N
     with load(family) as roomy:
         per_block = roomy.engine.resolved.block_size * _bytes_per_token(roomy)
         longest = max(
-            len(roomy.engine.processor.process(prompt).token_ids) + (params.max_tokens or 0)
+            len(roomy.engine.frontend.processor.process(prompt).token_ids) + (params.max_tokens or 0)
             for prompt, params in requests(family, 32)
         )
     blocks = longest // 16 + 6
@@ -134,7 +134,7 @@ def test_embeddings_as_input_are_pixels(llm: LLM, family: str, count: int) -> No
         "prompt": f"{marks} which one?",
         "multi_modal_data": {"image": [picture(name) for name in PICTURES[:count]]},
     }
-    processed = llm.engine.processor.process(prompt)
+    processed = llm.engine.frontend.processor.process(prompt)
     embeds = encoded(llm, processed)
     geometries = [item.mapped.geometry for item in processed.media]
     ready = {**prompt, "multi_modal_data": {"image": kind.embeds_input(embeds, geometries)}}
@@ -181,7 +181,7 @@ def test_bad_requests_fail_alone(llm: LLM, family: str) -> None:
     good = requests(family, 20, seed=7)
     mark = kind.image_text(1)
     picture_prompt = {"prompt": mark, "multi_modal_data": {"image": picture(PICTURES[0])}}
-    [item] = llm.engine.processor.process(picture_prompt).media
+    [item] = llm.engine.frontend.processor.process(picture_prompt).media
     too_wide = torch.zeros(item.mapped.num_embeds, llm.engine.executor.model.hidden_size + 1)
     wrong = kind.embeds_input([too_wide], [item.mapped.geometry])
     limit = llm.engine.resolved.max_model_len
@@ -249,7 +249,7 @@ def test_a_failing_encoder_fails_only_requests_with_that_picture(family: str) ->
         ]
         params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
         healthy = fresh.generate(prompts, params, use_tqdm=False)
-        broken = fresh.engine.processor.process(prompts[1]).media[0].mapped.tensors
+        broken = fresh.engine.frontend.processor.process(prompts[1]).media[0].mapped.tensors
     with load(family) as fresh:
         model = fresh.engine.executor.model
         encode = model.encode

@@ -43,9 +43,7 @@ class Running:
     @property
     def engine(self) -> Engine:
         """The loaded engine."""
-        engine = self.app.host.loaded
-        assert engine is not None
-        return engine
+        return self.app.host.engine()._engine
 
     def post(self, path: str, body: Any = None, **options: Any) -> requests.Response:
         """POST ``body`` as JSON."""

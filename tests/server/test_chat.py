@@ -15,9 +15,17 @@ from PIL import Image
 from pydantic import BaseModel
 
 from opsin import LLM, BeamSearchParams, SamplingParams
+from opsin.inputs.chat import ChatOptions
+from opsin.inputs.prompt import Prompt
 from tests.server.asset_server import AssetServer, asset_server
 from tests.server.in_thread import MODEL, Running
 from tests.server.messages import CAT, COFFEE, IMAGES, data_url, image, text, user
+
+
+def rendered(llm: LLM, messages: Any) -> Prompt:
+    frontend = llm.engine.frontend
+    return frontend.renderer.render(frontend.conversation(messages), ChatOptions())
+
 
 HELLO = user("Hello")
 PICTURES = user(text("First"), image(data_url(CAT)), text("then"), image(data_url(COFFEE)), text("?"))
@@ -167,7 +175,7 @@ def test_beam_search(client: openai.OpenAI, llm: LLM) -> None:
     answer = ask(client, PICTURES, n=2, use_beam_search=True, max_tokens=6)
     texts = [choice.message.content for choice in answer.choices]
     assert len(set(texts)) == 2
-    prompt = llm.engine.renderer.render(PICTURES)
+    prompt = rendered(llm, PICTURES)
     [expected] = llm.beam_search([prompt], BeamSearchParams(beam_width=2, max_tokens=6))
     assert texts == [sequence.text for sequence in expected.sequences]
 

@@ -436,7 +436,7 @@ def test_internal_error_shows_only_its_id(
     def broken(*arguments: Any, **options: Any) -> None:
         raise RuntimeError(f"{SECRET} at <object at 0x7f0011223344>")
 
-    monkeypatch.setattr(server.engine.renderer, "render", broken)
+    monkeypatch.setattr(server.engine.frontend.renderer, "render", broken)
     for stream in (False, True):
         response = server.post(CHAT, chat(stream=stream), headers={"X-Request-Id": "known-id"})
         check(response, 500, says="known-id")

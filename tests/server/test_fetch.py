@@ -6,13 +6,15 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from http import HTTPStatus
 from typing import Any
 
 import pytest
 
 from opsin.errors import ConfigError, MediaError
-from opsin.server.fetch.fetcher import MediaFetcher, Message
+from opsin.inputs.conversation import Conversation
+from opsin.server.fetch.fetcher import MediaFetcher
 from opsin.server.fetch.settings import FetchSettings
 from opsin.server.http.fetch_error import FetchError
 from tests.server.asset_server import Asset, AssetServer, asset_server
@@ -40,17 +42,22 @@ def user(*parts: Any) -> dict[str, Any]:
     return {"role": "user", "content": list(parts)}
 
 
-def resolved(
-    messages: Sequence[Message], limits: dict[str, int] | None = None, **settings: Any
-) -> list[Message]:
-    async def resolve() -> list[Message]:
+def resolved(messages: Sequence[Any], **settings: Any) -> list[Any]:
+    """The values of all media parts, in order."""
+    conversation = Conversation.parse(messages)
+
+    async def resolve() -> Conversation:
         fetcher = MediaFetcher(FetchSettings(**{"allow_loopback_media": True, **settings}))
         try:
-            return await fetcher.resolve(messages, limits)
+            return await fetcher.resolve(conversation)
         finally:
             await fetcher.aclose()
 
-    return asyncio.run(resolve())
+    found = asyncio.run(resolve())
+    assert [replace(part, value=None) for part in found.media] == [
+        replace(part, value=None) for part in conversation.media
+    ], "nothing but values changes"
+    return [part.value for part in found.media]
 
 
 def refusal(*parts: Any, **settings: Any) -> FetchError:
@@ -75,49 +82,11 @@ def test_urls_become_content_and_all_else_stays(assets: AssetServer) -> None:
             {"type": "video", "video": [red, "data:,x", blue]}, video(blue), {"type": "image", "image": red}
         ),
     ]
-    assert resolved(messages) == [
-        messages[0],
-        user(
-            {"type": "image", "image": PICTURE},
-            text,
-            inline,
-            {"type": "image", "image": gif(3)},
-            {"type": "video", "video": MP4},
-        ),
-        messages[2],
-        user(
-            {"type": "video", "video": [PICTURE, "data:,x", gif(3)]},
-            {"type": "video", "video": gif(3)},
-            {"type": "image", "image": PICTURE},
-        ),
-    ]
+    content = [PICTURE, "data:image/png;base64,AAAA", gif(3), MP4]
+    assert resolved(messages) == [*content, [PICTURE, "data:,x", gif(3)], gif(3), PICTURE]
     assert messages[1]["content"][0] == image(red), "the caller's messages are not changed"
     # Once for each URL and use: blue is named as a picture and as a video.
     assert sorted(path for path, _ in assets.seen) == ["/blue.gif", "/blue.gif", "/film.mp4", "/red.png"]
-
-
-@pytest.mark.parametrize(
-    "message",
-    [
-        {"role": "user"},
-        user("text", 3, None, {"no": "type"}, {"type": 3}, {"type": "text"}),
-        user({"type": "image_url", "image_url": "http://bare.example/a.png"}),
-        user({"type": "image_url", "image_url": {"url": None}}, {"type": "image_url"}),
-        user({"type": "image", "image": 3}, {"type": "image_embeds", "image_embeds": None}),
-        user({"type": "sound_url", "sound_url": {"url": "http://a.example/a.mp3"}}),
-    ],
-)
-def test_what_is_malformed_is_left_to_who_says_so(message: dict[str, Any]) -> None:
-    assert resolved([message]) == [message]
-
-
-def test_too_many_items_are_refused_before_anything_is_fetched(assets: AssetServer) -> None:
-    url = assets.put("/a.png", PICTURE)
-    messages = [user(image(url), image(url)), user(image(url), video(url))]
-    with pytest.raises(MediaError, match=r"At most 2 image\(s\)"):
-        resolved(messages, {"image": 2})
-    assert assets.seen == []
-    assert len(resolved(messages, {"image": 3, "video": 1})) == 2
 
 
 # --- answers --------------------------------------------------------------------------------------
@@ -148,8 +117,7 @@ def test_what_is_no_picture_whatever_the_header_says(assets: AssetServer, conten
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_what_is_a_picture_whatever_the_header_says(assets: AssetServer, format: str) -> None:
     content = picture(format=format)
-    [message] = resolved([user(image(assets.put("/a", content, Content_Type="text/html")))])
-    assert message["content"] == [{"type": "image", "image": content}]
+    assert resolved([user(image(assets.put("/a", content, Content_Type="text/html")))]) == [content]
 
 
 def test_a_page_is_not_read_to_its_end(assets: AssetServer) -> None:
@@ -213,8 +181,8 @@ def test_bytes_of_one_request_are_capped(assets: AssetServer) -> None:
     urls = [assets.put(f"/{index}.png", PICTURE + bytes(5_000)) for index in range(4)]
     with pytest.raises(MediaError, match="the media of a request are too large; at most 15000 bytes"):
         resolved([user(*map(image, urls))], max_request_media_bytes=15_000)
-    assert len(resolved([user(*map(image, urls[:2]))], max_request_media_bytes=15_000)) == 1
-    assert len(resolved([user(*[image(urls[0])] * 9)], max_request_media_bytes=15_000)) == 1, (
+    assert len(resolved([user(*map(image, urls[:2]))], max_request_media_bytes=15_000)) == 2
+    assert len(resolved([user(*[image(urls[0])] * 9)], max_request_media_bytes=15_000)) == 9, (
         "one URL, one content"
     )
 
@@ -268,7 +236,7 @@ def test_the_deadline_covers_the_resolver_and_redirects() -> None:
 
     async def fetch() -> None:
         fetcher = MediaFetcher(FetchSettings(image_fetch_timeout=0.1), resolver=stuck)
-        await fetcher.resolve([user(image("http://pictures.example/a.png"))])
+        await fetcher.resolve(Conversation.parse([user(image("http://pictures.example/a.png"))]))
 
     with pytest.raises(FetchError, match=r"'pictures\.example' was not done within 0\.1 s") as caught:
         asyncio.run(fetch())
@@ -309,8 +277,7 @@ class _Gate:
 def test_fetches_of_a_request_run_together_but_not_all(assets: AssetServer) -> None:
     gate = _Gate(assets, 3)
     urls = [gate.put(f"/{index}.png") for index in range(9)]
-    [message] = resolved([user(*map(image, urls))], max_concurrent_per_request=3)
-    assert message["content"] == [{"type": "image", "image": PICTURE}] * 9
+    assert resolved([user(*map(image, urls))], max_concurrent_per_request=3) == [PICTURE] * 9
     assert gate.most == 3
 
 
@@ -324,7 +291,7 @@ def test_fetches_of_all_requests_are_bounded(assets: AssetServer) -> None:
         requests = [
             [user(*[image(gate.put(f"/{number}/{index}.png")) for index in range(3)])] for number in range(4)
         ]
-        await asyncio.gather(*[fetcher.resolve(messages) for messages in requests])
+        await asyncio.gather(*[fetcher.resolve(Conversation.parse(messages)) for messages in requests])
         await fetcher.aclose()
 
     asyncio.run(many())
@@ -355,7 +322,7 @@ def test_the_first_failure_ends_the_others(assets: AssetServer) -> None:
         fetcher = MediaFetcher(
             FetchSettings(allow_loopback_media=True, max_media_bytes=2**40, max_request_media_bytes=2**40)
         )
-        task = asyncio.create_task(fetcher.resolve([user(image(slow))]))
+        task = asyncio.create_task(fetcher.resolve(Conversation.parse([user(image(slow))])))
         while len(assets.seen) < 3:
             await asyncio.sleep(0.01)
         task.cancel()

@@ -110,9 +110,9 @@ def test_the_caches_of_the_host_stay_within_their_bounds() -> None:
     with running(config) as server:
         for number in range(40):
             ask(server, image(data_url(picture((224, 224), f"#{number:02x}8040"))), max_tokens=1)
-            assert server.engine.processor.mapped_media.num_bytes <= most
+            assert server.engine.frontend.processor.mapped_media.num_bytes <= most
             assert server.engine.stats().encoder_cache_bytes <= most
-        assert server.engine.processor.mapped_media.num_bytes > most // 4, "it does hold some"
+        assert server.engine.frontend.processor.mapped_media.num_bytes > most // 4, "it does hold some"
 
 
 def test_nothing_is_written_to_disk(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import trustme
 
 from opsin.errors import MediaError, RequestError
+from opsin.inputs.conversation import Conversation
 from opsin.server.fetch.addresses import is_allowed
 from opsin.server.fetch.fetcher import MediaFetcher
 from opsin.server.fetch.pinned_http import Resolver
@@ -45,8 +46,8 @@ def fetched(
         fetcher = MediaFetcher(FetchSettings(**settings), tls=tls, **names)
         try:
             part = {"type": "image_url", "image_url": {"url": url}}
-            [message] = await fetcher.resolve([{"role": "user", "content": [part]}])
-            content: bytes = message["content"][0]["image"]
+            conversation = Conversation.parse([{"role": "user", "content": [part]}])
+            content: bytes = (await fetcher.resolve(conversation)).media[0].value
             return content
         finally:
             await fetcher.aclose()

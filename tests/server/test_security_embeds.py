@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from opsin.errors import MediaError
+from opsin.inputs.conversation import Conversation
 from opsin.server.fetch.fetcher import MediaFetcher
 from opsin.server.fetch.settings import FetchSettings
 
@@ -37,9 +38,10 @@ def npy(array: Any, **options: Any) -> bytes:
 def resolved(value: Any, kind: str = "image_embeds", **settings: Any) -> Any:
     async def resolve() -> Any:
         fetcher = MediaFetcher(FetchSettings(**{"enable_mm_embeds": True, **settings}))
-        [message] = await fetcher.resolve([{"role": "user", "content": [{"type": kind, kind: value}]}])
+        messages = [{"role": "user", "content": [{"type": kind, kind: value}]}]
+        conversation = await fetcher.resolve(Conversation.parse(messages))
         await fetcher.aclose()
-        return message["content"][0][kind]
+        return conversation.media[0].value
 
     return asyncio.run(resolve())
 

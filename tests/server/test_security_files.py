@@ -130,5 +130,5 @@ def test_what_is_no_readable_picture(shared: Path) -> None:
 
 def test_the_shared_folder_has_to_exist(shared: Path) -> None:
     for path in (shared / "missing", shared / "a.png"):
-        with pytest.raises(ConfigError, match="--allowed-local-media-path=.* is not a folder"):
+        with pytest.raises(ConfigError, match="allowed_local_media_path=.* is not a folder"):
             FetchSettings(allowed_local_media_path=path)

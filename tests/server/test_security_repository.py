@@ -15,9 +15,17 @@ from PIL import Image
 
 from opsin import LLM, SamplingParams
 from opsin.errors import CheckpointError, RequestError
+from opsin.inputs.chat import ChatOptions
+from opsin.inputs.prompt import Prompt
 from tests.server.in_thread import golden_config, running
 from tests.server.messages import CAT, data_url, image, text, user
 from tests.server.process import GOLDEN
+
+
+def rendered(llm: LLM, messages: Any) -> Prompt:
+    frontend = llm.engine.frontend
+    return frontend.renderer.render(frontend.conversation(messages), ChatOptions())
+
 
 EVIL = """
 from pathlib import Path
@@ -151,5 +159,5 @@ def test_its_chat_template_is_rendered_in_a_sandbox(repository: Path, marker: Pa
     with LLM(str(repository), kv_cache_memory=2**22) as llm:
         messages = [{"role": "user", "content": "Hello"}]
         with pytest.raises(RequestError, match="the chat template refused these messages"):
-            llm.engine.renderer.render(messages)
+            rendered(llm, messages)
     assert not marker.exists()

@@ -8,24 +8,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opsin.server.answers.tool_parser import ToolParser, parse_answer
+from opsin.api.hermes import HermesTools
+from opsin.server.answers.tools import parse_answer
+
+FORM = HermesTools()
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": "}<\\"", "b": [1, {"c": null}]}}\n</tool_call>'
 ARGUMENTS = '{"a": "}<\\"", "b": [1, {"c": null}]}'
 
 
 def calls(text: str, **options: int) -> list[tuple[str, str]]:
-    return [(call.function.name, call.function.arguments) for call in parse_answer(text, **options)[1]]
+    return [(call.function.name, call.function.arguments) for call in parse_answer(FORM, text, **options)[1]]
 
 
 def content(text: str) -> str:
-    return parse_answer(text)[0]
+    return parse_answer(FORM, text)[0]
 
 
 def test_a_call() -> None:
     assert calls(CALL) == [("f", ARGUMENTS)]
     assert content(CALL) == ""
-    [call] = parse_answer(CALL)[1]
+    [call] = parse_answer(FORM, CALL)[1]
     assert call.id.startswith("call_")
     assert json.loads(call.function.arguments) == {"a": '}<"', "b": [1, {"c": None}]}
 
@@ -66,7 +69,7 @@ def test_other_ways_to_write_it(body: str, expected: tuple[str, str]) -> None:
     ],
 )
 def test_what_is_no_call_is_text(text: str) -> None:
-    assert parse_answer(text) == (text, [])
+    assert parse_answer(FORM, text) == (text, [])
 
 
 def test_unfinished_calls() -> None:
@@ -79,7 +82,7 @@ def test_unfinished_calls() -> None:
 
 
 def test_calls_beyond_the_limit_are_dropped() -> None:
-    assert calls(CALL * 3, max_calls=1) == [("f", ARGUMENTS)]
+    assert calls(CALL * 3, most=1) == [("f", ARGUMENTS)]
 
 
 PIECES = st.sampled_from(
@@ -93,7 +96,7 @@ PIECES = st.sampled_from(
 @given(st.lists(PIECES, max_size=12).map("".join), st.data())
 def test_pieces_make_no_difference(text: str, data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=10)))
-    parser = ToolParser()
+    parser = FORM.parser()
     found = ""
     names: list[str] = []
     arguments: list[str] = []
@@ -101,11 +104,11 @@ def test_pieces_make_no_difference(text: str, data: st.DataObject) -> None:
     for piece in [*pieces, parser.flush()]:
         found += piece.content
         for delta in piece.calls:
-            if delta.id:
+            if delta.name is not None:
                 assert delta.index == len(names)
-                names.append(delta.function.name)
+                names.append(delta.name)
                 arguments.append("")
-            arguments[delta.index] += delta.function.arguments
-    whole, whole_calls = parse_answer(text)
+            arguments[delta.index] += delta.arguments
+    whole, whole_calls = parse_answer(FORM, text)
     assert found == whole
     assert list(zip(names, arguments)) == [(c.function.name, c.function.arguments) for c in whole_calls]

@@ -7,10 +7,10 @@ import itertools
 import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
-from functools import partial
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from opsin.api import ProcessedPrompt
@@ -18,8 +18,9 @@ from opsin.config import BeamSearchParams, EngineConfig, PoolingParams, Sampling
 from opsin.engine.beam import BeamSearch
 from opsin.engine.engine import Engine
 from opsin.errors import OpsinError, RequestError
+from opsin.inputs.prompt import PromptInput
 from opsin.plugins import Plugins
-from opsin.results import BeamSearchOutput, Output, PoolingRequestOutput, RequestOutput
+from opsin.results import BeamSearchOutput, EngineStats, Output, PoolingRequestOutput, RequestOutput
 
 T = TypeVar("T")
 
@@ -65,7 +66,7 @@ def _hand_over(results: Sequence[tuple[_Stream, _Result]]) -> None:
     for loop, its_results in by_loop.items():
         try:
             loop.call_soon_threadsafe(_set_all, its_results)
-        except RuntimeError:  # the consumers' loop is closed: nobody listens any more
+        except RuntimeError:  # the consumers' loop is closed: nobody listens
             logger.debug("outputs came after their event loop had closed")
 
 
@@ -74,16 +75,29 @@ def _set_all(results: Sequence[tuple[_Stream, _Result]]) -> None:
         stream.set(result)
 
 
+@dataclass(frozen=True)
+class _Command:
+    """What the engine's thread is asked to do, or is told to refuse because it ends."""
+
+    run: Callable[[], None]
+    refuse: Callable[[BaseException], None]
+
+
 class AsyncEngine:
     """Runs an `Engine` on its own thread; any number of coroutines stream from it.
 
     All engine state belongs to that thread; the outside talks to it through a queue of commands.
+
+    Attributes:
+        frontend, info: the engine's, usable from any thread.
     """
 
     def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+        self.frontend, self.info = engine.frontend, engine.info
+        self._engine = engine
         self._pool = ThreadPoolExecutor(engine.config.preprocess_threads, thread_name_prefix="opsin-media")
-        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
+        self._submitting = threading.Lock()  # between looking at _death and putting a command
         self._streams: dict[str, _Stream] = {}
         self._ids = itertools.count()
         self._death: BaseException | None = None
@@ -95,23 +109,31 @@ class AsyncEngine:
         """Load a model and start the thread."""
         return cls(Engine(config, plugins))
 
-    async def process(
-        self, prompt: str | Sequence[int] | Mapping[str, Any], *, min_new_tokens: int = 1
-    ) -> ProcessedPrompt:
+    async def process(self, prompt: PromptInput, *, min_new_tokens: int = 1) -> ProcessedPrompt:
         """Decode, map and tokenize a prompt in the pool; the event loop stays free.
 
         Raises:
             RequestError: the prompt cannot be used.
         """
-        return await self.in_pool(self.engine.processor.process, prompt, min_new_tokens=min_new_tokens)
+        return await self.in_pool(self.frontend.processor.process, prompt, min_new_tokens=min_new_tokens)
 
     async def in_pool(self, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """Run blocking media work in the bounded pool."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, partial(work, *args, **kwargs))
+        """Run blocking media work in the bounded pool.
+
+        Raises:
+            OpsinError: the engine has stopped; or whatever the work raises.
+        """
+
+        def job() -> T:
+            self._check_running()
+            return work(*args, **kwargs)
+
+        self._check_running()
+        return await asyncio.get_running_loop().run_in_executor(self._pool, job)
 
     async def generate(
         self,
-        prompt: str | Sequence[int] | Mapping[str, Any] | ProcessedPrompt,
+        prompt: PromptInput | ProcessedPrompt,
         params: SamplingParams | None = None,
         request_id: str | None = None,
         *,
@@ -119,16 +141,15 @@ class AsyncEngine:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Stream a request's outputs, each with all there is so far.
 
-        Whoever takes them more slowly than they are made gets fewer of them; with ``finished_only`` the last
-        one is the only one. Leaving the iteration early (a break, a cancelled task, a closed client) aborts
-        the request.
+        A slow consumer skips intermediate outputs; with ``finished_only`` there is only the last one. Leaving
+        the iteration early (a break, a cancelled task, a closed client) aborts the request.
 
         Raises:
             RequestError: this request cannot be served.
-            DeviceLostError: the engine has stopped.
+            OpsinError: the engine has stopped, or was closed.
         """
         processed = prompt if isinstance(prompt, ProcessedPrompt) else await self.process(prompt)
-        params = params if params is not None else self.engine.default_params()
+        params = params if params is not None else self.info.default_params()
         # Closed with this one, not when the garbage is collected: closing is what aborts the request.
         async with aclosing(self._outputs(processed, params, request_id, finished_only)) as outputs:
             async for output in outputs:
@@ -137,14 +158,14 @@ class AsyncEngine:
 
     async def embed(
         self,
-        prompt: str | Sequence[int] | Mapping[str, Any] | ProcessedPrompt,
+        prompt: PromptInput | ProcessedPrompt,
         params: PoolingParams | None = None,
         request_id: str | None = None,
     ) -> PoolingRequestOutput:
         """A prompt's embedding. Cancelling the task aborts the request.
 
         Raises:
-            RequestError, DeviceLostError: as in `generate`.
+            RequestError, OpsinError: as in `generate`.
         """
         if not isinstance(prompt, ProcessedPrompt):
             prompt = await self.process(prompt, min_new_tokens=0)
@@ -158,14 +179,13 @@ class AsyncEngine:
     async def beam_search(
         self, prompt: ProcessedPrompt, params: BeamSearchParams, request_id: str | None = None
     ) -> BeamSearchOutput:
-        """The most probable continuations of a prompt, computed beside whatever else runs.
+        """The most probable continuations of a prompt, computed alongside whatever else runs.
 
         Raises:
-            RequestError, DeviceLostError: as in `generate`.
+            RequestError, OpsinError: as in `generate`.
         """
         request_id = request_id if request_id is not None else f"async-{next(self._ids)}"
-        engine = self.engine
-        search = BeamSearch.begin(prompt, params, engine.eos_token_ids, engine.resolved.max_model_len)
+        search = BeamSearch.begin(prompt, params, self.frontend.eos_token_ids, self.info.max_model_len)
         for round_number in itertools.count():
             tasks = [
                 asyncio.ensure_future(
@@ -181,7 +201,7 @@ class AsyncEngine:
                     task.cancel()
             if not search.advance():
                 break
-        return search.output(engine.tokenizer)
+        return search.output(self.frontend.tokenizer)
 
     async def _last(self, prompt: ProcessedPrompt, params: SamplingParams, request_id: str) -> RequestOutput:
         async for output in self.generate(prompt, params, request_id, finished_only=True):
@@ -197,7 +217,12 @@ class AsyncEngine:
     ) -> AsyncGenerator[Output, None]:
         request_id = request_id if request_id is not None else f"async-{next(self._ids)}"
         stream = _Stream(asyncio.get_running_loop(), finished_only)
-        self._submit(lambda: self._add(request_id, prompt, params, stream))
+        self._submit(
+            _Command(
+                run=lambda: self._add(request_id, prompt, params, stream),
+                refuse=lambda error: _hand_over([(stream, error)]),
+            )
+        )
         finished = False
         try:
             while not finished:
@@ -208,7 +233,8 @@ class AsyncEngine:
                 yield output
         finally:
             if not finished:
-                self._commands.put(lambda: self._abort(request_id))
+                with suppress(OpsinError):  # an engine that has stopped has nothing to abort
+                    await self.abort(request_id)
 
     @property
     def death(self) -> BaseException | None:
@@ -217,26 +243,45 @@ class AsyncEngine:
 
     async def abort(self, request_id: str) -> None:
         """End a request; its stream gets a last output with what there is."""
-        self._submit(lambda: self._abort(request_id))
+        self._submit(_Command(run=lambda: self._abort(request_id), refuse=lambda error: None))
+
+    async def stats(self) -> EngineStats:
+        """Where the engine stands, asked between two steps.
+
+        Raises:
+            OpsinError: the engine has stopped.
+        """
+        future: Future[EngineStats] = Future()
+
+        def answer() -> None:
+            if future.set_running_or_notify_cancel():
+                future.set_result(self._engine.stats())
+
+        self._submit(_Command(run=answer, refuse=future.set_exception))
+        return await asyncio.wrap_future(future)
 
     def close(self) -> None:
         """Stop the thread, aborting what runs."""
         self._commands.put(None)
         self._thread.join()
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown()  # what is queued is refused, by `in_pool`
 
     # ---- on the engine's thread ---------------------------------------------------------------
 
-    def _submit(self, command: Callable[[], None]) -> None:
+    def _submit(self, command: _Command) -> None:
+        with self._submitting:
+            self._check_running()
+            self._commands.put(command)
+
+    def _check_running(self) -> None:
         if self._death is not None:
             raise OpsinError("the engine has stopped; restart the process") from self._death
-        self._commands.put(command)
 
     def _run(self) -> None:
         try:
             while self._take_commands():
-                if self.engine.has_unfinished():
-                    self._deliver(self.engine.step())
+                if self._engine.has_unfinished():
+                    self._deliver(self._engine.step())
             self._end(OpsinError("the engine was closed"))
         except BaseException as error:
             logger.exception("the engine's thread died")
@@ -246,12 +291,12 @@ class AsyncEngine:
         """Run what was asked for; sleeps while there is nothing to do. False: stop."""
         while True:
             try:
-                command = self._commands.get(block=not self.engine.has_unfinished())
+                command = self._commands.get(block=not self._engine.has_unfinished())
             except queue.Empty:
                 return True
             if command is None:
                 return False
-            command()
+            command.run()
 
     def _add(
         self,
@@ -261,14 +306,16 @@ class AsyncEngine:
         stream: _Stream,
     ) -> None:
         try:
-            self.engine.add(request_id, prompt, params)
-        except RequestError as error:
+            self._engine.add(request_id, prompt, params)
+        except Exception as error:  # whatever is wrong with one request ends no other
+            if not isinstance(error, RequestError):
+                logger.exception("request %s could not be added", request_id)
             _hand_over([(stream, error)])
         else:
             self._streams[request_id] = stream
 
     def _abort(self, request_id: str) -> None:
-        output = self.engine.abort(request_id)
+        output = self._engine.abort(request_id)
         if output is not None:
             self._deliver([output])
 
@@ -285,7 +332,13 @@ class AsyncEngine:
         _hand_over(results)
 
     def _end(self, error: BaseException) -> None:
-        self._death = error
+        with self._submitting:
+            self._death = error
         _hand_over([(stream, error) for stream in self._streams.values()])
         self._streams.clear()
-        self.engine.close()
+        with suppress(queue.Empty):
+            while True:  # the last ones: no more are accepted
+                command = self._commands.get_nowait()
+                if command is not None:
+                    command.refuse(error)
+        self._engine.close()

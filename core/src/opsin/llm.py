@@ -7,6 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from tqdm import tqdm
@@ -15,15 +16,14 @@ from opsin.api import ProcessedPrompt, Tokenizer
 from opsin.config import BeamSearchParams, EngineConfig, PoolingParams, SamplingParams, parameters_of
 from opsin.engine.engine import Engine
 from opsin.errors import ConfigError, RequestError, RequestsFailed, require_known
+from opsin.inputs.chat import ChatOptions, Tool
 from opsin.inputs.feed import Feed
+from opsin.inputs.prompt import PromptInput
 from opsin.plugins import Plugins
 from opsin.results import Output, PoolingRequestOutput, RequestMetrics, RequestOutput
 
 if TYPE_CHECKING:
     from opsin.results import BeamSearchOutput
-
-Prompt = str | Sequence[int] | Mapping[str, Any]
-"""Text, token ids, or a dict of ``prompt`` or ``prompt_token_ids``, ``multi_modal_data`` and more."""
 
 Message = Mapping[str, Any]
 OnError = Literal["raise", "return"]
@@ -80,7 +80,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: PromptInput | Sequence[PromptInput],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
         *,
@@ -89,7 +89,7 @@ class LLM:
         """Answer prompts as one batch.
 
         Args:
-            prompts: one or a list; see `Prompt`.
+            prompts: one or a list; see `opsin.inputs.prompt.PromptInput`.
             sampling_params: for all, or one each; None: the checkpoint's generation_config.
             use_tqdm: show progress.
             on_error: ``"raise"``: if requests failed, raise `RequestsFailed` once all others are done
@@ -98,7 +98,7 @@ class LLM:
         Returns:
             Outputs in the order of the prompts.
         """
-        process = self.engine.processor.process
+        process = self.engine.frontend.processor.process
         jobs = [partial(process, prompt) for prompt in _listed(prompts)]
         params = self._params_for(len(jobs), sampling_params)
         return cast(list[RequestOutput], self._run(jobs, params, use_tqdm, on_error))
@@ -110,27 +110,51 @@ class LLM:
         use_tqdm: bool = True,
         *,
         on_error: OnError = "raise",
-        **render: Any,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        tools: Sequence[Tool] | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+        cache_salt: str | None = None,
+        **misspelt: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation or a list of them as one batch.
 
         Args:
-            messages: OpenAI-style messages; content parts ``text``, ``image_url`` (``data:`` URLs too),
-                ``image_pil``, ``video``.
+            messages: OpenAI-style messages; content parts as in `opsin.inputs.conversation`: ``text``,
+                ``image_url`` (``data:`` URLs), ``image_pil``, ``video`` and more.
             sampling_params, use_tqdm, on_error: as in `generate`.
-            render: ``mm_processor_kwargs`` and ``cache_salt`` as in a prompt's dict, and what
-                `opsin.chat.ChatRenderer.render` takes: ``add_generation_prompt``,
-                ``continue_final_message``, ``tools``, ``chat_template_kwargs``.
+            add_generation_prompt: end with the assistant's header; None: unless ``continue_final_message``.
+            continue_final_message: leave the last message open, for the model to go on with.
+            tools: that the model may call, as in OpenAI's API; calls stand in the answer's text, in the form
+                the family was trained with.
+            chat_template: Jinja text to use instead of the model's.
+            chat_template_kwargs: further variables of the template.
+            mm_processor_kwargs, cache_salt: as in a prompt's dict.
+
+        Raises:
+            ConfigError: there is no such parameter.
         """
+        _refuse_unknown("chat", LLM.chat, misspelt)
         one = bool(messages) and isinstance(messages[0], Mapping)
         many = cast(Sequence[Sequence[Message]], [messages] if one else messages)
-        jobs = [partial(self._process_chat, conversation, render) for conversation in many]
+        options = ChatOptions(
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template=chat_template,
+            chat_template_kwargs=chat_template_kwargs,
+            mm_processor_kwargs=mm_processor_kwargs,
+            cache_salt=cache_salt,
+        )
+        jobs = [partial(self._process_chat, conversation, options) for conversation in many]
         params = self._params_for(len(jobs), sampling_params)
         return cast(list[RequestOutput], self._run(jobs, params, use_tqdm, on_error))
 
     def embed(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: PromptInput | Sequence[PromptInput],
         pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
         use_tqdm: bool = True,
         *,
@@ -144,7 +168,7 @@ class LLM:
             prompts, use_tqdm, on_error: as in `generate`.
             pooling_params: for all, or one each.
         """
-        process = partial(self.engine.processor.process, min_new_tokens=0)
+        process = partial(self.engine.frontend.processor.process, min_new_tokens=0)
         jobs = [partial(process, prompt) for prompt in _listed(prompts)]
         params = _one_each(len(jobs), pooling_params or PoolingParams(), PoolingParams, "pooling_params")
         return cast(list[PoolingRequestOutput], self._run(jobs, params, use_tqdm, on_error))
@@ -153,44 +177,53 @@ class LLM:
     """The older name."""
 
     def beam_search(
-        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams
+        self, prompts: PromptInput | Sequence[PromptInput], params: BeamSearchParams
     ) -> list[BeamSearchOutput]:
         """The ``params.beam_width`` most probable continuations of each prompt, best first."""
         from opsin.engine.beam import beam_search
 
-        process = self.engine.processor.process
+        process = self.engine.frontend.processor.process
         return beam_search(
             self.engine,
             [process(prompt) for prompt in _listed(prompts)],
             params,
-            tokenizer=self.engine.tokenizer,
-            eos_token_ids=self.engine.eos_token_ids,
-            max_len=self.engine.resolved.max_model_len,
+            tokenizer=self.engine.frontend.tokenizer,
+            eos_token_ids=self.engine.frontend.eos_token_ids,
+            max_len=self.engine.info.max_model_len,
         )
 
     # ---- streams ------------------------------------------------------------------------------
 
     def stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+        self, prompt: PromptInput, sampling_params: SamplingParams | None = None
     ) -> Iterator[RequestOutput]:
         """Answer one prompt, giving the output so far after every step."""
-        return self._stream(self.engine.processor.process(prompt), sampling_params)
+        return self._stream(self.engine.frontend.processor.process(prompt), sampling_params)
 
     def stream_chat(
-        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, **render: Any
+        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, **options: Any
     ) -> Iterator[RequestOutput]:
-        """Answer one conversation, giving the output so far after every step."""
-        return self._stream(self._process_chat(messages, render), sampling_params)
+        """Answer one conversation, giving the output so far after every step.
+
+        Args:
+            messages, sampling_params: as in `chat`.
+            options: fields of `opsin.inputs.chat.ChatOptions`, described in `chat`, too.
+
+        Raises:
+            ConfigError: there is no such option.
+        """
+        require_known("LLM.stream_chat", options, ChatOptions.__dataclass_fields__, ConfigError)
+        return self._stream(self._process_chat(messages, ChatOptions(**options)), sampling_params)
 
     # ---- around -------------------------------------------------------------------------------
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
-        return self.engine.tokenizer
+        return self.engine.frontend.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
         """The checkpoint's generation_config as sampling parameters."""
-        return self.engine.default_params()
+        return self.engine.info.default_params()
 
     def close(self) -> None:
         """Let go of the model."""
@@ -204,15 +237,15 @@ class LLM:
 
     # ---- how ----------------------------------------------------------------------------------
 
-    def _process_chat(self, messages: Sequence[Message], render: Mapping[str, Any]) -> ProcessedPrompt:
-        for_prompt = {name: render[name] for name in ("mm_processor_kwargs", "cache_salt") if name in render}
-        for_template = {name: value for name, value in render.items() if name not in for_prompt}
-        prompt = self.engine.renderer.render(messages, **for_template)
-        return self.engine.processor.process({**prompt, **for_prompt})
+    def _process_chat(self, messages: Sequence[Message], options: ChatOptions) -> ProcessedPrompt:
+        frontend = self.engine.frontend
+        return frontend.chat(frontend.conversation(messages), options)
 
     def _stream(self, prompt: ProcessedPrompt, params: SamplingParams | None) -> Iterator[RequestOutput]:
         request_id = f"stream-{next(self._ids)}"
-        self.engine.add(request_id, prompt, params if params is not None else self.engine.default_params())
+        self.engine.add(
+            request_id, prompt, params if params is not None else self.engine.info.default_params()
+        )
         try:
             while self.engine.has_unfinished():
                 for output in self.engine.step():
@@ -284,7 +317,14 @@ class LLM:
     def _params_for(
         self, count: int, given: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[SamplingParams]:
-        return _one_each(count, given or self.engine.default_params(), SamplingParams, "sampling_params")
+        return _one_each(count, given or self.engine.info.default_params(), SamplingParams, "sampling_params")
+
+
+def _refuse_unknown(name: str, method: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """Python's own TypeError does not say what was meant."""
+    if given:
+        known = [p.name for p in signature(method).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        require_known(f"LLM.{name}", given, known[1:], ConfigError)
 
 
 def _one_each(count: int, given: P | Sequence[P], kind: type[P], name: str) -> list[P]:
@@ -302,11 +342,11 @@ def _num_tokens(output: Output) -> int:
     return len(output.prompt_token_ids)
 
 
-def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def _listed(prompts: PromptInput | Sequence[PromptInput]) -> list[PromptInput]:
     """One prompt or several -> a list; a list of integers is one prompt of token ids."""
     if isinstance(prompts, (str, Mapping)) or (prompts and all(isinstance(item, int) for item in prompts)):
-        return [cast(Prompt, prompts)]
-    return list(cast(Sequence[Prompt], prompts))
+        return [cast(PromptInput, prompts)]
+    return list(cast(Sequence[PromptInput], prompts))
 
 
 def _refused(request_id: str, error: RequestError) -> RequestOutput:

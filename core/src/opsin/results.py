@@ -178,6 +178,8 @@ class EngineStats:
         prefix_queries, prefix_hits: blocks looked up and found when sequences were admitted.
         encoder_queries, encoder_hits: media items that steps needed, and found encoded.
         encoder_cache_bytes: held now.
+        media_queries, media_hits: media items that prompts needed preprocessed, and found so.
+        media_cache_bytes: of preprocessed media held now.
         num_encoded: media items run through the encoder.
         num_preemptions: sequences pushed out for want of blocks, so far.
         num_restarts: sequences computed again because they outgrew a length of `Positions.switch_lengths`.
@@ -192,6 +194,9 @@ class EngineStats:
     encoder_queries: int
     encoder_hits: int
     encoder_cache_bytes: int
+    media_queries: int
+    media_hits: int
+    media_cache_bytes: int
     num_encoded: int
     num_preemptions: int
     num_restarts: int

@@ -221,7 +221,7 @@ def test_image_features_are_transformers(tmp_path: Path, layout: Layout) -> None
         expected = theirs.model.model.get_image_features(inputs["pixel_values"], **sizes).pooler_output
     with LLM(str(tmp_path), dtype="float32", kv_cache_memory=2**23) as llm:
         prompt = {"prompt": "<image><image>", "multi_modal_data": {"image": images}}
-        mapped = [item.mapped for item in llm.engine.processor.process(prompt).media]
+        mapped = [item.mapped for item in llm.engine.frontend.processor.process(prompt).media]
         with torch.inference_mode():
             given = llm.engine.executor.model.encode("image", mapped)
     for ours, reference in zip(given, expected, strict=True):

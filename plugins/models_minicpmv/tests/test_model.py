@@ -17,12 +17,20 @@ from opsin import LLM, SamplingParams
 from opsin.api import BuildContext
 from opsin.checkpoint.weights import model_slots
 from opsin.errors import CheckpointError, MediaError, RequestError
+from opsin.inputs.chat import ChatOptions
+from opsin.inputs.prompt import Prompt
 from opsin.kernels import Kernels
 from opsin_models_minicpmv.model import MiniCPMV
 from opsin_models_minicpmv.resampler import positions_2d
 from opsin_models_minicpmv.versions import default_chat_template, version_of
 from opsin_models_minicpmv.vision import bucketised, position_rows
 from tests.models.golden import GOLDEN, cases, largest_difference, picture, recorded_logits
+
+
+def rendered(llm: LLM, messages: Any) -> Prompt:
+    frontend = llm.engine.frontend
+    return frontend.renderer.render(frontend.conversation(messages), ChatOptions())
+
 
 FAMILIES = ["minicpmv20", "minicpmv25", "minicpmv26"]
 IMAGE = "(<image>./</image>)"
@@ -200,13 +208,13 @@ def test_chats_without_a_template_of_the_checkpoints(family: str, expected: str)
     ]
     template = default_chat_template(config_of(family))
     with load(family, chat_template=template) as llm:
-        assert llm.engine.renderer.render(messages)["prompt"] == expected
+        assert rendered(llm, messages).text == expected
         if family == "minicpmv20":  # the one whose checkpoint has none
             case = next(case for case in cases(family) if case.name == "multi_turn")
             assert case.data["prompt"] == expected
         else:
             own = load(family)
-            assert own.engine.renderer.render(messages)["prompt"] == expected
+            assert rendered(own, messages).text == expected
             own.close()
 
 
@@ -226,8 +234,8 @@ def load(family: str, **settings: Any) -> LLM:
 )
 def test_an_answer_ends_with_the_turn(family: str, stops: list[str]) -> None:
     with load(family) as llm:
-        ids = {llm.engine.tokenizer.convert_tokens_to_ids(text) for text in stops}
-        assert llm.engine.eos_token_ids == ids
+        ids = {llm.engine.frontend.tokenizer.convert_tokens_to_ids(text) for text in stops}
+        assert llm.engine.frontend.eos_token_ids == ids
 
 
 # ---- towers and resampler -------------------------------------------------------------------------
@@ -269,7 +277,7 @@ def test_slices_do_not_depend_on_their_company(family: str) -> None:
     names = ["coffee_320x213.png", "cat_150x240.png", "rocket_400x80.png", "astronaut_96x96.png"]
     with load(family) as llm, torch.inference_mode():
         prompt = {"prompt": IMAGE * 4, "multi_modal_data": {"image": [picture(name) for name in names]}}
-        items = [placed.mapped for placed in llm.engine.processor.process(prompt).media]
+        items = [placed.mapped for placed in llm.engine.frontend.processor.process(prompt).media]
         model = llm.engine.executor.model
         together = model.encode("image", items)
         for item, embeds in zip(items, together, strict=True):
@@ -290,7 +298,7 @@ def test_all_slices_of_a_step_pass_the_tower_at_once(family: str) -> None:
         seen: list[int] = []
         model.vpm.register_forward_hook(lambda module, args, output: seen.append(len(args[1])))
         for number, prompt in enumerate(prompts):
-            processed = llm.engine.processor.process(prompt)
+            processed = llm.engine.frontend.processor.process(prompt)
             llm.engine.add(str(number), processed, SamplingParams(temperature=0, max_tokens=2))
         while llm.engine.has_unfinished():
             llm.engine.step()
@@ -322,7 +330,7 @@ def test_frames_as_a_video_are_the_recorded_frames_as_images() -> None:
         [chatted] = llm.chat([{"role": "user", "content": content}], params, use_tqdm=False)
         assert chatted.prompt_token_ids == output.prompt_token_ids
         # The same as embeddings, made here.
-        [placed] = llm.engine.processor.process(prompt).media
+        [placed] = llm.engine.frontend.processor.process(prompt).media
         with torch.inference_mode():
             [made] = llm.engine.executor.model.encode("video", [placed.mapped])
         ready = {"video_embeds": made.clone().unflatten(0, (-1, 16)), "video_image_sizes": [(112, 84)] * 4}

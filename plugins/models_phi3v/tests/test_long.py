@@ -107,10 +107,10 @@ def test_a_picture_is_computed_anew_with_its_sequence(theirs: Phi3ForCausalLM) -
             "prompt": f"<|image_1|>\n{words}",
             "multi_modal_data": {"image": picture("coffee_320x213.png")},
         }
-        processed = llm.engine.processor.process(prompt)
+        processed = llm.engine.frontend.processor.process(prompt)
         short = SWITCH - 4 - len(processed.token_ids)
         prompt["prompt"] += " a" * short
-        processed = llm.engine.processor.process(prompt)
+        processed = llm.engine.frontend.processor.process(prompt)
         assert SWITCH - 6 < len(processed.token_ids) < SWITCH
         with recorded_logits(llm) as logits:
             [output] = llm.generate(prompt, greedy(10), use_tqdm=False)

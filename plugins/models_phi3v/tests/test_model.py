@@ -16,10 +16,18 @@ from opsin import LLM, SamplingParams
 from opsin.api import BuildContext
 from opsin.checkpoint.weights import model_slots
 from opsin.errors import CheckpointError, MediaError, RequestError
+from opsin.inputs.chat import ChatOptions
+from opsin.inputs.prompt import Prompt
 from opsin.kernels import Kernels
 from opsin_models_phi3v.model import Phi3V
 from opsin_models_phi3v.plugin import CHAT_TEMPLATE
 from tests.models.golden import picture
+
+
+def rendered(llm: LLM, messages: Any) -> Prompt:
+    frontend = llm.engine.frontend
+    return frontend.renderer.render(frontend.conversation(messages), ChatOptions())
+
 
 GOLDEN = Path(__file__).parents[3] / "tests" / "golden" / "phi3v"
 PICTURES = ["coffee_320x213.png", "rocket_400x80.png"]
@@ -159,7 +167,7 @@ def ask(*names: str, text: str = " which?", **more: Any) -> dict[str, Any]:
 def test_pictures_of_one_step_are_encoded_in_one_pass(llm: LLM) -> None:
     model = llm.engine.executor.model
     assert isinstance(model, Phi3V)
-    media = llm.engine.processor.process(ask(*PICTURES)).media
+    media = llm.engine.frontend.processor.process(ask(*PICTURES)).media
     together, calls = [item.mapped for item in media], []
     tower = model.vision_embed_tokens.img_processor["vision_model"]
     handle = tower.register_forward_hook(lambda *call: calls.append(call))
@@ -176,8 +184,8 @@ def test_pictures_of_one_step_are_encoded_in_one_pass(llm: LLM) -> None:
 def test_tags_may_come_in_any_order(llm: LLM) -> None:
     swapped = ask(*PICTURES)
     swapped["prompt"] = "<|image_2|>\n<|image_1|>\n which?"
-    reversed_order = llm.engine.processor.process(ask(*reversed(PICTURES)))
-    processed = llm.engine.processor.process(swapped)
+    reversed_order = llm.engine.frontend.processor.process(ask(*reversed(PICTURES)))
+    processed = llm.engine.frontend.processor.process(swapped)
     assert [item.key for item in processed.media] == [item.key for item in reversed_order.media]
     assert processed.token_ids == reversed_order.token_ids
 
@@ -235,7 +243,7 @@ def test_wrong_embeddings_are_refused(llm: LLM, embeds: Any, words: str) -> None
 
 def test_embeddings_of_pictures_of_different_sizes(llm: LLM) -> None:
     prompt = ask(*PICTURES, mm_processor_kwargs={"num_crops": 6})
-    processed = llm.engine.processor.process(prompt)
+    processed = llm.engine.frontend.processor.process(prompt)
     with torch.inference_mode():
         model = llm.engine.executor.model
         embeds = [model.encode("image", [item.mapped])[0].clone() for item in processed.media]
@@ -267,8 +275,8 @@ def test_a_checkpoint_without_a_template_has_the_familys(llm: LLM, tmp_path: Pat
     ]
     with LLM(str(folder), kv_cache_memory=2**24) as bare:
         for messages in conversations:
-            expected = llm.engine.renderer.render(messages)["prompt"]
-            assert bare.engine.renderer.render(messages)["prompt"] == expected
+            expected = rendered(llm, messages).text
+            assert rendered(bare, messages).text == expected
         assert "<|user|>\nAnd this?\n<|image_2|><|end|>\n<|assistant|>\n" in expected
 
 
@@ -278,7 +286,10 @@ def test_an_answer_ends_where_the_family_ends_it(tmp_path: Path) -> None:
     (folder / "generation_config.json").unlink()
     with LLM(str(folder), kv_cache_memory=2**24) as llm:
         names = ["<|end|>", "<|assistant|>", "<|endoftext|>"]
-        assert llm.engine.eos_token_ids == {2, *map(llm.engine.tokenizer.convert_tokens_to_ids, names)}
+        assert llm.engine.frontend.eos_token_ids == {
+            2,
+            *map(llm.engine.frontend.tokenizer.convert_tokens_to_ids, names),
+        }
 
 
 def test_the_context_ends_where_the_sliding_window_would_begin(tmp_path: Path) -> None:

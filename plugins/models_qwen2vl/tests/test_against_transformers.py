@@ -173,7 +173,7 @@ def test_beam_search_is_transformers(tmp_path: Path) -> None:
     theirs = Theirs(folder)
     with LLM(str(folder), dtype="float32", kv_cache_memory=2**23) as llm:
         prompt = "Hello, what a day"
-        ids = list(llm.engine.processor.process(prompt).token_ids)
+        ids = list(llm.engine.frontend.processor.process(prompt).token_ids)
         [found] = llm.beam_search(prompt, BeamSearchParams(beam_width=3, max_tokens=6, ignore_eos=True))
         generated = theirs.model.generate(
             torch.tensor([ids]),

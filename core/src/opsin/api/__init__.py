@@ -66,6 +66,7 @@ from opsin.api.specs import (
     ModelSpec,
     PlaceholderSpec,
 )
+from opsin.api.tools import ToolCallPiece, ToolFormat, ToolParser, ToolPieces
 
 __all__ = [
     "API_MAJOR",
@@ -114,6 +115,10 @@ __all__ = [
     "RMSNorm",
     "Rotary",
     "Tokenizer",
+    "ToolCallPiece",
+    "ToolFormat",
+    "ToolParser",
+    "ToolPieces",
     "TopK",
     "WriteKV",
 ]

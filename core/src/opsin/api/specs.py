@@ -10,6 +10,7 @@ from opsin.api.device import Device, Probe
 from opsin.api.kernels import KernelQuery, OpName
 from opsin.api.media import InputContext, InputMapper, Modality, PlacedMedia, Placeholder, Positions
 from opsin.api.model import BuildContext, Model, Pooling
+from opsin.api.tools import ToolFormat
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,6 +37,7 @@ class ModelSpec:
         default_chat_template: used when the checkpoint has none; config -> template (or None) where
             checkpoints of one architecture differ.
         content_format: how the chat template wants ``message["content"]``; None: detect.
+        tool_format: config -> the form of tool calls it was trained with; None: it makes none. Since 1.1.
         tasks: what it can do: ``"generate"``, ``"embed"``.
         pooling: how the family's embedding models pool, unless the user says otherwise.
         default_limits: how many items of a modality one prompt may hold unless
@@ -57,6 +59,7 @@ class ModelSpec:
     max_len: Callable[[Mapping[str, Any]], int] | None = None
     stop_tokens: tuple[str, ...] = ()
     load_checkpoint: Callable[[Path], Any] | None = None
+    tool_format: Callable[[Mapping[str, Any]], ToolFormat | None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

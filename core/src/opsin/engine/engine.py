@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from opsin.api import ModelSpec, Pooling, ProcessedPrompt
 from opsin.checkpoint.files import Checkpoint, load
@@ -16,7 +18,7 @@ from opsin.engine.request import PoolingState, RequestState
 from opsin.engine.runner import StepTokens
 from opsin.engine.sampler import make_generator
 from opsin.engine.scheduler import Scheduler, Step
-from opsin.engine.sequence import SampledToken, Sequence
+from opsin.engine.sequence import Sequence
 from opsin.engine.sizing import Resolved
 from opsin.errors import ConfigError, RequestError
 from opsin.inputs.frontend import build_frontend
@@ -28,27 +30,38 @@ _NO_SAMPLING = SamplingParams()
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class _Request:
-    """A request and its sequences, one per sample."""
+@dataclass(frozen=True, kw_only=True)
+class EngineInfo:
+    """What is fixed once an engine is loaded. Safe to read from any thread.
 
-    state: RequestState | PoolingState
-    sequences: dict[int, Sequence]  # live ones, by sample index
-    prompt_logprobs: list[SampledToken]  # of the prompt tokens described so far, from the second on
+    Attributes:
+        config: what was asked for.
+        architecture: of the model.
+        max_model_len: most tokens of prompt and output together.
+        vocab_size: token ids are below it.
+        hidden_size: width of an embedding.
+        generation_config: the checkpoint's generation_config.json.
+    """
 
-    def take_prompt_logprobs(self, first: int, tokens: list[SampledToken]) -> None:
-        """Add what a step described, ``first`` being a token index; computing anew repeats some."""
-        self.prompt_logprobs += tokens[len(self.prompt_logprobs) + 1 - first :]
-        assert isinstance(self.state, RequestState)
-        if len(self.prompt_logprobs) == len(self.state.prompt.token_ids) - 1:
-            self.state.set_prompt_logprobs(self.prompt_logprobs)
+    config: EngineConfig
+    architecture: str
+    max_model_len: int
+    vocab_size: int
+    hidden_size: int
+    generation_config: Mapping[str, Any]
+
+    def default_params(self, **changes: Any) -> SamplingParams:
+        """Sampling defaults of the checkpoint, overridden by ``changes``."""
+        return SamplingParams.from_generation_config(self.generation_config, **changes)
 
 
 class Engine:
     """Runs requests through one model on one device.
 
-    `processor` turns prompts into what `add` takes and may be called from any thread; all other methods
-    belong to one thread.
+    Attributes:
+        frontend: turns prompts and conversations into what `add` takes. It may be used from any thread, as
+            may `info`; all else belongs to one thread.
+        info: what is fixed.
     """
 
     def __init__(self, config: EngineConfig, plugins: Plugins | None = None) -> None:
@@ -80,7 +93,7 @@ class Engine:
             kernel_specs=self.plugins.kernel_specs(device_spec.name),
         )
         self.resolved: Resolved = self.executor.resolved
-        frontend = build_frontend(
+        self.frontend = build_frontend(
             config,
             self.checkpoint,
             self.model_spec,
@@ -89,9 +102,14 @@ class Engine:
             vocab_size=self.executor.model.vocab_size,
             hidden_size=self.executor.model.hidden_size,
         )
-        self.tokenizer = frontend.tokenizer
-        self.processor, self.renderer = frontend.processor, frontend.renderer
-        self.eos_token_ids, self.grammars = frontend.eos_token_ids, frontend.grammars
+        self.info = EngineInfo(
+            config=config,
+            architecture=self.checkpoint.architecture,
+            max_model_len=self.resolved.max_model_len,
+            vocab_size=self.executor.model.vocab_size,
+            hidden_size=self.executor.model.hidden_size,
+            generation_config=self.checkpoint.generation_config,
+        )
         self.scheduler = Scheduler(
             blocks=BlockPool(self.resolved.num_blocks),
             encoder_cache=self.executor.encoder_cache,
@@ -103,15 +121,11 @@ class Engine:
             prefix_caching=config.enable_prefix_caching,
             root_key=f"{self.checkpoint.revision_key}|{self.resolved.dtype}".encode(),
         )
-        self._requests: dict[str, _Request] = {}
+        self._requests: dict[str, RequestState | PoolingState] = {}
         self._num_sequences = 0
         self._seeds = random.Random(config.seed) if config.seed is not None else random.SystemRandom()
 
     # ---- requests -----------------------------------------------------------------------------
-
-    def default_params(self, **changes: object) -> SamplingParams:
-        """Sampling defaults of the checkpoint (generation_config.json), overridden by ``changes``."""
-        return SamplingParams.from_generation_config(self.checkpoint.generation_config, **changes)
 
     def add(self, request_id: str, prompt: ProcessedPrompt, params: SamplingParams | PoolingParams) -> None:
         """Queue a request: ``params.n`` samples, or with `PoolingParams` one embedding.
@@ -141,7 +155,7 @@ class Engine:
                 f"{self.model_spec.architecture} makes no embeddings; it can: "
                 f"{', '.join(self.model_spec.tasks)}"
             )
-        width = self.executor.model.hidden_size
+        width = self.info.hidden_size
         if params.dimensions is not None and params.dimensions > width:
             raise RequestError(f"dimensions={params.dimensions}: this model's embeddings have {width}")
         sequence = Sequence(
@@ -150,31 +164,28 @@ class Engine:
             index=0,
             prompt=prompt,
             params=_NO_SAMPLING,
-            max_len=len(prompt.token_ids),
             pooling=self.pooling,
             dimensions=params.dimensions,
         )
-        self._num_sequences += 1
-        self.scheduler.add(sequence)
-        state = PoolingState(request_id, prompt, time.monotonic())
-        self._requests[request_id] = _Request(state, {0: sequence}, [])
+        request = PoolingState(request_id, prompt, time.monotonic())
+        self._requests[request_id] = request
+        self._queue(request, sequence)
 
     def _add_sampling(self, request_id: str, prompt: ProcessedPrompt, params: SamplingParams) -> None:
-        length = len(prompt.token_ids)
-        most = self.resolved.max_model_len
-        max_len = most if params.max_tokens is None else min(most, length + params.max_tokens)
         wanted = params.structured
-        grammars = [None if wanted is None else self.grammars.compile(wanted) for _ in range(params.n)]
-        state = RequestState(
+        grammars = [
+            None if wanted is None else self.frontend.grammars.compile(wanted) for _ in range(params.n)
+        ]
+        request = RequestState(
             request_id=request_id,
             prompt=prompt,
             params=params,
-            tokenizer=self.tokenizer,
-            eos_token_ids=self.eos_token_ids,
-            max_len=max_len,
+            tokenizer=self.frontend.tokenizer,
+            eos_token_ids=self.frontend.eos_token_ids,
+            max_len=self.resolved.max_model_len,
             arrival_time=time.monotonic(),
         )
-        sequences = {}
+        self._requests[request_id] = request
         for index in range(params.n):
             sequence = Sequence(
                 seq_id=self._num_sequences,
@@ -182,18 +193,19 @@ class Engine:
                 index=index,
                 prompt=prompt,
                 params=params,
-                max_len=max_len,
-                eos_token_ids=self.eos_token_ids,
+                eos_token_ids=self.frontend.eos_token_ids,
                 grammar=grammars[index],
                 priority=params.priority,
             )
             if not params.greedy:
                 seed = self._seeds.getrandbits(63) if params.seed is None else params.seed + index
                 sequence.generator = make_generator(seed)
-            self._num_sequences += 1
-            sequences[index] = sequence
-            self.scheduler.add(sequence)
-        self._requests[request_id] = _Request(state, sequences, [])
+            self._queue(request, sequence)
+
+    def _queue(self, request: RequestState | PoolingState, sequence: Sequence) -> None:
+        self._num_sequences += 1
+        request.sequences[sequence.index] = sequence
+        self.scheduler.add(sequence)
 
     def abort(self, request_id: str) -> Output | None:
         """End a request now; returns what it has so far, None if the id is unknown (or done)."""
@@ -201,7 +213,7 @@ class Engine:
         if request is None:
             return None
         for index in list(request.sequences):
-            request.state.finish(index, "abort")
+            request.finish(index, "abort")
             self._drop(request, index)
         return self._close(request_id)
 
@@ -236,24 +248,22 @@ class Engine:
             request = self._requests.get(sequence.request_id)
             if request is None:
                 continue
-            if request.state.first_scheduled_time is None:
-                request.state.first_scheduled_time = started
-                request.state.num_cached_tokens = sequence.num_cached
+            request.computed(sequence, started)
+            if isinstance(request, PoolingState):
+                embedding = tokens.embeddings.get(sequence.seq_id)
+                if embedding is not None:
+                    request.complete(embedding)
+                    self._drop(request, sequence.index)
+                    changed[sequence.request_id] = None
+                continue
             described = tokens.prompt_logprobs.get(sequence.seq_id)
             if described is not None:
-                request.take_prompt_logprobs(*described)
-            request.state.num_preemptions = max(request.state.num_preemptions, sequence.num_preemptions)
-            embedding = tokens.embeddings.get(sequence.seq_id)
-            if embedding is not None and isinstance(request.state, PoolingState):
-                request.state.complete(embedding)
-                self._drop(request, sequence.index)
-                changed[sequence.request_id] = None
+                request.describe_prompt(*described)
             token = tokens.sampled.get(sequence.seq_id)
-            if token is None or not isinstance(request.state, RequestState):
-                continue
-            changed[sequence.request_id] = None
-            if request.state.append(sequence.index, token) is not None:
-                self._drop(request, sequence.index)
+            if token is not None:
+                changed[sequence.request_id] = None
+                if request.append(sequence.index, token) is not None:
+                    self._drop(request, sequence.index)
         return [self._output(request_id) for request_id in changed]
 
     def _fail(self, step: Step, seq_id: int, error: RequestError) -> Output | None:
@@ -264,24 +274,25 @@ class Engine:
             return None
         for index in list(request.sequences):
             self._drop(request, index)
-        request.state.fail(error)
+        request.fail(error)
         return self._close(request_id)
 
     def _output(self, request_id: str) -> Output:
         request = self._requests[request_id]
-        return request.state.output() if request.sequences else self._close(request_id)
+        return request.output() if request.sequences else self._close(request_id)
 
-    def _drop(self, request: _Request, index: int) -> None:
+    def _drop(self, request: RequestState | PoolingState, index: int) -> None:
         self.scheduler.remove(request.sequences.pop(index))
 
     def _close(self, request_id: str) -> Output:
-        return self._requests.pop(request_id).state.output()
+        return self._requests.pop(request_id).output()
 
     # ---- around -------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
         """Where the engine stands."""
         blocks, encoder = self.scheduler.blocks, self.scheduler.encoder_cache
+        media = self.frontend.processor.mapped_media
         return EngineStats(
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
@@ -292,6 +303,9 @@ class Engine:
             encoder_queries=encoder.queries,
             encoder_hits=encoder.hits,
             encoder_cache_bytes=encoder.used_bytes,
+            media_queries=media.queries,
+            media_hits=media.hits,
+            media_cache_bytes=media.num_bytes,
             num_encoded=self.executor.num_encoded,
             num_preemptions=self.scheduler.num_preemptions,
             num_restarts=self.scheduler.num_restarts,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
 from opsin.api import ProcessedPrompt, Tokenizer
 from opsin.config import SamplingParams
-from opsin.engine.sequence import SampledToken
+from opsin.engine.sequence import SampledToken, Sequence
 from opsin.engine.text import Detokenizer, StopStrings
 from opsin.errors import RequestError
 from opsin.results import (
@@ -65,7 +67,37 @@ class _Sample:
         return self.snapshot
 
 
-class RequestState:
+class _Request:
+    """What generating and embedding requests have in common: their sequences and their times.
+
+    Attributes:
+        request_id: the caller's name for it.
+        prompt: the processed prompt.
+        sequences: live ones, by sample index.
+        error: why the request failed, or None.
+        metrics: times and counts so far.
+    """
+
+    def __init__(self, request_id: str, prompt: ProcessedPrompt, arrival_time: float) -> None:
+        """``arrival_time`` in seconds of `time.monotonic`."""
+        self.request_id = request_id
+        self.prompt = prompt
+        self.sequences: dict[int, Sequence] = {}
+        self.error: RequestError | None = None
+        self.metrics = RequestMetrics(arrival_time)
+
+    def computed(self, sequence: Sequence, started: float) -> None:
+        """A step that began at ``started`` has computed tokens of a sequence."""
+        if self.metrics.first_scheduled_time is None:
+            self._note(first_scheduled_time=started, num_cached_tokens=sequence.num_cached)
+        if sequence.num_preemptions > self.metrics.num_preemptions:
+            self._note(num_preemptions=sequence.num_preemptions)
+
+    def _note(self, **changes: Any) -> None:
+        self.metrics = replace(self.metrics, **changes)
+
+
+class RequestState(_Request):
     """A request on its way: collects tokens, decides when a sample ends, makes the outputs.
 
     Args:
@@ -76,10 +108,6 @@ class RequestState:
         eos_token_ids: ids that end a sample unless ``ignore_eos``.
         max_len: most tokens of prompt and output together.
         arrival_time: seconds of `time.monotonic`.
-
-    Attributes:
-        first_scheduled_time, num_cached_tokens, num_preemptions: set by the engine; see `RequestMetrics`.
-        error: why the request failed, or None.
     """
 
     def __init__(
@@ -92,18 +120,10 @@ class RequestState:
         max_len: int,
         arrival_time: float,
     ) -> None:
-        self.request_id = request_id
-        self.prompt = prompt
+        super().__init__(request_id, prompt, arrival_time)
         self.params = params
-        self.first_scheduled_time: float | None = None
-        self.num_cached_tokens = 0
-        self.num_preemptions = 0
-        self.error: RequestError | None = None
-        self._arrival_time = arrival_time
-        self._first_token_time: float | None = None
-        self._finished_time: float | None = None
         self._prompt_ids = list(prompt.token_ids)
-        self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+        self._prompt_logprobs: list[dict[int, Logprob] | None] = []
         self._eos_ids = frozenset() if params.ignore_eos else eos_token_ids
         self._stop_ids = frozenset(params.stop_token_ids or ())
         self._stop_strings = StopStrings(params.stop_strings) if params.stop_strings else None
@@ -119,11 +139,6 @@ class RequestState:
         self._num_growing = params.n
         self._token_texts: dict[int, str] = {}
 
-    @property
-    def finished(self) -> bool:
-        """Whether all samples have ended."""
-        return self._num_growing == 0
-
     def append(self, index: int, token: SampledToken) -> FinishReason | None:
         """Take sample ``index``'s next token.
 
@@ -132,8 +147,8 @@ class RequestState:
         """
         sample = self._samples[index]
         assert sample.finish_reason is None, "no token after the end"
-        if self._first_token_time is None:
-            self._first_token_time = time.monotonic()
+        if self.metrics.first_token_time is None:
+            self._note(first_token_time=time.monotonic())
         params = self.params
         token_id = token.token_id
         sample.snapshot = None
@@ -186,28 +201,24 @@ class RequestState:
         for index in range(len(self._samples)):
             self.finish(index, "error")
 
-    def set_prompt_logprobs(self, tokens: Sequence[SampledToken]) -> None:
-        """Take the log-probabilities of all prompt tokens but the first."""
-        assert len(tokens) == len(self._prompt_ids) - 1, "one entry per predicted prompt token"
-        self._prompt_logprobs = [None, *map(self._describe, tokens)]
+    def describe_prompt(self, first: int, tokens: SequenceOf[SampledToken]) -> None:
+        """Take log-probabilities of prompt tokens, of which ``first`` is the first one's index.
+
+        Nothing predicts the prompt's first token. Tokens that were computed again are described again.
+        """
+        known = self._prompt_logprobs or [None]
+        self._prompt_logprobs = known + [self._describe(token) for token in tokens[len(known) - first :]]
 
     def output(self) -> RequestOutput:
-        """Everything so far. Costs what changed, not what is there."""
+        """Everything so far. Samples that have not changed are not copied again."""
         return RequestOutput(
             self.request_id,
             self.prompt.text,
             self._prompt_ids,
-            self._prompt_logprobs,
+            self._prompt_logprobs if len(self._prompt_logprobs) == len(self._prompt_ids) else None,
             [sample.output(index) for index, sample in enumerate(self._samples)],
             self._num_growing == 0,
-            RequestMetrics(
-                self._arrival_time,
-                self.first_scheduled_time,
-                self._first_token_time,
-                self._finished_time,
-                self.num_cached_tokens,
-                self.num_preemptions,
-            ),
+            self.metrics,
             self.error,
         )
 
@@ -218,7 +229,7 @@ class RequestState:
         sample.snapshot = None
         self._num_growing -= 1
         if self._num_growing == 0:
-            self._finished_time = time.monotonic()
+            self._note(finished_time=time.monotonic())
 
     def _describe(self, token: SampledToken) -> dict[int, Logprob]:
         """The chosen token first, then the best ones."""
@@ -237,51 +248,33 @@ class RequestState:
         return text
 
 
-class PoolingState:
-    """An embedding request on its way.
+class PoolingState(_Request):
+    """An embedding request on its way."""
 
-    Attributes:
-        first_scheduled_time, num_cached_tokens, num_preemptions: set by the engine.
-        error: why the request failed, or None.
-    """
-
-    def __init__(self, request_id: str, prompt: ProcessedPrompt, arrival_time: float) -> None:
-        self.request_id = request_id
-        self.prompt = prompt
-        self.first_scheduled_time: float | None = None
-        self.num_cached_tokens = 0
-        self.num_preemptions = 0
-        self.error: RequestError | None = None
-        self._arrival_time = arrival_time
-        self._finished_time: float | None = None
-        self._output: EmbeddingOutput | None = None
+    _output: EmbeddingOutput | None = None
 
     def complete(self, embedding: Tensor) -> None:
         """Take the embedding."""
         self._output = EmbeddingOutput(embedding)
-        self._finished_time = time.monotonic()
+        self._end()
 
     def fail(self, error: RequestError) -> None:
-        """The request cannot be served."""
+        """End without an embedding: the request cannot be served."""
         self.error = error
-        self._finished_time = time.monotonic()
+        self._end()
 
-    def finish(self, index: int, reason: str) -> None:
+    def finish(self, index: int, reason: FinishReason) -> None:
         """End without an embedding (an abort)."""
-        self._finished_time = time.monotonic()
+        self._end()
 
     def output(self) -> PoolingRequestOutput:
-        """What there is."""
-        metrics = RequestMetrics(
-            arrival_time=self._arrival_time,
-            first_scheduled_time=self.first_scheduled_time,
-            first_token_time=self._finished_time,
-            finished_time=self._finished_time,
-            num_cached_tokens=self.num_cached_tokens,
-            num_preemptions=self.num_preemptions,
-        )
+        """The embedding, or why there is none."""
+        finished = self.metrics.finished_time is not None
         ids = list(self.prompt.token_ids)
-        finished = self._finished_time is not None
         return PoolingRequestOutput(
-            self.request_id, self.prompt.text, ids, self._output, finished, metrics, self.error
+            self.request_id, self.prompt.text, ids, self._output, finished, self.metrics, self.error
         )
+
+    def _end(self) -> None:
+        now = time.monotonic()
+        self._note(first_token_time=now, finished_time=now)

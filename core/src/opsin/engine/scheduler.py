@@ -113,10 +113,6 @@ class Scheduler:
             self.waiting.remove(sequence)
         sequence.status = Status.FINISHED
 
-    def has_unfinished(self) -> bool:
-        """Whether anything waits or runs."""
-        return bool(self.waiting or self.running)
-
     # ---- a step -------------------------------------------------------------------------------
 
     def schedule(self) -> Step:

@@ -51,7 +51,6 @@ class Sequence:
         prompt: the processed prompt.
         params: sampling settings.
         eos_token_ids: ids at which the model ends.
-        max_len: most tokens, prompt and output together.
         token_ids: prompt, then output.
         num_computed: leading tokens whose keys and values are in the cache.
         num_cached: how many of them the prefix cache supplied when the sequence was admitted.
@@ -71,7 +70,6 @@ class Sequence:
     index: int
     prompt: ProcessedPrompt
     params: SamplingParams
-    max_len: int
     eos_token_ids: frozenset[int] = frozenset()
     status: Status = Status.WAITING
     token_ids: list[int] = field(default_factory=list)

@@ -1,1 +1,1 @@
-"""What a user writes -> what the engine computes: conversations, media, placeholders, prompts. Usable from any thread."""
+"""What a user writes -> what the engine computes: conversations, media, prompts. Safe in any thread."""

@@ -1,38 +1,69 @@
-"""OpenAI-style messages -> a prompt: text with placeholders, and the media that go into them."""
+"""A conversation -> a prompt: text with placeholders, and the media that go into them."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from opsin.api import Modality, Placeholder
+from opsin.api import Modality, Placeholder, ToolFormat
 from opsin.checkpoint.tokenizer import ChatTokenizer
 from opsin.config import MediaLimits
-from opsin.errors import ConfigError, RequestError
-from opsin.inputs.conversation import MediaPart, Part, parse_content
-from opsin.inputs.media import Fetch
+from opsin.errors import ConfigError, MediaError, RequestError
+from opsin.inputs.conversation import Conversation, MediaPart, Message, Part, check_limits
+from opsin.inputs.media import errors_at, media_item
 from opsin.inputs.placeholders import is_numbered, text_pattern
-from opsin.inputs.processor import check_limits
+from opsin.inputs.prompt import Prompt
 from opsin.inputs.template import ChatTemplate, ContentFormat
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+Tool = Mapping[str, Any]
+"""A tool as in OpenAI's API: ``{"type": "function", "function": {"name": ..., "parameters": schema}}``."""
 
 
-@dataclass(frozen=True)
-class _Message:
-    fields: Mapping[str, Any]
-    parts: Sequence[Part]
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions:
+    """How a conversation becomes a prompt.
+
+    Attributes:
+        add_generation_prompt: end with the assistant's header; None: unless ``continue_final_message``.
+        continue_final_message: leave the last message open, for the model to go on with.
+        tools: that the model may call, as in OpenAI's API.
+        chat_template: Jinja text to use instead of the model's.
+        chat_template_kwargs: further variables of the template.
+        mm_processor_kwargs: options of the family's input mapper.
+        cache_salt: keeps the prompt's cached prefix apart from that of other salts.
+    """
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    tools: Sequence[Tool] | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    mm_processor_kwargs: Mapping[str, Any] | None = None
+    cache_salt: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise RequestError(
+                "continue_final_message leaves the last message open and add_generation_prompt begins a new "
+                "one; set only one of them"
+            )
+        for tool in self.tools or ():
+            function = tool.get("function") if isinstance(tool, Mapping) else None
+            if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+                raise RequestError(
+                    f'tools: got {tool!r:.80}; expected {{"type": "function", "function": {{"name": ...}}}}'
+                )
 
     @property
-    def media(self) -> list[MediaPart]:
-        return [part for part in self.parts if isinstance(part, MediaPart)]
-
-    @property
-    def text(self) -> str:
-        return "\n".join(part for part in self.parts if isinstance(part, str))
+    def begins_answer(self) -> bool:
+        """Whether the prompt ends with the assistant's header."""
+        begin = self.add_generation_prompt
+        return not self.continue_final_message if begin is None else begin
 
 
 class ChatRenderer:
@@ -50,6 +81,7 @@ class ChatRenderer:
         chat_template: str | None,
         placeholders: Mapping[Modality, Placeholder],
         content_format: ContentFormat | None = None,
+        tool_format: ToolFormat | None = None,
         limits: Mapping[Modality, int] | None = None,
         media_limits: MediaLimits | None = None,
         local_files: bool = False,
@@ -58,10 +90,11 @@ class ChatRenderer:
 
         Args:
             tokenizer: renders the template.
-            chat_template: Jinja text, see `opsin.chat_template.resolve_chat_template`; None: every chat is
+            chat_template: Jinja text, see `opsin.inputs.template.resolve_chat_template`; None: every chat is
                 refused with a message that says what to pass.
             placeholders: of the model, by modality.
             content_format: what the template wants as content; None: found out from the template.
+            tool_format: of the model; None: tools are refused.
             limits: most items of each modality, checked before anything is decoded.
             media_limits: caps on the size of one item.
             local_files: whether parts may name files of this machine. Only for trusted callers.
@@ -72,6 +105,7 @@ class ChatRenderer:
         self._tokenizer = tokenizer
         self._template = chat_template and ChatTemplate(chat_template, tokenizer, content_format)
         self._placeholders = placeholders
+        self._tool_format = tool_format
         self._limits = limits or {}
         self._media_limits = media_limits or MediaLimits()
         self._local_files = local_files
@@ -81,78 +115,96 @@ class ChatRenderer:
         """The Jinja text in use, None if there is none."""
         return self._template.source if self._template else None
 
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        chat_template: str | None = None,
-        fetch: Fetch | None = None,
-    ) -> dict[str, Any]:
-        """One conversation -> ``{"prompt": text, "multi_modal_data": {modality: [item, ...]}}``.
-
-        Args:
-            messages: ``{"role": ..., "content": text or list of parts}``; parts as in `opsin.chat_parts`.
-            add_generation_prompt: end with the assistant's header.
-            continue_final_message: leave the last message open, for the model to go on with.
-            tools: JSON schemas of functions, for templates that show them.
-            chat_template_kwargs: further variables of the template.
-            chat_template: Jinja text used instead, for this conversation.
-            fetch: fetches http(s) URLs; None: they are refused.
+    def check(self, conversation: Conversation) -> None:
+        """Refuse media that the model does not take, before anything is fetched or decoded.
 
         Raises:
-            RequestError: a message or part is malformed; the error names it.
-            MediaError: a media part cannot be used, or there are too many.
+            RequestError: of a modality it does not have.
+            MediaError: more items than allowed.
         """
-        template = self._template if chat_template is None else self._own_template(chat_template)
-        if not template:
-            raise RequestError(
-                "this model has no chat template; pass chat_template (opsin serve: --chat-template), "
-                "or use a plain prompt instead of messages"
-            )
-        if continue_final_message and add_generation_prompt:
-            raise RequestError(
-                "continue_final_message leaves the last message open and add_generation_prompt begins a new "
-                "one; set only one of them"
-            )
-        parsed = [_parse_message(index, message) for index, message in enumerate(_listed(messages))]
-        media = [part for message in parsed for part in message.media]
-        counts: dict[Modality, int] = defaultdict(int)
-        for part in media:
-            counts[part.modality] += 1
-        self._check_modalities(media)
-        check_limits(counts, self._limits)
-
-        text = template.render(
-            self._for_template(parsed, template),
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            tools=tools,
-            variables=chat_template_kwargs or {},
-        )
-        items: dict[Modality, list[Any]] = defaultdict(list)
-        for part in media:
-            items[part.modality].append(part.load(self._media_limits, fetch, self._local_files))
-        return {"prompt": text, "multi_modal_data": dict(items)}
-
-    def _own_template(self, source: str) -> ChatTemplate:
-        try:
-            return ChatTemplate(source, self._tokenizer)
-        except ConfigError as error:
-            raise RequestError(str(error)) from None
-
-    def _check_modalities(self, media: Sequence[MediaPart]) -> None:
-        for part in media:
+        for part in conversation.media:
             if part.modality not in self._placeholders:
                 takes = ", ".join(sorted(self._placeholders)) or "text only"
                 raise RequestError(
                     f"{part.where}: this model does not take {part.modality} (it takes {takes})"
                 )
+        check_limits(conversation.counts, self._limits)
 
-    def _for_template(self, messages: Sequence[_Message], template: ChatTemplate) -> list[dict[str, Any]]:
+    def render(self, conversation: Conversation, options: ChatOptions) -> Prompt:
+        """A conversation that `check` let through -> its prompt, media decoded.
+
+        Raises:
+            RequestError: the template refuses the messages, or a placeholder stands where it cannot.
+            MediaError: a media part cannot be used.
+        """
+        template = self._template if options.chat_template is None else self._own(options.chat_template)
+        if not template:
+            raise RequestError(
+                "this model has no chat template; pass chat_template (opsin serve: --chat-template), "
+                "or use a plain prompt instead of messages"
+            )
+        messages, tools = self._with_tools(conversation.messages, options.tools or (), template)
+        text = template.render(
+            self._for_template(messages, template),
+            add_generation_prompt=options.begins_answer,
+            continue_final_message=options.continue_final_message,
+            tools=tools,
+            variables=options.chat_template_kwargs or {},
+        )
+        items: dict[Modality, list[Any]] = defaultdict(list)
+        for part in conversation.media:
+            items[part.modality].append(self._load(part))
+        return Prompt(
+            text=text,
+            media=items,
+            options=options.mm_processor_kwargs or {},
+            salt=options.cache_salt or "",
+        )
+
+    def _own(self, source: str) -> ChatTemplate:
+        try:
+            return ChatTemplate(source, self._tokenizer)
+        except ConfigError as error:
+            raise RequestError(str(error)) from None
+
+    def _load(self, part: MediaPart) -> Any:
+        """A `MediaItem`, or the embeddings as they were given: only the model's mapper knows their layout."""
+        if part.is_embeds:
+            # Further on, text or bytes would be taken for a file's name or content.
+            if isinstance(part.value, (str, bytes, bytearray, Path)):
+                raise MediaError(
+                    f"{part.where}: got embeddings as a {type(part.value).__name__}; expected tensors"
+                )
+            return part.value
+        with errors_at(part.where):
+            return media_item(part.modality, part.value, self._media_limits, local_files=self._local_files)
+
+    # ---- tools --------------------------------------------------------------------------------
+
+    def _with_tools(
+        self, messages: Sequence[Message], tools: Sequence[Tool], template: ChatTemplate
+    ) -> tuple[Sequence[Message], Sequence[Tool] | None]:
+        """Messages and tools as the template takes them.
+
+        A template that knows of tools gets them. Into the messages of one that does not, tools, calls and
+        results are written in the family's form.
+        """
+        used = any(message.role == "tool" or message.fields.get("tool_calls") for message in messages)
+        if not tools and not used:
+            return messages, None
+        if "tool" in template.source:
+            return [_with_parsed_arguments(message) for message in messages], tools or None
+        form = self._tool_format
+        if form is None or not form.fits(template.source):
+            raise RequestError(
+                "this model's chat template has no tools; pass one that has (chat_template), or leave out "
+                "tools and tool messages"
+            )
+        return _written_out(messages, tools, form), None
+
+    # ---- content ------------------------------------------------------------------------------
+
+    def _for_template(self, messages: Sequence[Message], template: ChatTemplate) -> list[dict[str, Any]]:
         """The messages with content as the template wants it: parts without their data, or text."""
         done: dict[Modality, int] = defaultdict(int)
         prepared = []
@@ -164,14 +216,14 @@ class ChatRenderer:
                     parts.append(part)
                     continue
                 done[part.modality] += 1
-                if (part.modality, done[part.modality]) not in written:
-                    number = done[part.modality]
+                number = done[part.modality]
+                if (part.modality, number) not in written:
                     as_text = template.traits.format == "string"
                     parts.append(self._placeholders[part.modality].text(number) if as_text else part)
             prepared.append({**message.fields, **_content(message, parts, template)})
         return prepared
 
-    def _already_written(self, message: _Message, done: Mapping[Modality, int]) -> set[tuple[Modality, int]]:
+    def _already_written(self, message: Message, done: Mapping[Modality, int]) -> set[tuple[Modality, int]]:
         """Items of a message whose placeholder the user wrote into its text.
 
         Raises:
@@ -183,7 +235,7 @@ class ChatRenderer:
             found = re.findall(text_pattern(placeholder), message.text)
             if not found:
                 continue
-            count = sum(part.modality == modality for part in message.media)
+            count = sum(isinstance(part, MediaPart) and part.modality == modality for part in message.parts)
             numbers = range(done.get(modality, 0) + 1, done.get(modality, 0) + count + 1)
             own = {placeholder.text(number): number for number in numbers}
             if is_numbered(placeholder):
@@ -200,29 +252,7 @@ class ChatRenderer:
         return written
 
 
-def _listed(messages: Any) -> Sequence[Any]:
-    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
-        raise RequestError(f"messages is a {type(messages).__name__}; expected a list of messages")
-    if not messages:
-        raise RequestError("messages is empty; expected at least one message")
-    return messages
-
-
-def _parse_message(index: int, message: Any) -> _Message:
-    where = f"messages[{index}]"
-    if not isinstance(message, Mapping):
-        raise RequestError(f"{where} is a {type(message).__name__}; expected a dict with role and content")
-    role = message.get("role")
-    if role not in ROLES:
-        raise RequestError(f"{where}.role is {str(role)[:50]!r}; expected one of {', '.join(ROLES)}")
-    content = message.get("content")
-    if content is None and role != "assistant":
-        raise RequestError(f"{where} has no content; expected text or a list of parts")
-    fields = {key: value for key, value in message.items() if key != "content" and value is not None}
-    return _Message(fields, parse_content(f"{where}.content", content))
-
-
-def _content(message: _Message, parts: Sequence[Part], template: ChatTemplate) -> dict[str, Any]:
+def _content(message: Message, parts: Sequence[Part], template: ChatTemplate) -> dict[str, Any]:
     if not message.parts:
         return {}
     texts = [part for part in parts if isinstance(part, str)]
@@ -236,3 +266,63 @@ def _content(message: _Message, parts: Sequence[Part], template: ChatTemplate) -
             for part in parts
         ]
     }
+
+
+def _with_parsed_arguments(message: Message) -> Message:
+    """Templates write arguments with ``tojson``: as text they would be quoted twice."""
+    if not message.fields.get("tool_calls"):
+        return message
+    calls = [
+        {**call, "function": {**call["function"], "arguments": _arguments(call)}}
+        for call in message.fields["tool_calls"]
+    ]
+    return replace(message, fields={**message.fields, "tool_calls": calls})
+
+
+def _arguments(call: Mapping[str, Any]) -> Any:
+    given = call["function"].get("arguments", "{}")
+    try:
+        return json.loads(given) if isinstance(given, str) else given
+    except ValueError:
+        return given
+
+
+def _written_out(messages: Sequence[Message], tools: Sequence[Tool], form: ToolFormat) -> list[Message]:
+    """Tools, calls and results as text of the messages."""
+    written: list[Message] = []
+    rest = list(messages)
+    if tools:
+        system = rest.pop(0) if rest[0].role == "system" else Message({"role": "system"}, (form.system,))
+        written.append(_with_parts(system, *system.parts, form.instructions(tools)))
+    in_results = False
+    for message in rest:
+        is_result = message.role == "tool"
+        if is_result:
+            before, after = form.around_result()
+            parts = (before, *message.parts, after)
+            if in_results:  # results of parallel calls share one turn
+                written[-1] = _with_parts(written[-1], *written[-1].parts, "\n", *parts)
+            else:
+                written.append(_with_parts(Message({"role": "user"}, ()), *parts))
+        elif message.fields.get("tool_calls"):
+            calls = [
+                form.call(call["function"]["name"], _arguments(call)) for call in message.fields["tool_calls"]
+            ]
+            said = [part for part in message.parts if part]
+            fields = {key: value for key, value in message.fields.items() if key != "tool_calls"}
+            written.append(_with_parts(Message(fields, ()), *said, "\n" * bool(said) + "\n".join(calls)))
+        else:
+            written.append(message)
+        in_results = is_result
+    return written
+
+
+def _with_parts(message: Message, *parts: Part) -> Message:
+    """The message with these parts, neighbouring texts as one: between two, a line break would be written."""
+    joined: list[Part] = []
+    for part in parts:
+        if isinstance(part, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += part
+        else:
+            joined.append(part)
+    return replace(message, parts=tuple(joined))

@@ -1,4 +1,4 @@
-"""The content of a chat message -> text and media parts.
+"""A conversation, parsed once: messages of text and media parts.
 
 ==================  ======================================================================================
 ``type``            its value, under the key of the same name unless said otherwise
@@ -6,9 +6,9 @@
 text, input_text    ``text``: a string
 image_url           ``{"url": ...}``: a ``data:`` or http(s) URL
 input_image         ``image_url``: the URL as a string
-image, image_pil    whatever `opsin.media.image_item` takes
+image, image_pil    whatever `opsin.inputs.media.image_item` takes
 video_url           ``{"url": ...}`` of a video file
-video               frames, or whatever else `opsin.media.video_item` takes
+video               frames, or whatever else `opsin.inputs.media.video_item` takes
 image_embeds,       ready-made embeddings of one item, in the layout of the model family
 video_embeds
 ==================  ======================================================================================
@@ -16,15 +16,47 @@ video_embeds
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, get_args
 
 from opsin.api import Modality
-from opsin.config import MediaLimits
 from opsin.errors import MediaError, RequestError, require_known
-from opsin.inputs.media import Fetch, errors_at, image_item, video_item
+
+Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
+
+
+@dataclass(frozen=True)
+class PartType:
+    """How one type of content part is written.
+
+    Attributes:
+        key: where its value stands.
+        modality: of the item; None for text.
+        form: of the value: a string, ``{"url": string}``, or any object.
+        is_embeds: whether the value is ready-made embeddings.
+    """
+
+    key: str
+    modality: Modality | None
+    form: Literal["string", "url", "object"]
+    is_embeds: bool = False
+
+
+PART_TYPES: Mapping[str, PartType] = {
+    "text": PartType("text", None, "string"),
+    "input_text": PartType("text", None, "string"),
+    "image_url": PartType("image_url", "image", "url"),
+    "input_image": PartType("image_url", "image", "string"),
+    "image": PartType("image", "image", "object"),
+    "image_pil": PartType("image_pil", "image", "object"),
+    "video_url": PartType("video_url", "video", "url"),
+    "video": PartType("video", "video", "object"),
+    "image_embeds": PartType("image_embeds", "image", "object", is_embeds=True),
+    "video_embeds": PartType("video_embeds", "video", "object", is_embeds=True),
+}
 
 
 @dataclass(frozen=True)
@@ -32,8 +64,8 @@ class MediaPart:
     """A media part, not decoded yet.
 
     Attributes:
-        where: its place, for messages, e.g. ``messages[0].content[1]``.
-        modality: what it is.
+        where: its place, for error messages, e.g. ``messages[0].content[1]``.
+        modality: of the item.
         value: what the user gave.
         is_embeds: whether the value is ready-made embeddings.
     """
@@ -43,97 +75,140 @@ class MediaPart:
     value: Any
     is_embeds: bool = False
 
-    def load(self, limits: MediaLimits, fetch: Fetch | None, local_files: bool) -> Any:
-        """A `MediaItem`, or the embeddings as they were given: only the model's mapper knows their layout.
-
-        Raises:
-            MediaError: the item cannot be used.
-        """
-        if self.is_embeds:
-            # Further on, text or bytes would be taken for a file's name or content.
-            if isinstance(self.value, (str, bytes, bytearray, Path)):
-                raise MediaError(
-                    f"{self.where}: got embeddings as a {type(self.value).__name__}; expected tensors"
-                )
-            return self.value
-        build = image_item if self.modality == "image" else video_item
-        with errors_at(self.where):
-            return build(self.value, limits, fetch=fetch, local_files=local_files)
-
 
 Part = str | MediaPart
 
 
-def parse_content(where: str, content: Any) -> list[Part]:
-    """Parts of a message's content, which is text, a list of parts, or None (no parts).
+@dataclass(frozen=True)
+class Message:
+    """One message.
+
+    Attributes:
+        fields: all that is not content and not None, the role among them.
+        parts: of the content; none where it is absent.
+    """
+
+    fields: Mapping[str, Any]
+    parts: tuple[Part, ...]
+
+    @property
+    def role(self) -> Role:
+        """Who speaks."""
+        role: Role = self.fields["role"]
+        return role
+
+    @property
+    def text(self) -> str:
+        """The text parts, a line break between them."""
+        return "\n".join(part for part in self.parts if isinstance(part, str))
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages whose form has been checked."""
+
+    messages: tuple[Message, ...]
+
+    @classmethod
+    def parse(cls, messages: Any) -> Conversation:
+        """OpenAI-style messages: ``{"role": ..., "content": text or list of parts}``; see the table above.
+
+        Raises:
+            RequestError: a message or a part is malformed; the error names it.
+        """
+        if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
+            raise RequestError(f"messages is a {type(messages).__name__}; expected a list of messages")
+        if not messages:
+            raise RequestError("messages is empty; expected at least one message")
+        return cls(tuple(_message(f"messages[{index}]", message) for index, message in enumerate(messages)))
+
+    @property
+    def media(self) -> list[MediaPart]:
+        """All media parts, in order."""
+        return [part for message in self.messages for part in message.parts if isinstance(part, MediaPart)]
+
+    @cached_property
+    def counts(self) -> Mapping[Modality, int]:
+        """Items of each modality."""
+        return Counter(part.modality for part in self.media)
+
+    def with_values(self, values: Sequence[Any]) -> Conversation:
+        """The same conversation with other values in its media parts, in their order."""
+        following = iter(values)
+        return Conversation(
+            tuple(
+                replace(
+                    message,
+                    parts=tuple(
+                        replace(part, value=next(following)) if isinstance(part, MediaPart) else part
+                        for part in message.parts
+                    ),
+                )
+                for message in self.messages
+            )
+        )
+
+
+def check_limits(counts: Mapping[Modality, int], limits: Mapping[Modality, int]) -> None:
+    """Refuse a request with more items than allowed.
 
     Raises:
-        RequestError: a part is malformed; the message names it by ``where``.
+        MediaError: it has; the message names the setting.
     """
+    for modality, count in counts.items():
+        limit = limits.get(modality)
+        if limit is not None and count > limit:
+            raise MediaError(
+                f"At most {limit} {modality}(s) may be provided in one request. This one has {count}, those "
+                f"of earlier messages included; limit_mm_per_prompt={{{modality!r}: {count}}} would allow it "
+                f"(opsin serve: --limit-mm-per-prompt {modality}={count})"
+            )
+
+
+def _message(where: str, message: Any) -> Message:
+    if not isinstance(message, Mapping):
+        raise RequestError(f"{where} is a {type(message).__name__}; expected a dict with role and content")
+    role, content = message.get("role"), message.get("content")
+    if role not in get_args(Role):
+        raise RequestError(f"{where}.role is {str(role)[:50]!r}; expected one of {', '.join(get_args(Role))}")
+    if content is None and role != "assistant":
+        raise RequestError(f"{where} has no content; expected text or a list of parts")
+    fields = {key: value for key, value in message.items() if key != "content" and value is not None}
+    for number, call in enumerate(fields.get("tool_calls", ())):
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise RequestError(
+                f'{where}.tool_calls[{number}]: expected {{"function": {{"name": ..., "arguments": ...}}}}'
+            )
+    return Message(fields, _parts(f"{where}.content", content))
+
+
+def _parts(where: str, content: Any) -> tuple[Part, ...]:
     if content is None:
-        return []
+        return ()
     if isinstance(content, str):
-        return [content]
+        return (content,)
     if not isinstance(content, Sequence) or isinstance(content, (bytes, bytearray)):
         raise RequestError(f"{where} is a {type(content).__name__}; expected text or a list of parts")
-    return [_parse_part(f"{where}[{index}]", part) for index, part in enumerate(content)]
+    return tuple(_part(f"{where}[{index}]", part) for index, part in enumerate(content))
 
 
-def _parse_part(where: str, part: Any) -> Part:
+def _part(where: str, part: Any) -> Part:
     if isinstance(part, str):
         return part
     if not isinstance(part, Mapping):
         raise RequestError(f"{where} is a {type(part).__name__}; expected a dict with a type")
-    kind = part.get("type")
-    require_known(f"{where}.type", [kind], _PARSERS, RequestError)
-    return _PARSERS[str(kind)](where, part)
-
-
-def _text(where: str, part: Mapping[str, Any]) -> str:
-    value = part.get("text")
-    if not isinstance(value, str):
-        raise RequestError(f"{where}.text is a {type(value).__name__}; expected a string")
-    return value
-
-
-def _url(modality: Modality, key: str) -> Callable[[str, Mapping[str, Any]], MediaPart]:
-    def parse(where: str, part: Mapping[str, Any]) -> MediaPart:
-        value = part.get(key)
-        url = value.get("url") if isinstance(value, Mapping) else None
-        if not isinstance(url, str):
-            raise RequestError(f'{where}.{key} must be a dict with a string: {{"url": ...}}')
-        return MediaPart(where, modality, url)
-
-    return parse
-
-
-def _input_image(where: str, part: Mapping[str, Any]) -> MediaPart:
-    url = part.get("image_url")
-    if not isinstance(url, str):
-        raise RequestError(f"{where}.image_url is a {type(url).__name__}; expected the URL as a string")
-    return MediaPart(where, "image", url)
-
-
-def _value(
-    modality: Modality, key: str, *, is_embeds: bool = False
-) -> Callable[[str, Mapping[str, Any]], MediaPart]:
-    def parse(where: str, part: Mapping[str, Any]) -> MediaPart:
-        if part.get(key) is None:
-            raise RequestError(f"{where} has no {key!r}; expected the {modality} there")
-        return MediaPart(where, modality, part[key], is_embeds)
-
-    return parse
-
-
-_PARSERS: Mapping[str, Callable[[str, Mapping[str, Any]], Part]] = {
-    "text": _text,
-    "input_text": _text,
-    "image_url": _url("image", "image_url"),
-    "input_image": _input_image,
-    "image": _value("image", "image"),
-    "image_pil": _value("image", "image_pil"),
-    "video_url": _url("video", "video_url"),
-    "video": _value("video", "video"),
-    "image_embeds": _value("image", "image_embeds", is_embeds=True),
-    "video_embeds": _value("video", "video_embeds", is_embeds=True),
-}
+    require_known(f"{where}.type", [part.get("type")], PART_TYPES, RequestError)
+    kind = PART_TYPES[part["type"]]
+    where_value, value = f"{where}.{kind.key}", part.get(kind.key)
+    if kind.form == "url":
+        value = value.get("url") if isinstance(value, Mapping) else None
+        if not isinstance(value, str):
+            raise RequestError(f'{where_value} must be a dict with a string: {{"url": ...}}')
+    elif kind.form == "string" and not isinstance(value, str):
+        raise RequestError(f"{where_value} is a {type(value).__name__}; expected a string")
+    elif value is None:
+        raise RequestError(f"{where} has no {kind.key!r}; expected the {kind.modality} there")
+    if kind.modality is None:
+        return str(value)
+    return MediaPart(where, kind.modality, value, kind.is_embeds)

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from opsin.api import InputContext, ModelSpec, Tokenizer
+from opsin.api import InputContext, ModelSpec, ProcessedPrompt, Tokenizer, ToolFormat
 from opsin.checkpoint.files import Checkpoint
 from opsin.checkpoint.hub import locate
 from opsin.checkpoint.tokenizer import ChatTokenizer, load_tokenizer
 from opsin.config import EngineConfig
 from opsin.errors import CheckpointError
-from opsin.inputs.chat import ChatRenderer
+from opsin.inputs.chat import ChatOptions, ChatRenderer
+from opsin.inputs.conversation import Conversation
 from opsin.inputs.grammar import GrammarCompiler
 from opsin.inputs.processor import PromptProcessor
 from opsin.inputs.template import resolve_chat_template
@@ -29,6 +30,7 @@ class Frontend:
         renderer: conversations -> prompts.
         eos_token_ids: ids that end a text.
         grammars: constraints on the output.
+        tool_format: form of tool calls; None: the model makes none.
     """
 
     tokenizer: ChatTokenizer
@@ -36,6 +38,33 @@ class Frontend:
     renderer: ChatRenderer
     eos_token_ids: frozenset[int]
     grammars: GrammarCompiler
+    tool_format: ToolFormat | None
+
+    def conversation(self, messages: Any) -> Conversation:
+        """Parse messages, and refuse media that the model does not take.
+
+        Raises:
+            RequestError: they cannot be used.
+        """
+        conversation = Conversation.parse(messages)
+        self.renderer.check(conversation)
+        return conversation
+
+    def chat(
+        self, conversation: Conversation, options: ChatOptions, *, min_new_tokens: int = 1
+    ) -> ProcessedPrompt:
+        """Render and process a conversation.
+
+        Args:
+            conversation: from `conversation`.
+            options: how it becomes a prompt.
+            min_new_tokens: room the context must leave; 0 for an embedding request.
+
+        Raises:
+            RequestError: it cannot be used.
+        """
+        prompt = self.renderer.render(conversation, options)
+        return self.processor.process(prompt, min_new_tokens=min_new_tokens)
 
 
 def build_frontend(
@@ -65,13 +94,13 @@ def build_frontend(
     try:
         mappers = {
             modality: mapper
-            for modality, spec in plugins.input_mappers(architecture).items()
-            if (mapper := spec.build(context)) is not None
+            for modality, mapper_spec in plugins.input_mappers(architecture).items()
+            if (mapper := mapper_spec.build(context)) is not None
         }
         placeholders = {
             modality: placeholder
-            for modality, spec in plugins.placeholders(architecture).items()
-            if (placeholder := spec.build(context)) is not None
+            for modality, placeholder_spec in plugins.placeholders(architecture).items()
+            if (placeholder := placeholder_spec.build(context)) is not None
         }
     except ValueError as error:  # settings the family cannot follow
         raise CheckpointError(f"the settings in {checkpoint.path}: {error}") from error
@@ -90,6 +119,7 @@ def build_frontend(
         media_cache_bytes=config.media_cache_memory,
     )
     content_format = config.chat_template_content_format
+    tool_format = spec.tool_format and spec.tool_format(checkpoint.config)
     renderer = ChatRenderer(
         tokenizer=tokenizer,
         chat_template=resolve_chat_template(
@@ -99,6 +129,7 @@ def build_frontend(
         ),
         placeholders=placeholders,
         content_format=None if content_format == "auto" else content_format,
+        tool_format=tool_format,
         limits=processor.limits,
         media_limits=config,
         local_files=config.local_media,
@@ -110,6 +141,7 @@ def build_frontend(
         renderer=renderer,
         eos_token_ids=eos,
         grammars=GrammarCompiler(tokenizer, vocab_size, sorted(eos)),
+        tool_format=tool_format,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,29 +18,37 @@ from torch import Tensor
 
 from opsin.api import MediaItem, Modality
 from opsin.config import MediaLimits
-from opsin.errors import MediaError, OpsinError
+from opsin.errors import MediaError
 from opsin.inputs.data_url import check_num_bytes, decode_data_url
 from opsin.inputs.media_files import Array, decode_frames, decode_image, rgb_array, stack_frames
 
-Fetch = Callable[[str], bytes]
-"""URL -> content. Whoever provides it decides which addresses may be reached, and raises a
-`RequestError` of its own for those that may not."""
 
-
-def image_item(
-    value: Any,
-    limits: MediaLimits | None = None,
-    *,
-    fetch: Fetch | None = None,
-    local_files: bool = True,
+def media_item(
+    modality: Modality, value: Any, limits: MediaLimits | None = None, *, local_files: bool = True
 ) -> MediaItem:
+    """One item of any modality; for pictures and videos see `image_item` and `video_item`.
+
+    Raises:
+        MediaError: it cannot be used.
+    """
+    if modality == "image":
+        return image_item(value, limits, local_files=local_files)
+    if modality == "video":
+        return video_item(value, limits, local_files=local_files)
+    if isinstance(value, MediaItem):
+        return _same_modality(value, modality)
+    raise MediaError(
+        f"got a {type(value).__name__}; expected embeddings or a MediaItem of modality {modality}"
+    )
+
+
+def image_item(value: Any, limits: MediaLimits | None = None, *, local_files: bool = True) -> MediaItem:
     """One picture.
 
     Args:
         value: a PIL image of any mode; uint8 array (H, W, 3) or (H, W); uint8 tensor (3, H, W) or
             (H, W, 3); a path; encoded bytes; a ``data:``, ``file://`` or http(s) URL; or a `MediaItem`.
         limits: caps on sizes; None: the defaults.
-        fetch: fetches http(s) URLs (and ``file://`` without ``local_files``); None: they are refused.
         local_files: whether paths and ``file://`` URLs are read. Off for whatever came over a network.
 
     Raises:
@@ -50,19 +58,13 @@ def image_item(
     if isinstance(value, MediaItem):
         return _same_modality(value, "image")
     if isinstance(value, (str, Path, bytes, bytearray, memoryview)):
-        pixels = decode_image(_content(value, limits, fetch, local_files), limits)
+        pixels = decode_image(_content(value, limits, local_files), limits)
     else:
         pixels = _picture(value, limits)
     return _pixels_item("image", pixels)
 
 
-def video_item(
-    value: Any,
-    limits: MediaLimits | None = None,
-    *,
-    fetch: Fetch | None = None,
-    local_files: bool = True,
-) -> MediaItem:
+def video_item(value: Any, limits: MediaLimits | None = None, *, local_files: bool = True) -> MediaItem:
     """One video.
 
     Args:
@@ -71,7 +73,7 @@ def video_item(
             order of their names). Or a file as a path, encoded bytes or a URL: an animated GIF, WebP, PNG
             or TIFF, or (with PyAV) MP4, MOV, WebM, Matroska, AVI, sampled to ``limits.sampled_video_frames``.
             Or a `MediaItem`.
-        limits, fetch, local_files: as for `image_item`.
+        limits, local_files: as for `image_item`.
 
     Raises:
         MediaError: it is not a video, is damaged, has frames of several sizes, or exceeds a limit.
@@ -82,7 +84,7 @@ def video_item(
     if isinstance(value, (str, Path)) and local_files and _is_folder(value):
         value = _frame_files(Path(value))
     if isinstance(value, (str, Path, bytes, bytearray, memoryview)):
-        return _pixels_item("video", decode_frames(_content(value, limits, fetch, local_files), limits))
+        return _pixels_item("video", decode_frames(_content(value, limits, local_files), limits))
     if isinstance(value, (np.ndarray, Tensor)):
         pixels = _channels_last(value, 4).numpy() if isinstance(value, Tensor) else value
         if pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.dtype != np.uint8:
@@ -98,7 +100,7 @@ def video_item(
     frames: list[Array] = []
     for number, frame in enumerate(value, 1):
         with errors_at(f"frame {number}"):
-            decoded = image_item(frame, limits, fetch=fetch, local_files=local_files).pixels
+            decoded = image_item(frame, limits, local_files=local_files).pixels
             if decoded is None:
                 raise MediaError("got embeddings; expected a picture")
         limits.check_size(decoded.shape[1], decoded.shape[0], frames=len(value))
@@ -138,16 +140,9 @@ def _same_modality(item: MediaItem, modality: Modality) -> MediaItem:
 
 @contextmanager
 def errors_at(where: str) -> Iterator[None]:
-    """Make a `MediaError` of what goes wrong inside, its message beginning with the place.
-
-    Other errors of opsin pass as they are: those of a `Fetch` mean something to whoever provided it.
-    """
+    """Make a `MediaError` of what goes wrong inside, its message beginning with the place."""
     try:
         yield
-    except OpsinError as error:
-        if type(error) is not MediaError:
-            raise
-        raise MediaError(f"{where}: {error}") from None
     except ValueError as error:
         raise MediaError(f"{where}: {error}") from None
 
@@ -193,7 +188,6 @@ def _described(value: Array) -> str:
 def _content(
     value: str | Path | bytes | bytearray | memoryview,
     limits: MediaLimits,
-    fetch: Fetch | None,
     local_files: bool,
 ) -> bytes:
     """Encoded bytes of a path, a URL, or bytes."""
@@ -205,10 +199,6 @@ def _content(
     if local_files and scheme in ("", "file"):
         path = Path(url2pathname(urlsplit(str(value)).path)) if scheme else Path(value)
         return _read_file(path, limits)
-    if fetch is not None and scheme in ("http", "https", "file"):
-        content = fetch(str(value))
-        check_num_bytes(len(content), limits.max_media_bytes)
-        return content
     if scheme in ("http", "https"):
         raise MediaError(f"{scheme} URLs are not fetched here; download it and pass the bytes or a data: URL")
     if scheme in ("", "file"):

@@ -1,4 +1,4 @@
-"""A prompt as the user wrote it -> `ProcessedPrompt`: media mapped, placeholders expanded, positions set."""
+"""A prompt -> `ProcessedPrompt`: media mapped, placeholders expanded, positions set."""
 
 from __future__ import annotations
 
@@ -26,13 +26,10 @@ from opsin.api import (
 from opsin.config import MediaLimits
 from opsin.errors import ConfigError, MediaError, PromptTooLongError, RequestError, require_known
 from opsin.inputs.cache import ByteLRU
-from opsin.inputs.media import Fetch, embeds_item, errors_at, image_item, video_item
+from opsin.inputs.conversation import check_limits
+from opsin.inputs.media import embeds_item, errors_at, media_item
 from opsin.inputs.placeholders import Marker, PlaceholderFinder
-from opsin.inputs.prompt import ParsedPrompt, parse_prompt
-
-Prompt = str | Sequence[int] | Mapping[str, Any]
-"""Text; token ids; or a dict with ``prompt`` or ``prompt_token_ids``, and optionally ``multi_modal_data``,
-``mm_processor_kwargs`` and ``cache_salt``."""
+from opsin.inputs.prompt import Prompt, PromptInput
 
 
 class PromptProcessor:
@@ -40,7 +37,7 @@ class PromptProcessor:
 
     Attributes:
         limits: most items of each modality in one prompt; a modality not named is unlimited.
-        modalities: that the model takes beside text.
+        modalities: those that the model takes besides text.
         mapped_media: the mapped items kept by content and options, with their hit counters.
     """
 
@@ -59,7 +56,6 @@ class PromptProcessor:
         options: Mapping[str, Any] | None = None,
         media_limits: MediaLimits | None = None,
         media_cache_bytes: int = 512 * 2**20,
-        fetch: Fetch | None = None,
         salt: str = "",
     ) -> None:
         """Set up for one model.
@@ -76,7 +72,6 @@ class PromptProcessor:
             options: the user's ``mm_processor_kwargs`` for every prompt.
             media_limits: caps on the size of one item.
             media_cache_bytes: host memory for mapped items.
-            fetch: fetches http(s) URLs of media; None: they are refused.
             salt: goes into every prompt's salt, e.g. the model's revision.
 
         Raises:
@@ -107,16 +102,15 @@ class PromptProcessor:
         self._hidden_size = hidden_size
         self._options = dict(options or {})
         self._media_limits = media_limits or MediaLimits()
-        self._fetch = fetch
         self._salt = salt
         self._mapping_now: dict[str, Future[MappedMedia]] = {}
         self._lock = threading.Lock()
 
-    def process(self, prompt: Prompt, *, min_new_tokens: int = 1) -> ProcessedPrompt:
+    def process(self, prompt: PromptInput | Prompt, *, min_new_tokens: int = 1) -> ProcessedPrompt:
         """Process one prompt.
 
         Args:
-            prompt: see `Prompt`.
+            prompt: see `PromptInput`.
             min_new_tokens: room the context must leave; 0 for an embedding request.
 
         Raises:
@@ -124,7 +118,7 @@ class PromptProcessor:
             MediaError: a media item cannot be used, or there are too many.
             PromptTooLongError: it does not fit into the context once expanded.
         """
-        parsed = parse_prompt(prompt)
+        parsed = Prompt.parse(prompt)
         require_known("mm_processor_kwargs", parsed.options, self._option_names, RequestError)
         media = self._media(parsed.media)
         counts = {modality: len(values) for modality, values in media.items()}
@@ -171,7 +165,7 @@ class PromptProcessor:
             raise MediaError(str(error)) from None
 
     def _parts(
-        self, parsed: ParsedPrompt, counts: Mapping[Modality, int], options: Mapping[str, Any]
+        self, parsed: Prompt, counts: Mapping[Modality, int], options: Mapping[str, Any]
     ) -> list[int | Marker]:
         if parsed.token_ids is None:
             parts = self._finder.in_text(parsed.text or "", counts, options)
@@ -201,7 +195,7 @@ class PromptProcessor:
                 continue
             modality, number = part.modality, part.number
             with errors_at(f"{modality} {number}"):
-                item = self._item(modality, media[modality][number - 1])
+                item = media_item(modality, media[modality][number - 1], self._media_limits)
                 key, mapped = self._map(item, options)
                 expansion = self._placeholders[modality].expand(mapped, number)
                 self._check_embeds(mapped, expansion)
@@ -216,15 +210,6 @@ class PromptProcessor:
             )
             token_ids += expansion.token_ids
         return token_ids, placed
-
-    def _item(self, modality: Modality, value: Any) -> MediaItem:
-        if modality == "image":
-            return image_item(value, self._media_limits, fetch=self._fetch)
-        if modality == "video":
-            return video_item(value, self._media_limits, fetch=self._fetch)
-        if isinstance(value, MediaItem) and value.modality == modality:
-            return value
-        raise MediaError(f"got a {type(value).__name__}; expected embeddings or a MediaItem of this modality")
 
     def _map(self, item: MediaItem, options: Mapping[str, Any]) -> tuple[str, MappedMedia]:
         """The item's cache key and tensors. Equal items asked for at the same time are mapped once."""
@@ -282,21 +267,6 @@ class PromptProcessor:
                 f"the prompt has {num_tokens} tokens{of_media}; the context holds "
                 f"{self._max_model_len}{room}. Shorten the prompt, use smaller or fewer media, or raise "
                 "max_model_len"
-            )
-
-
-def check_limits(counts: Mapping[Modality, int], limits: Mapping[Modality, int]) -> None:
-    """Refuse a prompt with more items than allowed.
-
-    Raises:
-        MediaError: it has; the message names the setting.
-    """
-    for modality, count in counts.items():
-        limit = limits.get(modality)
-        if limit is not None and count > limit:
-            raise MediaError(
-                f"At most {limit} {modality}(s) may be provided in one prompt, got {count}; "
-                f"limit_mm_per_prompt={{{modality!r}: {count}}} would allow it"
             )
 
 

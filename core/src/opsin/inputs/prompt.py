@@ -1,4 +1,4 @@
-"""The forms in which a prompt is given -> `ParsedPrompt`."""
+"""A prompt as it comes in: text or token ids, with media."""
 
 from __future__ import annotations
 
@@ -9,19 +9,23 @@ from typing import Any
 
 from opsin.errors import RequestError, require_known
 
+PromptInput = str | Sequence[int] | Mapping[str, Any]
+"""Text; token ids; or a dict with ``prompt`` or ``prompt_token_ids``, and optionally ``multi_modal_data``,
+``mm_processor_kwargs`` and ``cache_salt``."""
+
 KEYS = ("prompt", "prompt_token_ids", "multi_modal_data", "mm_processor_kwargs", "cache_salt")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParsedPrompt:
+class Prompt:
     """A prompt whose form has been checked, and nothing else.
 
     Attributes:
         text: as written; with ``token_ids`` set it is only carried along.
         token_ids: given instead of text.
-        media: the user's ``multi_modal_data``.
-        options: the user's ``mm_processor_kwargs``.
-        salt: the user's ``cache_salt``.
+        media: modality -> one item, several, or embeddings, as the user gave them.
+        options: ``mm_processor_kwargs`` of the request.
+        salt: keeps the prompt's cached prefix apart from that of other salts.
     """
 
     text: str | None = None
@@ -30,42 +34,39 @@ class ParsedPrompt:
     options: Mapping[str, Any] = field(default_factory=dict)
     salt: str = ""
 
+    @classmethod
+    def parse(cls, prompt: PromptInput | Prompt) -> Prompt:
+        """Check the form of a prompt.
 
-def parse_prompt(prompt: Any) -> ParsedPrompt:
-    """Check the form of a prompt: text, token ids, or a dict with the keys in `KEYS`.
-
-    Raises:
-        RequestError: it has another form, or unknown keys.
-    """
-    if isinstance(prompt, str):
-        prompt = {"prompt": prompt}
-    elif not isinstance(prompt, Mapping):
-        prompt = {"prompt_token_ids": prompt}
-    require_known("the prompt", prompt, KEYS, RequestError)
-    text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-    if text is None and ids is None:
-        raise RequestError('the prompt has neither "prompt" nor "prompt_token_ids"; expected one of them')
-    if ids is None and text == "":
-        raise RequestError("the prompt is empty; expected text")
-    if not isinstance(text, str | None):
-        raise RequestError(f'"prompt" is a {type(text).__name__}; expected a string')
-    salt = prompt.get("cache_salt") or ""
-    if not isinstance(salt, str):
-        raise RequestError(f'"cache_salt" is a {type(salt).__name__}; expected a string')
-    return ParsedPrompt(
-        text=text,
-        token_ids=None if ids is None else _token_ids(ids),
-        media=_mapping(prompt, "multi_modal_data"),
-        options=_mapping(prompt, "mm_processor_kwargs"),
-        salt=salt,
-    )
+        Raises:
+            RequestError: it has another form, or unknown keys.
+        """
+        if isinstance(prompt, Prompt):
+            return prompt
+        if isinstance(prompt, str):
+            prompt = {"prompt": prompt}
+        elif not isinstance(prompt, Mapping):
+            prompt = {"prompt_token_ids": prompt}
+        require_known("the prompt", prompt, KEYS, RequestError)
+        text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        if text is None and ids is None:
+            raise RequestError('the prompt has neither "prompt" nor "prompt_token_ids"; expected one of them')
+        if ids is None and text == "":
+            raise RequestError("the prompt is empty; expected text")
+        return cls(
+            text=None if text is None else _of(str, "a string", prompt, "prompt"),
+            token_ids=None if ids is None else _token_ids(ids),
+            media=_of(Mapping, "a dict", prompt, "multi_modal_data") or {},
+            options=_of(Mapping, "a dict", prompt, "mm_processor_kwargs") or {},
+            salt=_of(str, "a string", prompt, "cache_salt") or "",
+        )
 
 
-def _mapping(prompt: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def _of(kind: type[Any], expected: str, prompt: Mapping[str, Any], key: str) -> Any:
     value = prompt.get(key)
-    if not isinstance(value, Mapping | None):
-        raise RequestError(f'"{key}" is a {type(value).__name__}; expected a dict')
-    return value or {}
+    if value is not None and not isinstance(value, kind):
+        raise RequestError(f'"{key}" is a {type(value).__name__}; expected {expected}')
+    return value
 
 
 def _token_ids(ids: Any) -> list[int]:

@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import opsin
+from opsin.errors import OpsinError
 from opsin.server.answers.chat import ChatCompletions
 from opsin.server.answers.completions import Completions
 from opsin.server.answers.embeddings import Embeddings
@@ -75,7 +76,7 @@ class App:
         self.host = host
         self.admission = Admission(host.config.max_num_seqs + settings.limits.max_waiting)
         self._settings = settings
-        self._metrics = Metrics(_names(host, settings)[0], lambda: host.loaded)
+        self._metrics = Metrics(_names(host, settings)[0])
         self._fetcher = MediaFetcher(settings.fetch, run_blocking=self._run_blocking)
         self.api = FastAPI(
             title="opsin",
@@ -208,23 +209,27 @@ class App:
 
     async def metrics(self) -> Response:
         """Metrics in Prometheus' text format."""
-        return Response(self._metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        try:
+            stats = await self.host.engine().stats()
+        except OpsinError:  # it is loading, or has failed
+            stats = None
+        return Response(self._metrics.text(stats), media_type=CONTENT_TYPE_LATEST)
 
     async def models(self) -> Response:
         """The served models."""
         serving = self._ready()
-        engine = serving.engine.engine
+        info = serving.info
         cards = [
             ModelCard(
                 id=name,
                 object="model",
                 created=serving.created,
                 owned_by="opsin",
-                root=engine.config.model,
+                root=info.config.model,
                 parent=None,
-                max_model_len=serving.max_model_len,
-                task=engine.config.task,
-                modalities=["text", *engine.processor.modalities],
+                max_model_len=info.max_model_len,
+                task=info.config.task,
+                modalities=["text", *serving.frontend.processor.modalities],
             )
             for name in serving.names
         ]

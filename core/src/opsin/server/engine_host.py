@@ -54,11 +54,6 @@ class EngineHost:
         """See the class."""
         return self._failure or (self._engine.death if self._engine is not None else None)
 
-    @property
-    def loaded(self) -> Engine | None:
-        """The engine, once it is ready."""
-        return None if self._engine is None else self._engine.engine
-
     def engine(self) -> AsyncEngine:
         """The engine.
 
@@ -82,7 +77,7 @@ class EngineHost:
         try:
             started = time.monotonic()
             engine = self._build(self.config)
-            if self.config.task == "generate" and engine.renderer.chat_template is None:
+            if self.config.task == "generate" and engine.frontend.renderer.chat_template is None:
                 raise ConfigError(
                     "this model has no chat template; pass one with --chat-template FILE (or its Jinja text)"
                 )
@@ -98,9 +93,9 @@ class EngineHost:
 
 def _warm_up(engine: Engine) -> None:
     """A first request and a first grammar, so that no user waits for what is only built once."""
-    prompt = engine.processor.process([0], min_new_tokens=0)
+    prompt = engine.frontend.processor.process([0], min_new_tokens=0)
     if engine.config.task == "generate":
-        engine.grammars.compile(StructuredOutput(json_object=True))
+        engine.frontend.grammars.compile(StructuredOutput(json_object=True))
         engine.add("warm-up", prompt, SamplingParams(max_tokens=2, ignore_eos=True))
     else:
         engine.add("warm-up", prompt, PoolingParams())

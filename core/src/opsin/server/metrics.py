@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, generate_latest
@@ -16,19 +16,18 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from opsin.engine.engine import Engine
-from opsin.results import RequestOutput
+from opsin.results import EngineStats, RequestOutput
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
 class Metrics:
-    """Counts what happens; reads the engine's own counters when it is asked for its text."""
+    """Counts what happens. Belongs to the event loop."""
 
-    def __init__(self, model_name: str, engine: Callable[[], Engine | None]) -> None:
-        """``engine`` gives the engine, None while it is not there."""
+    def __init__(self, model_name: str) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(model_name, engine))
+        self._engine = _EngineCollector(model_name)
+        self._registry.register(self._engine)
         labels = {"model_name": model_name}
 
         def histogram(name: str, about: str) -> _Histogram:
@@ -64,8 +63,9 @@ class Metrics:
         )
         self._model_name = model_name
 
-    def text(self) -> bytes:
-        """Prometheus' text format."""
+    def text(self, stats: EngineStats | None) -> bytes:
+        """Prometheus' text format; ``stats`` is None while there is no engine."""
+        self._engine.stats = stats
         return generate_latest(self._registry)
 
     def answered(self, method: str, route: str, status: int) -> None:
@@ -153,29 +153,28 @@ class _Histogram(Collector):
 class _EngineCollector(Collector):
     """The engine's gauges and counters at the moment of the question."""
 
-    def __init__(self, model_name: str, engine: Callable[[], Engine | None]) -> None:
+    stats: EngineStats | None = None
+
+    def __init__(self, model_name: str) -> None:
         self._model_name = model_name
-        self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
-        engine = self._engine()
-        if engine is None:
+        stats = self.stats
+        if stats is None:
             return
-        stats = engine.stats()
-        mapped = engine.processor.mapped_media
         yield self._gauge("num_requests_running", "Sequences being computed.", stats.num_running)
         yield self._gauge("num_requests_waiting", "Sequences waiting.", stats.num_waiting)
         yield self._gauge(
             "kv_cache_usage_perc", "KV blocks in use, 1 for all.", stats.kv_blocks_used / stats.kv_blocks
         )
         yield self._gauge("encoder_cache_bytes", "Encoder outputs held.", stats.encoder_cache_bytes)
-        yield self._gauge("mm_cache_bytes", "Preprocessed media held.", mapped.num_bytes)
+        yield self._gauge("mm_cache_bytes", "Preprocessed media held.", stats.media_cache_bytes)
         yield self._counter("prefix_cache_queries", "Blocks looked up.", stats.prefix_queries)
         yield self._counter("prefix_cache_hits", "Blocks found.", stats.prefix_hits)
         yield self._counter("encoder_cache_queries", "Media needed encoded.", stats.encoder_queries)
         yield self._counter("encoder_cache_hits", "Media found encoded.", stats.encoder_hits)
-        yield self._counter("mm_cache_queries", "Media needed preprocessed.", mapped.queries)
-        yield self._counter("mm_cache_hits", "Media found preprocessed.", mapped.hits)
+        yield self._counter("mm_cache_queries", "Media needed preprocessed.", stats.media_queries)
+        yield self._counter("mm_cache_hits", "Media found preprocessed.", stats.media_hits)
         yield self._counter("num_preemptions", "Sequences pushed out.", stats.num_preemptions)
 
     def _gauge(self, name: str, about: str, value: float) -> GaugeMetricFamily:

@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from http import HTTPStatus
-from typing import Any
 
-from opsin.api import Modality, ProcessedPrompt
+from opsin.api import ProcessedPrompt
 from opsin.async_engine import AsyncEngine
-from opsin.server.answers.tools import with_tools
+from opsin.engine.engine import EngineInfo
+from opsin.errors import MediaError
+from opsin.inputs.chat import ChatOptions
+from opsin.inputs.frontend import Frontend
 from opsin.server.fetch.fetcher import MediaFetcher
 from opsin.server.http.errors import ApiError, bad_request
 from opsin.server.metrics import Metrics
-from opsin.server.schema.chat import ChatFields, Message, Tool
+from opsin.server.schema.chat import ChatFields
 from opsin.server.settings import ServerSettings
-
-_MODALITY_OF: Mapping[str, Modality] = {
-    "image_url": "image",
-    "input_image": "image",
-    "image": "image",
-    "image_embeds": "image",
-    "video_url": "video",
-    "video": "video",
-    "video_embeds": "video",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,19 +39,19 @@ class Serving:
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
+    def info(self) -> EngineInfo:
+        """What is fixed about the engine."""
+        return self.engine.info
+
+    @property
+    def frontend(self) -> Frontend:
+        """The way from words to prompts."""
+        return self.engine.frontend
+
+    @property
     def names(self) -> Sequence[str]:
         """Names of the model, its own first."""
-        return self.settings.served_model_name or (self.engine.engine.config.model,)
-
-    @property
-    def max_model_len(self) -> int:
-        """Most tokens of prompt and answer together."""
-        return self.engine.engine.resolved.max_model_len
-
-    @property
-    def vocab_size(self) -> int:
-        """Token ids are below it."""
-        return self.engine.engine.executor.model.vocab_size
+        return self.settings.served_model_name or (self.info.config.model,)
 
     def check(self, model: str | None, *, task: str | None = None) -> str:
         """The name to answer under.
@@ -78,7 +68,7 @@ class Serving:
             raise ApiError(
                 HTTPStatus.NOT_FOUND, f"this model is not served here; served: {listed}", param="model"
             )
-        own = self.engine.engine.config.task
+        own = self.info.config.task
         if task is not None and task != own:
             flag = {"generate": "--task generate", "embed": "--task embedding"}[task]
             does = {"generate": "answers", "embed": "embeddings"}[own]
@@ -86,46 +76,35 @@ class Serving:
         return model or self.names[0]
 
     async def chat_prompt(
-        self,
-        request: ChatFields,
-        *,
-        rendering: Mapping[str, Any],
-        options: Mapping[str, Any] | None,
-        tools: Sequence[Tool] = (),
-        cache_salt: str | None = None,
-        min_new_tokens: int = 1,
+        self, request: ChatFields, options: ChatOptions, *, min_new_tokens: int = 1
     ) -> ProcessedPrompt:
         """Messages -> prompt: fetched without waiting on a thread, decoded and rendered in the pool.
 
         Args:
             request: with ``messages``.
-            rendering: for `ChatRenderer.render`.
-            options: ``mm_processor_kwargs``.
-            tools: that the model is told of.
-            cache_salt: keeps the prompt's cached prefix apart.
+            options: how they become a prompt.
             min_new_tokens: room the context must leave.
 
         Raises:
             ApiError, RequestError: the messages cannot be used.
         """
         started = time.monotonic()
-        limits = self.engine.engine.processor.limits
-        self._check_counts(request, limits)
-        template = self._own_template(request)
-        messages, for_template = with_tools(
-            [message.model_dump(exclude_none=True) for message in request.messages],
-            tools,
-            template or self.engine.engine.renderer.chat_template,
+        if options.chat_template is not None and not self.settings.trust_request_chat_template:
+            raise bad_request(
+                "requests may not bring a chat template here; --trust-request-chat-template would allow it",
+                "chat_template",
+            )
+        try:
+            conversation = self.frontend.conversation(request.plain_messages())
+        except MediaError as error:
+            raise bad_request(str(error), "messages") from None
+        most = self.settings.limits.max_parts
+        if sum(len(message.parts) for message in conversation.messages) > most:
+            raise bad_request(f"at most {most} content parts are accepted (--max-parts)", "messages")
+        conversation = await self.fetcher.resolve(conversation)
+        prompt = await self.engine.in_pool(
+            self.frontend.chat, conversation, options, min_new_tokens=min_new_tokens
         )
-        messages = await self.fetcher.resolve(messages, limits)
-        render = partial(
-            self.engine.engine.renderer.render,
-            messages,
-            tools=for_template,
-            chat_template=template,
-            **rendering,
-        )
-        prompt = await self.engine.in_pool(self._rendered, render, options, cache_salt, min_new_tokens)
         self.metrics.preprocessed(time.monotonic() - started)
         return prompt
 
@@ -150,56 +129,13 @@ class Serving:
     def _plain(
         self, prompt: str | Sequence[int], truncate: int | None, cache_salt: str | None, min_new_tokens: int
     ) -> ProcessedPrompt:
-        if truncate == 0 or (truncate or 0) > self.max_model_len:
-            raise bad_request(
-                f"expected -1, or 1 to {self.max_model_len} (the context)", "truncate_prompt_tokens"
-            )
+        longest = self.info.max_model_len
+        if truncate == 0 or (truncate or 0) > longest:
+            raise bad_request(f"expected -1, or 1 to {longest} (the context)", "truncate_prompt_tokens")
         if truncate is not None:
-            ids = self.engine.engine.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-            prompt = ids[-(self.max_model_len - min_new_tokens if truncate == -1 else truncate) :]
+            ids = self.frontend.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            prompt = ids[-(longest - min_new_tokens if truncate == -1 else truncate) :]
         key = "prompt" if isinstance(prompt, str) else "prompt_token_ids"
-        return self.engine.engine.processor.process(
+        return self.frontend.processor.process(
             {key: prompt, "cache_salt": cache_salt}, min_new_tokens=min_new_tokens
         )
-
-    def _rendered(
-        self,
-        render: partial[dict[str, Any]],
-        options: Mapping[str, Any] | None,
-        cache_salt: str | None,
-        min_new_tokens: int,
-    ) -> ProcessedPrompt:
-        rendered = {**render(), "mm_processor_kwargs": options, "cache_salt": cache_salt}
-        return self.engine.engine.processor.process(rendered, min_new_tokens=min_new_tokens)
-
-    def _own_template(self, request: ChatFields) -> str | None:
-        if request.chat_template is not None and not self.settings.trust_request_chat_template:
-            raise bad_request(
-                "requests may not bring a chat template here; --trust-request-chat-template would allow it",
-                "chat_template",
-            )
-        return request.chat_template
-
-    def _check_counts(self, request: ChatFields, limits: Mapping[Modality, int]) -> None:
-        most = self.settings.limits.max_parts
-        if request.num_parts > most:
-            raise bad_request(f"at most {most} content parts are accepted (--max-parts)", "messages")
-        for modality, count in _num_items(request.messages).items():
-            limit = limits.get(modality)
-            if limit is not None and count > limit:
-                raise bad_request(
-                    f"At most {limit} {modality}(s) may be provided in one request. This one has {count}, "
-                    "those of earlier messages included; the server would take them with "
-                    f"--limit-mm-per-prompt {modality}={count}",
-                    "messages",
-                )
-
-
-def _num_items(messages: Sequence[Message]) -> Counter[Modality]:
-    return Counter(
-        modality
-        for message in messages
-        if isinstance(message.content, list)
-        for part in message.content
-        if (modality := _MODALITY_OF.get(part.type)) is not None
-    )

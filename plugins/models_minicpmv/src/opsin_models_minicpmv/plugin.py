@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from opsin import hookimpl
 from opsin.api import (
@@ -14,6 +15,7 @@ from opsin.api import (
     ModelSpec,
     Placeholder,
     PlaceholderSpec,
+    ToolFormat,
 )
 from opsin_models_minicpmv.versions import default_chat_template, version_of
 
@@ -50,6 +52,13 @@ def _video_placeholder(context: InputContext) -> Placeholder | None:
     return placeholder(context, "(<video>./</video>)") if version_of(context.config) == "2.6" else None
 
 
+def _tool_format(config: Mapping[str, Any]) -> ToolFormat | None:
+    """2.6 stands on a language model that was trained with this form."""
+    from opsin.api.hermes import HermesTools
+
+    return HermesTools() if version_of(config) == "2.6" else None
+
+
 @hookimpl
 def opsin_register_models() -> Sequence[ModelSpec]:
     return [
@@ -57,6 +66,7 @@ def opsin_register_models() -> Sequence[ModelSpec]:
             architecture=ARCHITECTURE,
             build=_build_model,
             default_chat_template=default_chat_template,
+            tool_format=_tool_format,
             # The published generation_config of 2.5 leaves out the end of a turn.
             stop_tokens=("<|eot_id|>", "<|im_end|>", "<|endoftext|>"),
         )

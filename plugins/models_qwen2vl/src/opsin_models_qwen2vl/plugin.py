@@ -17,6 +17,7 @@ from opsin.api import (
     Placeholder,
     PlaceholderSpec,
     Positions,
+    ToolFormat,
 )
 
 ARCHITECTURE = "Qwen2VLForConditionalGeneration"
@@ -58,6 +59,12 @@ def _video_placeholder(context: InputContext) -> Placeholder:
     return placeholder(context, "<|video_pad|>", "video_token_id")
 
 
+def _tool_format(config: Mapping[str, Any]) -> ToolFormat:
+    from opsin.api.hermes import HermesTools
+
+    return HermesTools()
+
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first and message['role'] != 'system' %}"
@@ -86,6 +93,7 @@ def opsin_register_models() -> Sequence[ModelSpec]:
             default_chat_template=CHAT_TEMPLATE,
             content_format="openai",
             tasks=("generate", "embed"),
+            tool_format=_tool_format,
         )
     ]
 

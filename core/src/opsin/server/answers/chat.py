@@ -9,15 +9,13 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from opsin.api import ProcessedPrompt
-from opsin.config import BeamSearchParams, SamplingParams
-from opsin.results import CompletionOutput, RequestOutput
+from opsin.api import ProcessedPrompt, ToolFormat, ToolParser, ToolPieces
+from opsin.results import CompletionOutput
 from opsin.server.answers.constraint import constraint
-from opsin.server.answers.generation import only_output, outputs, usage
+from opsin.server.answers.generation import Job, usage
 from opsin.server.answers.logprobs import chat_logprobs, prompt_logprobs
 from opsin.server.answers.sampling import beam_params, sampling_params
-from opsin.server.answers.tool_parser import Pieces, ToolParser, parse_answer
-from opsin.server.answers.tools import call_grammar, tools_in_use
+from opsin.server.answers.tools import call_grammar, deltas, max_calls, parse_answer, tools_in_use
 from opsin.server.http.errors import bad_request
 from opsin.server.schema.chat import ChatRequest, NamedToolChoice
 from opsin.server.schema.responses import (
@@ -35,17 +33,12 @@ from opsin.server.serving import Serving
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Prepared:
-    """A chat ready for the engine."""
+class _Chat(Job):
+    """A chat ready for the engine; ``tools`` is None where the model is told of none."""
 
     request: ChatRequest
-    id: str
-    created: int
-    started: float
-    model: str
     prompt: ProcessedPrompt
-    params: SamplingParams
-    beams: BeamSearchParams | None
+    tools: ToolFormat | None
     role: str
     echo: str
 
@@ -63,7 +56,7 @@ class ChatCompletions:
             ApiError, RequestError: the request cannot be answered.
         """
         chat = await self._prepare(request)
-        output = await only_output(self._outputs(chat, finished_only=True))
+        output = await chat.only_output(chat.prompt, chat.id)
         return ChatCompletion(
             id=chat.id,
             object="chat.completion",
@@ -84,23 +77,30 @@ class ChatCompletions:
         options = request.stream_options
         samples = [_SampleStream(chat, index) for index in range(chat.params.n)]
         output = None
-        async with aclosing(self._outputs(chat)) as stream:
+        async with aclosing(chat.outputs(chat.prompt, chat.id)) as stream:
             async for output in stream:
                 in_chunks = usage(output) if options is not None and options.continuous_usage_stats else None
                 for sample in samples:
                     for choice in sample.take(output.outputs[sample.index]):
-                        yield self._chunk(chat, [choice], in_chunks)
+                        yield _chunk(chat, [choice], in_chunks)
         assert output is not None, "a stream ends with an output or an error"
         if options is not None and options.include_usage:
-            yield self._chunk(chat, [], usage(output))
+            yield _chunk(chat, [], usage(output))
 
-    async def _prepare(self, request: ChatRequest) -> _Prepared:
+    async def _prepare(self, request: ChatRequest) -> _Chat:
         serving, started = self._serving, time.monotonic()
         model = serving.check(request.model, task="generate")
         max_tokens = request.max_completion_tokens or request.max_tokens
         if max_tokens is None:
-            max_tokens = serving.engine.engine.checkpoint.generation_config.get("max_new_tokens")
-        calls = call_grammar(request)
+            max_tokens = serving.info.generation_config.get("max_new_tokens")
+        tools, form = tools_in_use(request), serving.frontend.tool_format
+        if tools and form is None:
+            raise bad_request(
+                "this model's family declares no form of tool calls; leave tools out, or start the server "
+                "with --tool-call-parser hermes if the model was trained with that form",
+                "tools",
+            )
+        calls = call_grammar(request, form) if tools and form is not None else None
         structured = constraint(request)
         if calls is not None and structured is not None:
             raise bad_request("tool_choice already constrains the answer; leave out the other constraint")
@@ -114,62 +114,31 @@ class ChatCompletions:
         beams = beam_params(request, max_tokens=max_tokens, structured=params.structured)
         if beams is not None and request.logprobs:
             raise bad_request("use_beam_search gives no log-probabilities", "logprobs")
-        rendering = request.rendering()
-        prompt = await serving.chat_prompt(
-            request,
-            rendering=rendering,
-            options=request.mm_processor_kwargs,
-            tools=tools_in_use(request),
-            cache_salt=request.cache_salt,
-        )
+        options = request.options(tools=tools, cache_salt=request.cache_salt)
+        prompt = await serving.chat_prompt(request, options)
         last = request.messages[-1]
-        role = "assistant" if rendering["add_generation_prompt"] else last.role
-        echoed = request.echo and role == last.role
-        return _Prepared(
-            request=request,
+        role = "assistant" if options.begins_answer else last.role
+        return _Chat(
+            serving=serving,
             id=f"chatcmpl-{uuid.uuid4().hex}",
-            created=int(time.time()),
-            started=started,
             model=model,
-            prompt=prompt,
+            started=started,
             params=params,
             beams=beams,
+            num_samples=request.n or 1,
+            request=request,
+            prompt=prompt,
+            tools=form if tools else None,
             role=role,
-            echo=_text(last.content) if echoed else "",
+            echo=_text(last.content) if request.echo and role == last.role else "",
         )
-
-    def _outputs(
-        self, chat: _Prepared, *, finished_only: bool = False
-    ) -> AsyncGenerator[RequestOutput, None]:
-        return outputs(
-            self._serving,
-            chat.prompt,
-            chat.params,
-            request_id=chat.id,
-            started=chat.started,
-            num_samples=chat.request.n or 1,
-            beams=chat.beams,
-            finished_only=finished_only,
-        )
-
-    def _chunk(self, chat: _Prepared, choices: list[ChatChunkChoice], used: Usage | None) -> ChatChunk:
-        chunk = ChatChunk(
-            id=chat.id,
-            object="chat.completion.chunk",
-            created=chat.created,
-            model=chat.model,
-            choices=choices,
-        )
-        if chat.request.stream_options is not None:
-            chunk.usage = used
-        return chunk
 
 
 @dataclass
 class _SampleStream:
     """What of one sample has been sent."""
 
-    chat: _Prepared
+    chat: _Chat
     index: int
     parser: ToolParser | None = field(init=False)
     num_chars: int = 0
@@ -178,8 +147,8 @@ class _SampleStream:
     ended: bool = False
 
     def __post_init__(self) -> None:
-        has_tools = bool(tools_in_use(self.chat.request))
-        self.parser = ToolParser(_max_calls(self.chat.request)) if has_tools else None
+        form = self.chat.tools
+        self.parser = form.parser(max_calls(self.chat.request)) if form is not None else None
 
     def take(self, sample: CompletionOutput) -> list[ChatChunkChoice]:
         """The chunks that bring the client up to date."""
@@ -202,22 +171,22 @@ class _SampleStream:
             if pieces.content:
                 delta.content = pieces.content
             if pieces.calls:
-                delta.tool_calls = pieces.calls
+                delta.tool_calls = deltas(pieces)
             choice = ChatChunkChoice(index=self.index, delta=delta, logprobs=logprobs, finish_reason=reason)
             if reason is not None:
                 choice.stop_reason = sample.stop_reason
             choices.append(choice)
         return choices
 
-    def _pieces(self, sample: CompletionOutput) -> Pieces:
+    def _pieces(self, sample: CompletionOutput) -> ToolPieces:
         new = sample.text[self.num_chars :]
         self.num_chars = len(sample.text)
         if self.parser is None:
-            return Pieces(new)
+            return ToolPieces(new)
         pieces = self.parser.push(new)
         if sample.finish_reason is not None:
             rest = self.parser.flush()
-            pieces = Pieces(pieces.content + rest.content, pieces.calls + rest.calls)
+            pieces = ToolPieces(pieces.content + rest.content, pieces.calls + rest.calls)
         return pieces
 
     def _logprobs(self, sample: CompletionOutput) -> ChatLogprobs | None:
@@ -228,11 +197,11 @@ class _SampleStream:
         return chat_logprobs(new, self.chat.request.top_logprobs or 0) if new else None
 
 
-def _choice(chat: _Prepared, sample: CompletionOutput) -> ChatChoice:
+def _choice(chat: _Chat, sample: CompletionOutput) -> ChatChoice:
     request = chat.request
     content, calls = chat.echo + sample.text, list[ToolCall]()
-    if tools_in_use(request):
-        content, calls = parse_answer(sample.text, _max_calls(request))
+    if chat.tools is not None:
+        content, calls = parse_answer(chat.tools, sample.text, max_calls(request))
         content = chat.echo + content
     message = AssistantMessage(role=chat.role, content=content or (None if calls else ""))
     if calls:
@@ -253,8 +222,13 @@ def _finish_reason(request: ChatRequest, reason: str, num_calls: int) -> str:
     return "tool_calls" if chosen and reason == "stop" else reason
 
 
-def _max_calls(request: ChatRequest) -> int | None:
-    return 1 if request.parallel_tool_calls is False else None
+def _chunk(chat: _Chat, choices: list[ChatChunkChoice], used: Usage | None) -> ChatChunk:
+    chunk = ChatChunk(
+        id=chat.id, object="chat.completion.chunk", created=chat.created, model=chat.model, choices=choices
+    )
+    if chat.request.stream_options is not None:
+        chunk.usage = used
+    return chunk
 
 
 def _text(content: Any) -> str:

@@ -6,14 +6,13 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from opsin.api import ProcessedPrompt
-from opsin.config import BeamSearchParams, SamplingParams
 from opsin.results import CompletionOutput, RequestOutput
 from opsin.server.answers.constraint import constraint
-from opsin.server.answers.generation import only_output, outputs, usage
+from opsin.server.answers.generation import Job, usage
 from opsin.server.answers.logprobs import completion_logprobs, prompt_logprobs
 from opsin.server.answers.sampling import beam_params, sampling_params
 from opsin.server.http.errors import bad_request
@@ -28,30 +27,18 @@ _DEFAULT_MAX_TOKENS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Prepared:
+class _Completion(Job):
     """Prompts ready for the engine."""
 
     request: CompletionRequest
-    serving: Serving
-    id: str
-    created: int
-    started: float
-    model: str
     prompts: Sequence[ProcessedPrompt]
-    params: SamplingParams
-    beams: BeamSearchParams | None
-
-    @property
-    def n(self) -> int:
-        """Samples of each prompt."""
-        return self.request.n or 1
 
     @cached_property
     def echoes(self) -> list[str]:
         """What each prompt's choices begin with."""
         if not self.request.echo:
             return [""] * len(self.prompts)
-        tokenizer = self.serving.engine.engine.tokenizer
+        tokenizer = self.serving.frontend.tokenizer
         return [
             prompt.text
             if prompt.text is not None
@@ -74,7 +61,7 @@ class Completions:
         """
         job = await self._prepare(request)
         finished = await all_of(
-            only_output(self._outputs(job, number, finished_only=True)) for number in range(len(job.prompts))
+            job.only_output(prompt, f"{job.id}-{number}") for number, prompt in enumerate(job.prompts)
         )
         completion = Completion(
             id=job.id,
@@ -101,9 +88,9 @@ class Completions:
         """
         job = await self._prepare(request)
         options = request.stream_options
-        sent = [[_Sent() for _ in range(job.n)] for _ in job.prompts]
+        sent = [[_Sent() for _ in range(job.num_samples)] for _ in job.prompts]
         latest: dict[int, RequestOutput] = {}
-        streams = [self._outputs(job, number) for number in range(len(job.prompts))]
+        streams = [job.outputs(prompt, f"{job.id}-{number}") for number, prompt in enumerate(job.prompts)]
         async with aclosing(merged(streams)) as together:
             async for number, output in together:
                 latest[number] = output
@@ -115,7 +102,7 @@ class Completions:
         if options is not None and options.include_usage:
             yield _chunk(job, [], usage(*latest.values()))
 
-    async def _prepare(self, request: CompletionRequest) -> _Prepared:
+    async def _prepare(self, request: CompletionRequest) -> _Completion:
         serving, started = self._serving, time.monotonic()
         model = serving.check(request.model, task="generate")
         prompts = listed(request.prompt)
@@ -127,15 +114,13 @@ class Completions:
         params = sampling_params(
             request,
             serving,
-            # Nothing to generate is one token that is thrown away.
+            # max_tokens=0 runs as one token, which is discarded.
             max_tokens=_DEFAULT_MAX_TOKENS if request.max_tokens is None else max(request.max_tokens, 1),
             logprobs=request.logprobs,
             structured=constraint(request),
         )
         if request.echo and request.logprobs is not None and request.prompt_logprobs is None:
-            params = serving.engine.engine.default_params(
-                **{**vars(params), "prompt_logprobs": request.logprobs}
-            )
+            params = replace(params, prompt_logprobs=request.logprobs)
         beams = beam_params(request, max_tokens=params.max_tokens, structured=params.structured)
         if beams is not None and request.logprobs is not None:
             raise bad_request("use_beam_search gives no log-probabilities", "logprobs")
@@ -145,30 +130,16 @@ class Completions:
             )
             for prompt in prompts
         )
-        return _Prepared(
-            request=request,
+        return _Completion(
             serving=serving,
             id=f"cmpl-{uuid.uuid4().hex}",
-            created=int(time.time()),
-            started=started,
             model=model,
-            prompts=processed,
+            started=started,
             params=params,
             beams=beams,
-        )
-
-    def _outputs(
-        self, job: _Prepared, number: int, *, finished_only: bool = False
-    ) -> AsyncGenerator[RequestOutput, None]:
-        return outputs(
-            self._serving,
-            job.prompts[number],
-            job.params,
-            request_id=f"{job.id}-{number}",
-            started=job.started,
-            num_samples=job.n,
-            beams=job.beams,
-            finished_only=finished_only,
+            num_samples=request.n or 1,
+            request=request,
+            prompts=processed,
         )
 
 
@@ -183,7 +154,9 @@ class _Sent:
     ended: bool = False
 
 
-def _choice(job: _Prepared, number: int, output: RequestOutput, sample: CompletionOutput) -> CompletionChoice:
+def _choice(
+    job: _Completion, number: int, output: RequestOutput, sample: CompletionOutput
+) -> CompletionChoice:
     request, text = job.request, job.echoes[number]
     is_empty = request.max_tokens == 0
     logprobs = None
@@ -199,7 +172,7 @@ def _choice(job: _Prepared, number: int, output: RequestOutput, sample: Completi
             0 if request.echo else len(text),
         )
     choice = CompletionChoice(
-        index=number * job.n + sample.index,
+        index=number * job.num_samples + sample.index,
         text=text + ("" if is_empty else sample.text),
         logprobs=logprobs,
         finish_reason="length" if is_empty else sample.finish_reason,
@@ -210,7 +183,7 @@ def _choice(job: _Prepared, number: int, output: RequestOutput, sample: Completi
     return choice
 
 
-def _delta(job: _Prepared, number: int, sample: CompletionOutput, sent: _Sent) -> CompletionChoice | None:
+def _delta(job: _Completion, number: int, sample: CompletionOutput, sent: _Sent) -> CompletionChoice | None:
     if sent.ended:
         return None
     text = sample.text[sent.num_chars :]
@@ -231,7 +204,7 @@ def _delta(job: _Prepared, number: int, sample: CompletionOutput, sent: _Sent) -
     elif not text and logprobs is None:
         return None
     return CompletionChoice(
-        index=number * job.n + sample.index,
+        index=number * job.num_samples + sample.index,
         text=text,
         logprobs=logprobs,
         finish_reason=sample.finish_reason,
@@ -239,7 +212,7 @@ def _delta(job: _Prepared, number: int, sample: CompletionOutput, sent: _Sent) -
     )
 
 
-def _chunk(job: _Prepared, choices: list[CompletionChoice], used: Usage | None) -> Completion:
+def _chunk(job: _Completion, choices: list[CompletionChoice], used: Usage | None) -> Completion:
     chunk = Completion(
         id=job.id, object="text_completion", created=job.created, model=job.model, choices=choices
     )
@@ -248,8 +221,8 @@ def _chunk(job: _Prepared, choices: list[CompletionChoice], used: Usage | None) 
     return chunk
 
 
-def _token_text(job: _Prepared, entries: object, first: int) -> str:
+def _token_text(job: _Completion, entries: object, first: int) -> str:
     """Text of a token; ``first`` is the prompt's first one, which nothing predicts."""
     if isinstance(entries, dict) and entries:
         return next(iter(entries.values())).decoded_token or ""
-    return job.serving.engine.engine.tokenizer.decode([first], skip_special_tokens=False)
+    return job.serving.frontend.tokenizer.decode([first], skip_special_tokens=False)

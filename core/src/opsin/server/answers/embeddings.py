@@ -31,7 +31,7 @@ class Embeddings:
         """
         serving, started = self._serving, time.monotonic()
         model = serving.check(request.model, task="embed")
-        width = serving.engine.engine.executor.model.hidden_size
+        width = serving.info.hidden_size
         if request.dimensions is not None and request.dimensions > width:
             raise bad_request(f"this model's embeddings have {width} dimensions", "dimensions")
         request_id = f"embd-{uuid.uuid4().hex}"
@@ -70,14 +70,8 @@ class Embeddings:
                     "messages are not truncated: a picture could be cut in two; use input",
                     "truncate_prompt_tokens",
                 )
-            prompt = await serving.chat_prompt(
-                request,
-                rendering=request.rendering(),
-                options=request.mm_processor_kwargs,
-                cache_salt=request.cache_salt,
-                min_new_tokens=0,
-            )
-            return [prompt]
+            options = request.options(cache_salt=request.cache_salt)
+            return [await serving.chat_prompt(request, options, min_new_tokens=0)]
         inputs = listed(request.input)
         most = serving.settings.limits.max_inputs
         if len(inputs) > most:

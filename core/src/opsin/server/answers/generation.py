@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from opsin.api import ProcessedPrompt
 from opsin.config import BeamSearchParams, SamplingParams
@@ -14,66 +14,71 @@ from opsin.server.schema.responses import PromptTokensDetails, Usage
 from opsin.server.serving import Serving
 
 
-async def outputs(
-    serving: Serving,
-    prompt: ProcessedPrompt,
-    params: SamplingParams,
-    *,
-    request_id: str,
-    started: float,
-    num_samples: int,
-    beams: BeamSearchParams | None = None,
-    finished_only: bool = False,
-) -> AsyncGenerator[RequestOutput, None]:
-    """A request's outputs, each with all there is so far.
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A request on its way through the engine.
 
-    Args:
+    Attributes:
         serving: the model.
-        prompt: ready for the engine.
+        id: unique.
+        model: the name to answer under.
+        started: arrival of the request, in seconds of `time.monotonic`.
         params: of sampling.
-        request_id: unique.
-        started: when the request arrived, in seconds of `time.monotonic`.
-        num_samples: to give; the most probable ones where ``params.n`` is more.
         beams: search instead of sampling; there is only one output then.
-        finished_only: give nothing but the last output.
-
-    Raises:
-        RequestError: the engine refuses the request.
+        num_samples: to give for each prompt; the most probable ones where ``params.n`` is greater.
+        created: seconds since 1970.
     """
-    engine, track = serving.engine, serving.metrics.track(started)
-    if params.structured is not None:
-        # Also makes the tokenizer's tables. The engine's thread, which all requests share, has it easy then.
-        await engine.in_pool(engine.engine.grammars.compile, params.structured)
-    finished = False
-    try:
-        if beams is not None:
-            arrived = time.monotonic()
-            found = await engine.beam_search(prompt, beams, request_id)
-            output = _of_beams(prompt, found, request_id, arrived, num_samples)
-            finished = True
-            track.saw(output)
-            yield output
-            return
-        choosing = num_samples < params.n
-        generated = engine.generate(prompt, params, request_id, finished_only=finished_only or choosing)
-        async with aclosing(generated) as stream:
-            async for output in stream:
-                finished = output.finished
+
+    serving: Serving
+    id: str
+    model: str
+    started: float
+    params: SamplingParams
+    beams: BeamSearchParams | None
+    num_samples: int
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    async def outputs(
+        self, prompt: ProcessedPrompt, request_id: str, *, finished_only: bool = False
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """A prompt's outputs, each with all there is so far; with ``finished_only`` only the last one.
+
+        Raises:
+            RequestError: the engine refuses the request.
+        """
+        engine, track, params = self.serving.engine, self.serving.metrics.track(self.started), self.params
+        if params.structured is not None:
+            # Builds the tokenizer's tables here, not on the engine's thread, which all requests share.
+            await engine.in_pool(engine.frontend.grammars.compile, params.structured)
+        finished = False
+        try:
+            if self.beams is not None:
+                arrived = time.monotonic()
+                found = await engine.beam_search(prompt, self.beams, request_id)
+                output = _of_beams(prompt, found, request_id, arrived, self.num_samples)
+                finished = True
                 track.saw(output)
-                if choosing:
-                    output = replace(output, outputs=_best(output.outputs, num_samples))
                 yield output
-    finally:
-        if not finished:
-            track.ended_early(num_samples if beams is not None else params.n)
+                return
+            choosing = self.num_samples < params.n
+            generated = engine.generate(prompt, params, request_id, finished_only=finished_only or choosing)
+            async with aclosing(generated) as stream:
+                async for output in stream:
+                    finished = output.finished
+                    track.saw(output)
+                    if choosing:
+                        output = replace(output, outputs=_best(output.outputs, self.num_samples))
+                    yield output
+        finally:
+            if not finished:
+                track.ended_early(params.n if self.beams is None else self.num_samples)
 
-
-async def only_output(stream: AsyncGenerator[RequestOutput, None]) -> RequestOutput:
-    """Of a stream that was asked for nothing but the last one."""
-    async with aclosing(stream):
-        async for output in stream:
-            return output
-    raise AssertionError("a request ends with an output or an error")
+    async def only_output(self, prompt: ProcessedPrompt, request_id: str) -> RequestOutput:
+        """A prompt's last output."""
+        async with aclosing(self.outputs(prompt, request_id, finished_only=True)) as stream:
+            async for output in stream:
+                return output
+        raise AssertionError("a request ends with an output or an error")
 
 
 def usage(*finished: RequestOutput) -> Usage:

@@ -68,7 +68,7 @@ def sampling_params(
         "structured": structured,
     }
     try:
-        return serving.engine.engine.default_params(**changes)
+        return serving.info.default_params(**changes)
     except ConfigError as error:
         raise bad_request(str(error)) from None
 
@@ -100,7 +100,7 @@ def beam_params(
 
 def _check_limits(request: SamplingRequest, serving: Serving, logprobs: int | None) -> None:
     limits = serving.settings.limits
-    if request.priority and serving.engine.engine.config.scheduling_policy == "fcfs":
+    if request.priority and serving.info.config.scheduling_policy == "fcfs":
         raise bad_request(
             "priority: this server answers first come, first served (--scheduling-policy priority)",
             "priority",
@@ -118,7 +118,7 @@ def _check_limits(request: SamplingRequest, serving: Serving, logprobs: int | No
         "logit_bias": [int(token) for token in request.logit_bias or ()],
     }
     for name, tokens in ids.items():
-        if any(not 0 <= token < serving.vocab_size for token in tokens):
+        if any(not 0 <= token < serving.info.vocab_size for token in tokens):
             raise bad_request(
-                f"{name}: a token id is out of vocabulary; expected 0 to {serving.vocab_size - 1}", name
+                f"{name}: a token id is out of vocabulary; expected 0 to {serving.info.vocab_size - 1}", name
             )

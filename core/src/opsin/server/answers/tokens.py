@@ -24,22 +24,18 @@ class Tokenization:
         """
         serving = self._serving
         serving.check(request.model)
-        tokenizer: Any = serving.engine.engine.tokenizer
+        tokenizer: Any = serving.frontend.tokenizer
         if request.prompt is not None:
             special = request.add_special_tokens is not False
             ids = await serving.engine.in_pool(tokenizer.encode, request.prompt, add_special_tokens=special)
         else:
             prompt = await serving.chat_prompt(
-                request,
-                rendering=request.rendering(),
-                options=request.mm_processor_kwargs,
-                tools=request.tools or (),
-                min_new_tokens=0,
+                request, request.options(tools=request.tools or ()), min_new_tokens=0
             )
             ids = list(prompt.token_ids)
         return Tokens(
             count=len(ids),
-            max_model_len=serving.max_model_len,
+            max_model_len=serving.info.max_model_len,
             tokens=ids,
             token_strs=tokenizer.convert_ids_to_tokens(ids) if request.return_token_strs else None,
         )
@@ -52,10 +48,10 @@ class Tokenization:
         """
         serving = self._serving
         serving.check(request.model)
-        if any(not 0 <= token < serving.vocab_size for token in request.tokens):
+        if any(not 0 <= token < serving.info.vocab_size for token in request.tokens):
             raise bad_request(
-                f"a token id is out of vocabulary; expected 0 to {serving.vocab_size - 1}", "tokens"
+                f"a token id is out of vocabulary; expected 0 to {serving.info.vocab_size - 1}", "tokens"
             )
-        tokenizer = serving.engine.engine.tokenizer
+        tokenizer = serving.frontend.tokenizer
         text = await serving.engine.in_pool(tokenizer.decode, request.tokens, skip_special_tokens=False)
         return Text(prompt=text)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
 from typing import Any, TypeVar
 
 from opsin.api import Modality
 from opsin.errors import MediaError
-from opsin.inputs.processor import check_limits
+from opsin.inputs.conversation import Conversation, MediaPart
 from opsin.server.fetch.embeds import decode_embeds
 from opsin.server.fetch.local_file import read_local_file
 from opsin.server.fetch.pinned_http import PinnedHTTP, Resolver, system_resolver
@@ -21,23 +20,10 @@ from opsin.server.http.fetch_error import FetchError
 from opsin.server.http.gather import all_of
 
 T = TypeVar("T")
-Message = Mapping[str, Any]
 RunBlocking = Callable[..., Awaitable[Any]]
 """``await run_blocking(function, *arguments)``: `AsyncEngine.in_pool`, or `asyncio.to_thread`."""
 
 _ACCEPT: Mapping[Modality, str] = {"image": "image/*", "video": "video/*, image/*"}
-
-_MODALITIES: Mapping[str, Modality] = {
-    "image_url": "image",
-    "input_image": "image",
-    "image": "image",
-    "image_pil": "image",
-    "image_embeds": "image",
-    "video_url": "video",
-    "video": "video",
-    "video_embeds": "video",
-}
-"""Type of a content part -> what it is."""
 
 
 class MediaFetcher:
@@ -69,28 +55,20 @@ class MediaFetcher:
             tls=tls,
         )
 
-    async def resolve(
-        self, messages: Sequence[Message], limits: Mapping[Modality, int] | None = None
-    ) -> list[Message]:
-        """Put content in the place of URLs: the result needs no network and no file any more.
+    async def resolve(self, conversation: Conversation) -> Conversation:
+        """Put content in the place of URLs: the result needs neither network nor files.
 
-        Parts with http(s) and ``file://`` URLs become ``{"type": "image", "image": bytes}`` (or ``video``),
-        embeddings become tensors; ``data:`` URLs stay, to be decoded where pictures are. A URL that a request
-        names several times is fetched once. The first failure ends all fetches of the request.
-
-        Args:
-            messages: a conversation; what is malformed stays as it is.
-            limits: most items of each modality, checked before anything is fetched.
+        http(s) and ``file://`` URLs become bytes, embeddings become tensors; ``data:`` URLs stay, to be
+        decoded where pictures are. A URL that a request names several times is fetched once. The first
+        failure ends all fetches of the request.
 
         Raises:
             FetchError: a URL may not or cannot be fetched; the error says which HTTP status that is.
-            MediaError: content is too large or is no embeddings, or there are too many items.
+            MediaError: content is too large or is no embeddings.
         """
-        parts = [part for message in messages for part in _parts(message)]
-        check_limits(Counter(kind for part in parts if (kind := _modality(part)) is not None), limits or {})
         request = _Request(self)
         try:
-            return await all_of(request.message(index, message) for index, message in enumerate(messages))
+            return conversation.with_values(await all_of(request.value(part) for part in conversation.media))
         finally:
             request.cancel()
 
@@ -191,13 +169,14 @@ class _Request:
         self._slots = asyncio.Semaphore(fetcher.settings.max_concurrent_per_request)
         self._running: dict[tuple[str, Modality], asyncio.Task[bytes]] = {}
 
-    async def message(self, index: int, message: Message) -> Message:
-        parts = _parts(message)
-        if not parts:
-            return message
-        where = f"messages[{index}].content"
-        done = await all_of(self._part(f"{where}[{number}]", part) for number, part in enumerate(parts))
-        return {**message, "content": done}
+    async def value(self, part: MediaPart) -> Any:
+        """The part's value, fetched where it has to be."""
+        if part.is_embeds:
+            embeds = self._fetcher.embeds(part.value, self._budget)
+            return await self._at(part, f"{part.modality}_embeds", embeds)
+        if isinstance(part.value, list):  # a video's frames
+            return await all_of(self._content(part, "image", frame) for frame in part.value)
+        return await self._content(part, part.modality, part.value)
 
     def cancel(self) -> None:
         """End what nobody waits for any more."""
@@ -205,62 +184,26 @@ class _Request:
             if not task.cancel() and not task.cancelled():
                 task.exception()  # else asyncio logs that nobody looked at it
 
-    async def _part(self, where: str, part: Any) -> Any:
-        modality = _modality(part)
-        if modality is None:
-            return part
-        kind: str = part["type"]
-        value = part.get("image_url" if kind == "input_image" else kind)
-        if kind.endswith("_embeds"):
-            if value is None:
-                return part
-            return {
-                "type": kind,
-                kind: await self._at(where, kind, self._fetcher.embeds(value, self._budget)),
-            }
-        if kind.endswith("_url"):
-            value = value.get("url") if isinstance(value, Mapping) else None
-        if isinstance(value, list):
-            return {"type": kind, kind: await all_of(self._content(where, "image", frame) for frame in value)}
-        if not _is_url(value):
-            return part
-        return {"type": modality, modality: await self._content(where, modality, value)}
-
-    async def _content(self, where: str, modality: Modality, value: Any) -> Any:
-        if not _is_url(value):
+    async def _content(self, part: MediaPart, modality: Modality, value: Any) -> Any:
+        if not isinstance(value, str) or value[:5].lower() == "data:":
             return value
         key = (value, modality)
         if key not in self._running:
             self._running[key] = asyncio.ensure_future(self._fetch(value, modality))
-        return await self._at(where, f"{modality}_url", self._running[key])
+        return await self._at(part, f"{modality}_url", self._running[key])
 
     async def _fetch(self, url: str, modality: Modality) -> bytes:
         async with self._slots:
             return await self._fetcher.fetch(url, modality, self._budget)
 
-    async def _at(self, where: str, param: str, result: Awaitable[T]) -> T:
+    async def _at(self, part: MediaPart, param: str, result: Awaitable[T]) -> T:
         """The result; errors begin with the place and name the parameter."""
         try:
             return await result
         except FetchError as error:
-            raise FetchError(f"{where}: {error}", error.status, param) from None
+            raise FetchError(f"{part.where}: {error}", error.status, param) from None
         except MediaError as error:
-            raise MediaError(f"{where}: {error}") from None
-
-
-def _parts(message: Any) -> list[Any]:
-    content = message.get("content") if isinstance(message, Mapping) else None
-    return content if isinstance(content, list) else []
-
-
-def _modality(part: Any) -> Modality | None:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    return _MODALITIES.get(kind) if isinstance(kind, str) else None
-
-
-def _is_url(value: Any) -> bool:
-    """Whether a value has to be fetched: ``data:`` URLs hold what they name."""
-    return isinstance(value, str) and value[:5].lower() != "data:"
+            raise MediaError(f"{part.where}: {error}") from None
 
 
 def _looks_like(modality: Modality, content: bytes | bytearray) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from opsin.config import MAX_LOGPROBS
+from opsin.inputs.chat import ChatOptions
+from opsin.inputs.conversation import Role
 from opsin.server.schema.sampling import SamplingRequest
 from opsin.server.schema.strict import RequestBody, StrictModel, field_error
 
@@ -137,7 +139,7 @@ class Message(RequestBody):
     )
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {"audio": (), "function_call": ()}
 
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    role: Role
     content: Content | None = None
     name: Annotated[str | None, Field(max_length=256)] = None
     tool_calls: list[MessageToolCall] | None = None
@@ -185,22 +187,18 @@ def _tool_choice(value: Any) -> Any:
     raise ValueError('expected "none", "auto", "required" or {"type": "function", "function": {"name": ...}}')
 
 
+Messages = Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+
+
 class ChatFields(RequestBody):
     """How messages become a prompt."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    messages: Messages | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template: Annotated[str | None, Field(max_length=100_000)] = None
     chat_template_kwargs: dict[str, Any] | None = None
-
-    @property
-    def num_parts(self) -> int:
-        """Content parts of all messages."""
-        return sum(
-            len(message.content) if isinstance(message.content, list) else 1
-            for message in self.messages or ()
-        )
+    mm_processor_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _one_end(self) -> ChatFields:
@@ -211,16 +209,21 @@ class ChatFields(RequestBody):
             )
         return self
 
-    def rendering(self, *, default_generation_prompt: bool = True) -> dict[str, Any]:
-        """Keyword arguments for `ChatRenderer.render`."""
-        begin = self.add_generation_prompt
-        if begin is None:
-            begin = default_generation_prompt and not self.continue_final_message
-        return {
-            "add_generation_prompt": begin,
-            "continue_final_message": bool(self.continue_final_message),
-            "chat_template_kwargs": self.chat_template_kwargs,
-        }
+    def plain_messages(self) -> list[dict[str, Any]]:
+        """The messages as `Conversation.parse` takes them."""
+        return [message.model_dump(exclude_none=True) for message in self.messages or ()]
+
+    def options(self, *, tools: Sequence[Tool] = (), cache_salt: str | None = None) -> ChatOptions:
+        """How the messages become a prompt."""
+        return ChatOptions(
+            add_generation_prompt=self.add_generation_prompt,
+            continue_final_message=bool(self.continue_final_message),
+            tools=[tool.model_dump(exclude_none=True) for tool in tools],
+            chat_template=self.chat_template,
+            chat_template_kwargs=self.chat_template_kwargs,
+            mm_processor_kwargs=self.mm_processor_kwargs,
+            cache_salt=cache_salt,
+        )
 
 
 class ChatRequest(SamplingRequest, ChatFields):
@@ -241,6 +244,7 @@ class ChatRequest(SamplingRequest, ChatFields):
         "web_search_options": (),
     }
 
+    messages: Messages
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     logprobs: bool | None = None

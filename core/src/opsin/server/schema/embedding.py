@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from opsin.config import INT64_MAX
-from opsin.server.schema.chat import ChatFields, Message
+from opsin.server.schema.chat import ChatFields
 from opsin.server.schema.prompts import Prompts
 
 
 class EmbeddingRequest(ChatFields):
     """The body of ``POST /v1/embeddings``: ``input``, or ``messages`` for pictures."""
 
-    messages: Annotated[list[Message] | None, Field(min_length=1, max_length=10_000)] = None  # type: ignore[assignment]
     input: Prompts | None = None
     model: Annotated[str | None, Field(max_length=1024)] = None
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int | None, Field(ge=1, le=INT64_MAX)] = None
     truncate_prompt_tokens: Annotated[int | None, Field(ge=-1, le=INT64_MAX)] = None
-    mm_processor_kwargs: dict[str, Any] | None = None
     cache_salt: Annotated[str | None, Field(min_length=1, max_length=1024)] = None
 
     @model_validator(mode="after")

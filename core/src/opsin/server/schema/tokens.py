@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from opsin.server.schema.chat import ChatFields, Message, Tool
+from opsin.server.schema.chat import ChatFields, Tool
 from opsin.server.schema.strict import RequestBody
 
 
 class TokenizeRequest(ChatFields):
     """The body of ``POST /tokenize``: ``prompt``, or ``messages`` as in a chat."""
 
-    messages: Annotated[list[Message] | None, Field(min_length=1, max_length=10_000)] = None  # type: ignore[assignment]
     prompt: str | None = None
     model: Annotated[str | None, Field(max_length=1024)] = None
     add_special_tokens: bool | None = None
     """Of a ``prompt``: whether the tokenizer adds its own (a BOS); the default."""
     return_token_strs: bool | None = None
     tools: Annotated[list[Tool] | None, Field(max_length=256)] = None
-    mm_processor_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> TokenizeRequest:

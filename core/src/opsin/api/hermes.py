@@ -1,37 +1,92 @@
-"""Tool calls out of growing text, piece by piece.
+"""The hermes form of tool calls, in ChatML turns. A family that was trained with it names `HermesTools`.
 
-Whole answers go through it, too, so that streamed answers are those that are not.
+A call is written as::
+
+    <tool_call>
+    {"name": "get_weather", "arguments": {"city": "Paris"}}
+    </tool_call>
 """
 
 from __future__ import annotations
 
 import json
 import re
-import uuid
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from opsin.server.answers.tools import CLOSE, OPEN
-from opsin.server.schema.responses import FunctionCall, FunctionCallDelta, ToolCall, ToolCallDelta
+from opsin.api.tools import ToolCallPiece, ToolPieces
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+
+_MAX_CALLS = 16
+"""Calls that an answer constrained to calls may hold: a weak model would never end by itself."""
+
+_INSTRUCTIONS = """
+
+# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{signatures}
+</tools>
+
+For each function call, return a json object with function name and arguments within \
+<tool_call></tool_call> XML tags:
+<tool_call>
+{{"name": <function-name>, "arguments": <args-json-object>}}
+</tool_call>"""
+"""The wording that models of this form are trained on; docs/serving.md names its source (Apache-2.0)."""
 
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 """Up to the brace that begins the arguments: from here on they are passed on as they come."""
 
 
-@dataclass
-class Pieces:
-    """What a piece of text brought.
+class HermesTools:
+    """See `opsin.api.ToolFormat`."""
 
-    Attributes:
-        content: text for the user.
-        calls: pieces of calls.
-    """
+    system = "You are a helpful assistant."
 
-    content: str = ""
-    calls: list[ToolCallDelta] = field(default_factory=list)
+    def fits(self, template: str) -> bool:
+        """Whether the template writes ChatML turns."""
+        return "<|im_start|>" in template
+
+    def instructions(self, tools: Sequence[Mapping[str, Any]]) -> str:
+        """The tools, one per line, between tags."""
+        return _INSTRUCTIONS.format(signatures="\n".join(json.dumps(t, ensure_ascii=False) for t in tools))
+
+    def call(self, name: str, arguments: Any) -> str:
+        """See the module."""
+        body = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
+        return f"{OPEN}\n{body}\n{CLOSE}"
+
+    def around_result(self) -> tuple[str, str]:
+        """Tags, each on a line of its own."""
+        return "<tool_response>\n", "\n</tool_response>"
+
+    def grammar(self, tools: Sequence[Mapping[str, Any]], *, several: bool) -> str:
+        """Calls, each with the arguments of its function's schema."""
+        lines = [f'start: call ("\\n" call){{0,{_MAX_CALLS - 1}}}' if several else "start: call"]
+        lines.append(f'call: {json.dumps(OPEN)} "\\n" body "\\n" {json.dumps(CLOSE)}')
+        lines.append("body: " + " | ".join(f"f{number}" for number in range(len(tools))))
+        for number, tool in enumerate(tools):
+            function = tool["function"]
+            head = json.dumps(f'{{"name": {json.dumps(function["name"])}, "arguments": ')
+            schema = {
+                **(function.get("parameters") or {"type": "object"}),
+                # As the models write it. Free white space would let a weak model write nothing else.
+                "x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
+            }
+            lines += [f'f{number}: {head} a{number} "}}"', f"a{number}: %json {json.dumps(schema)}"]
+        return "\n".join(lines)
+
+    def parser(self, max_calls: int | None = None) -> HermesParser:
+        """See `HermesParser`."""
+        return HermesParser(max_calls)
 
 
-class ToolParser:
+class HermesParser:
     """Splits an answer into text and tool calls.
 
     What turns out to be no call (no JSON, no name) is text. White space around calls is dropped.
@@ -50,17 +105,17 @@ class ToolParser:
         self._in_string = False
         self._escaped = False
 
-    def push(self, text: str) -> Pieces:
+    def push(self, text: str) -> ToolPieces:
         """Take what comes next; returns what is certain by now."""
         self._pending += text
-        pieces = Pieces()
+        pieces = ToolPieces()
         while self._step(pieces):
             pass
         return pieces
 
-    def flush(self) -> Pieces:
+    def flush(self) -> ToolPieces:
         """What was held back. Call it once, at the end."""
-        pieces = Pieces()
+        pieces = ToolPieces()
         if self._step == self._in_text:
             self._add_text(pieces, self._pending)
         elif self._step == self._before_arguments and not self._whole_call(pieces, self._pending):
@@ -70,7 +125,7 @@ class ToolParser:
 
     # ---- one step of each state; False: more text is needed -------------------------------------
 
-    def _in_text(self, pieces: Pieces) -> bool:
+    def _in_text(self, pieces: ToolPieces) -> bool:
         start = self._pending.find(OPEN)
         if start >= 0:
             self._add_text(pieces, self._pending[:start].rstrip())
@@ -84,7 +139,7 @@ class ToolParser:
         self._pending = self._pending[end:]
         return False
 
-    def _before_arguments(self, pieces: Pieces) -> bool:
+    def _before_arguments(self, pieces: ToolPieces) -> bool:
         head = _HEAD.match(self._pending)
         if head is not None:
             self._pending = self._pending[head.end() :]
@@ -101,7 +156,7 @@ class ToolParser:
         self._step = self._in_text
         return True
 
-    def _in_arguments(self, pieces: Pieces) -> bool:
+    def _in_arguments(self, pieces: ToolPieces) -> bool:
         end, ended = 0, False
         for character in self._pending:
             if not self._in_string and character == "<":  # never in JSON: the call ends unfinished
@@ -118,7 +173,7 @@ class ToolParser:
             self._step = self._after_arguments
         return ended
 
-    def _after_arguments(self, pieces: Pieces) -> bool:
+    def _after_arguments(self, pieces: ToolPieces) -> bool:
         end = self._pending.find(CLOSE)
         if end < 0:
             return False
@@ -143,14 +198,14 @@ class ToolParser:
         elif character in "}]":
             self._depth -= 1
 
-    def _add_text(self, pieces: Pieces, text: str) -> None:
+    def _add_text(self, pieces: ToolPieces, text: str) -> None:
         if self._behind_call:
             text = text.lstrip()
         if text:
             self._behind_call = False
             pieces.content += text
 
-    def _whole_call(self, pieces: Pieces, body: str) -> bool:
+    def _whole_call(self, pieces: ToolPieces, body: str) -> bool:
         """Take a call in another order of keys, without arguments, or with arguments as text."""
         try:
             call: Any = json.loads(body)
@@ -163,51 +218,18 @@ class ToolParser:
         self._begin(pieces, call["name"], text)
         return True
 
-    def _begin(self, pieces: Pieces, name: str, arguments: str) -> None:
+    def _begin(self, pieces: ToolPieces, name: str, arguments: str) -> None:
         self.num_calls += 1
         self._behind_call = True
         if not self._is_dropped():
-            pieces.calls.append(
-                ToolCallDelta(
-                    index=self.num_calls - 1,
-                    id=f"call_{uuid.uuid4().hex[:24]}",
-                    type="function",
-                    function=FunctionCallDelta(name=name, arguments=arguments),
-                )
-            )
+            pieces.calls.append(ToolCallPiece(self.num_calls - 1, name, arguments))
 
-    def _continue(self, pieces: Pieces, arguments: str) -> None:
+    def _continue(self, pieces: ToolPieces, arguments: str) -> None:
         if arguments and not self._is_dropped():
-            pieces.calls.append(
-                ToolCallDelta(
-                    index=self.num_calls - 1,
-                    function=FunctionCallDelta(arguments=arguments),
-                )
-            )
+            pieces.calls.append(ToolCallPiece(self.num_calls - 1, None, arguments))
 
     def _is_dropped(self) -> bool:
         return self._max_calls is not None and self.num_calls > self._max_calls
-
-
-def parse_answer(text: str, max_calls: int | None = None) -> tuple[str, list[ToolCall]]:
-    """A whole answer -> its text and its calls."""
-    parser = ToolParser(max_calls)
-    content = ""
-    calls: list[ToolCall] = []
-    for pieces in (parser.push(text), parser.flush()):
-        content += pieces.content
-        for delta in pieces.calls:
-            if delta.id:
-                calls.append(
-                    ToolCall(
-                        id=delta.id,
-                        type="function",
-                        function=FunctionCall(name=delta.function.name, arguments=delta.function.arguments),
-                    )
-                )
-            else:
-                calls[-1].function.arguments += delta.function.arguments
-    return content, calls
 
 
 def _num_begun(text: str, tag: str) -> int:
