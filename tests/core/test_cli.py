@@ -222,6 +222,20 @@ def test_missing_file_fails_before_the_model_is_loaded(run: Run, llm: Any, optio
     assert llm.made is None
 
 
+def test_limits_hold_for_the_media_of_generate(run: Run, llm: Any, picture: str) -> None:
+    result = run("generate", "some/model", "--image", picture, "What?", "--max-image-pixels", "11")
+    assert result.status == 1
+    assert "12 pixels" in result.err or "at most 11" in result.err
+
+
+def test_settings_of_the_engine_reach_the_model_of_generate(run: Run, llm: Any) -> None:
+    assert (
+        run("generate", "some/model", "What?", "--no-enable-prefix-caching", "--max-num-seqs", "2").status
+        == 0
+    )
+    assert llm.made == ("some/model", {"enable_prefix_caching": False, "max_num_seqs": 2})
+
+
 def test_error_is_one_line_and_a_traceback_with_debug(run: Run, llm: Any) -> None:
     llm.error = RequestError("it does not fit:\n  too long")
     result = run("generate", "some/model", "What?")

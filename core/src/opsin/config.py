@@ -317,8 +317,6 @@ class MediaLimits:
             raise MediaError(f"got a video of {num_frames} frames; expected 1 to {self.max_video_frames}")
 
 
-DType = Literal["auto", "float32", "bfloat16", "float16"]
-
 _TASKS = {"auto": None, "generate": "generate", "embed": "embed", "embedding": "embed"}
 _RUNNERS = {"auto": None, "generate": "generate", "pooling": "embed"}
 _DTYPES = {"float": "float32", "half": "float16"}

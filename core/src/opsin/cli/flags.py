@@ -43,7 +43,7 @@ def takes(*settings: type) -> Callable[[Callable[..., T]], Callable[..., T]]:
         def run(*arguments: Any, **given: Any) -> T:
             return command(**signature.bind(*arguments, **given).arguments)
 
-        run.__signature__ = signature  # type: ignore[attr-defined]
+        vars(run)["__signature__"] = signature
         return run
 
     return decorate

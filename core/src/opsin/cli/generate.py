@@ -19,6 +19,7 @@ from opsin.plugins.known_packages import known_packages
 
 if TYPE_CHECKING:
     from opsin.api import MediaItem
+    from opsin.config import MediaLimits
     from opsin.results import RequestOutput
 
 app = App(
@@ -63,13 +64,13 @@ def run(
         verbose: Show what happens while loading.
         debug: Show the traceback of an error.
     """
-    build(EngineConfig, settings)  # impossible settings end the command before anything is read
+    config = build(EngineConfig, settings)  # impossible settings end the command before anything is read
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="opsin: %(message)s")
     question = sys.stdin.read().strip() if question == "-" else question
-    media = _media(image, video) if image or video else []
+    media = _media(image, video, config) if image or video else []
     content = [*media, {"type": "text", "text": question}]
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": content})  # type: ignore[dict-item]
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": content})
 
     from opsin import LLM
 
@@ -100,17 +101,17 @@ def run(
     print(json.dumps(_result(settings["model"], output, timings), indent=2, ensure_ascii=False))
 
 
-def _media(images: Sequence[str], videos: Sequence[str]) -> list[dict[str, Any]]:
+def _media(images: Sequence[str], videos: Sequence[str], limits: MediaLimits) -> list[dict[str, Any]]:
     """Content parts; decoded before the model is loaded, so that a bad file is known at once."""
     from opsin.inputs.media import errors_at, image_item, video_item
 
     parts: list[tuple[str, MediaItem]] = []
     for name in images:
         with errors_at(f"--image {name:.80}"):
-            parts.append(("image", image_item(name)))
+            parts.append(("image", image_item(name, limits)))
     for name in videos:
         with errors_at(f"--video {name:.80}"):
-            parts.append(("video", video_item(name)))
+            parts.append(("video", video_item(name, limits)))
     return [{"type": kind, kind: item} for kind, item in parts]
 
 
