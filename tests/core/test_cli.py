@@ -17,7 +17,7 @@ from PIL import Image
 
 import opsin
 from opsin.api import Capabilities, Device, DeviceSpec, MemoryInfo, ModelSpec, Probe
-from opsin.cli import app, plugins, table
+from opsin.cli import main, plugins, table
 from opsin.config import SamplingParams
 from opsin.errors import RequestError
 from opsin.hookspecs import hookimpl
@@ -39,13 +39,10 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """Run a command line in this process."""
 
     def run(*arguments: str) -> Result:
-        try:
-            app(list(arguments), prog_name="opsin")
-            status: Any = 0
-        except SystemExit as exit:
-            status = exit.code
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
         captured = capsys.readouterr()
-        return Result(status=status or 0, out=captured.out, err=captured.err)
+        return Result(status=ended.value.code or 0, out=captured.out, err=captured.err)
 
     return run
 
@@ -223,6 +220,20 @@ def test_missing_file_fails_before_the_model_is_loaded(run: Run, llm: Any, optio
     assert result.err.startswith(f"opsin: {option} absent.png: cannot read the file")
     assert result.err.count("\n") == 1
     assert llm.made is None
+
+
+def test_limits_hold_for_the_media_of_generate(run: Run, llm: Any, picture: str) -> None:
+    result = run("generate", "some/model", "--image", picture, "What?", "--max-image-pixels", "11")
+    assert result.status == 1
+    assert "12 pixels" in result.err or "at most 11" in result.err
+
+
+def test_settings_of_the_engine_reach_the_model_of_generate(run: Run, llm: Any) -> None:
+    assert (
+        run("generate", "some/model", "What?", "--no-enable-prefix-caching", "--max-num-seqs", "2").status
+        == 0
+    )
+    assert llm.made == ("some/model", {"enable_prefix_caching": False, "max_num_seqs": 2})
 
 
 def test_error_is_one_line_and_a_traceback_with_debug(run: Run, llm: Any) -> None:
@@ -419,9 +430,9 @@ def process(code: str) -> subprocess.CompletedProcess[str]:
 def test_light_commands_load_neither_torch_nor_transformers(arguments: list[str]) -> None:
     code = f"""
 import sys
-from opsin.cli import app
+from opsin.cli import main
 try:
-    app({arguments!r})
+    main({arguments!r})
 except SystemExit as exit:
     assert not exit.code, exit.code
 heavy = {{"torch", "transformers", "numpy", "PIL", "huggingface_hub"}} & set(sys.modules)

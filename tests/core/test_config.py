@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -72,11 +73,57 @@ def test_generation_config_gives_defaults_that_changes_override() -> None:
         lambda: EngineConfig(model="m", max_num_seqs=0),
         lambda: EngineConfig(model="m", kv_cache_memory=0),
         lambda: EngineConfig(model="m", limit_mm_per_prompt={"image": -1}),
+        lambda: EngineConfig(model="m", limit_mm_per_prompt={"image": {"width": 5}}),
+        lambda: EngineConfig(model="m", limit_mm_per_prompt="image=2"),  # type: ignore[arg-type]
+        lambda: EngineConfig(model="m", mm_processor_kwargs=[1]),  # type: ignore[arg-type]
+        lambda: EngineConfig(model="m", task="classify"),  # type: ignore[arg-type]
+        lambda: EngineConfig(model="m", runner="draft"),  # type: ignore[arg-type]
+        lambda: EngineConfig(model="m", dtype=torch.float64),  # type: ignore[arg-type]
+        lambda: EngineConfig(model="m", load_format="pt"),  # type: ignore[arg-type]
+        lambda: EngineConfig(model="m", pooling_type="max"),  # type: ignore[arg-type]
+        lambda: EngineConfig(model="m", chat_template_content_format="text"),  # type: ignore[arg-type]
+        lambda: EngineConfig(model="m", scheduling_policy="lifo"),  # type: ignore[arg-type]
+        lambda: EngineConfig(model="m", max_model_len="many"),  # type: ignore[arg-type]
     ],
 )
 def test_other_impossible_settings_are_refused(make: Any) -> None:
     with pytest.raises(ConfigError, match="expected"):
         make()
+
+
+@pytest.mark.parametrize(
+    ("given", "field", "expected"),
+    [
+        ({}, "task", "generate"),
+        ({"task": "auto"}, "task", "generate"),
+        ({"task": "embedding"}, "task", "embed"),
+        ({"runner": "pooling"}, "task", "embed"),
+        ({"runner": "pooling", "task": "embed"}, "task", "embed"),
+        ({"dtype": "half"}, "dtype", "float16"),
+        ({"dtype": "float"}, "dtype", "float32"),
+        ({"dtype": torch.float32}, "dtype", "float32"),
+        ({"dtype": torch.bfloat16}, "dtype", "bfloat16"),
+        ({"limit_mm_per_prompt": {"image": {"count": 2, "width": 512}}}, "limit_mm_per_prompt", {"image": 2}),
+        ({"mm_processor_kwargs": None}, "mm_processor_kwargs", {}),
+    ],
+    ids=str,
+)
+def test_other_spellings_of_settings(given: dict[str, Any], field: str, expected: Any) -> None:
+    config = EngineConfig(model="m", load_format="auto", trust_remote_code=True, **given)
+    assert getattr(config, field) == expected
+    assert dataclasses.replace(config) == config
+
+
+def test_task_and_runner_that_contradict_each_other() -> None:
+    with pytest.raises(ConfigError, match="task='generate' and runner='pooling' contradict each other"):
+        EngineConfig(model="m", task="generate", runner="pooling")
+
+
+def test_what_is_wrong_and_what_would_be_right() -> None:
+    with pytest.raises(ConfigError, match=r"scheduling_policy='lifo': expected 'fcfs', 'priority'"):
+        EngineConfig(model="m", scheduling_policy="lifo")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="max_model_len=0: expected a number, at least 1 or None"):
+        EngineConfig(model="m", max_model_len=0)
 
 
 def test_auto_dtype_is_what_the_device_prefers() -> None:

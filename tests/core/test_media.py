@@ -175,20 +175,20 @@ def test_the_pixel_cap_is_checked_from_the_header() -> None:
     with pytest.raises(MediaError, match="has too many pixels; at most"):  # PIL's own check comes first
         image_item(png_header(60000, 60000))
     with pytest.raises(MediaError, match="30x20 pixels are too many; at most 599"):
-        image_item(PIXELS, MediaLimits(max_pixels=599))
-    assert image_item(PIXELS, MediaLimits(max_pixels=600)).pixels is not None
+        image_item(PIXELS, MediaLimits(max_image_pixels=599))
+    assert image_item(PIXELS, MediaLimits(max_image_pixels=600)).pixels is not None
 
 
 def test_the_byte_cap_holds_for_every_source(tmp_path: Path) -> None:
-    limits = MediaLimits(max_bytes=len(PNG) - 1)
+    limits = MediaLimits(max_media_bytes=len(PNG) - 1)
     path = tmp_path / "x.png"
     path.write_bytes(PNG)
     url = "data:;base64," + base64.b64encode(PNG).decode()
     for source in (PNG, path, url, "data:," + quote(PNG)):
         with pytest.raises(MediaError, match=f"at most {len(PNG) - 1} are accepted"):
             image_item(source, limits)
-    with pytest.raises(ConfigError, match="max_bytes=0"):
-        MediaLimits(max_bytes=0)
+    with pytest.raises(ConfigError, match="max_media_bytes=0"):
+        MediaLimits(max_media_bytes=0)
 
 
 def test_nothing_is_fetched_and_files_only_where_they_may_be_read(tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_a_video_is_the_same_however_its_frames_are_passed(tmp_path: Path) -> No
 def test_animated_files_are_sampled_evenly(file_format: str) -> None:
     frames = [Image.new("RGB", (8, 6), (0, 0, 20 * index)) for index in range(10)]
     data = encoded(frames[0], file_format, save_all=True, append_images=frames[1:])
-    pixels = pixels_of(video_item(data, MediaLimits(sampled_frames=4)))
+    pixels = pixels_of(video_item(data, MediaLimits(sampled_video_frames=4)))
     assert pixels[:, 0, 0, 2].tolist() == [0, 60, 120, 180]
 
 
@@ -309,7 +309,7 @@ def test_sampling_is_even_and_never_repeats(num_frames: int, most: int) -> None:
 )
 def test_what_is_not_a_video_is_refused(value: Any, complaint: str) -> None:
     with pytest.raises(MediaError, match=complaint):
-        video_item(value, MediaLimits(max_frames=8, max_video_pixels=30 * 20 * 8 - 1))
+        video_item(value, MediaLimits(max_video_frames=8, max_video_pixels=30 * 20 * 8 - 1))
 
 
 def video_file(container: str, codec: str, num_frames: int) -> bytes:
@@ -328,11 +328,11 @@ def video_file(container: str, codec: str, num_frames: int) -> bytes:
 @pytest.mark.parametrize("container", ["mp4", "matroska", "avi"])
 def test_video_files_are_decoded_and_sampled(container: str) -> None:
     data = video_file(container, "mpeg4", 21)
-    pixels = pixels_of(video_item(data, MediaLimits(sampled_frames=5)))
+    pixels = pixels_of(video_item(data, MediaLimits(sampled_video_frames=5)))
     assert pixels.shape == (5, 48, 64, 3)
     np.testing.assert_allclose(pixels.mean(axis=(1, 2, 3)), [0, 50, 100, 150, 200], atol=6)
     with pytest.raises(MediaError, match="64x48 pixels are too many"):
-        video_item(data, MediaLimits(max_pixels=64 * 48 - 1))
+        video_item(data, MediaLimits(max_image_pixels=64 * 48 - 1))
 
 
 def test_without_pyav_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -562,4 +562,4 @@ def test_loading_the_installed_plugins_loads_neither_torch_nor_transformers() ->
 
 def test_importing_opsin_loads_nothing_heavy() -> None:
     loaded = modules_after("import opsin; opsin.__version__")
-    assert not loaded & {"torch", "transformers", "numpy", "pluggy", "typer", "rich", "PIL", "dataclasses"}
+    assert not loaded & {"torch", "transformers", "numpy", "pluggy", "cyclopts", "rich", "PIL", "dataclasses"}

@@ -318,7 +318,7 @@ def test_one_bad_item_is_named_by_its_number() -> None:
         with pytest.raises(MediaError, match=complaint):
             processor().process({"prompt": "<img><img>", "multi_modal_data": data})
     with pytest.raises(MediaError, match="image 1: 2x3 pixels are too many|image 1: 3x2 pixels are too many"):
-        processor(media_limits=MediaLimits(max_pixels=5)).process(
+        processor(media_limits=MediaLimits(max_image_pixels=5)).process(
             {"prompt": "<img>", "multi_modal_data": {"image": good}}
         )
 

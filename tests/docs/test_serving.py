@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-import typer
 from PIL import Image
 from pydantic import BaseModel
 from starlette.routing import Route
@@ -68,11 +67,11 @@ def test_endpoints() -> None:
 
 
 def topics() -> dict[str, list[Any]]:
-    """Topic of ``opsin serve --help`` -> its parameters."""
+    """Topic of ``opsin serve --help`` -> its flags."""
     found: dict[str, list[Any]] = {}
-    for parameter in typer.main.get_command(app).commands["serve"].params:  # type: ignore[attr-defined]
-        if parameter.name not in ("model", "config", "debug"):
-            found.setdefault(parameter.rich_help_panel, []).append(parameter)
+    for argument in app["serve"].assemble_argument_collection():
+        if argument.parameter.group[0].name not in ("Arguments", "Options"):
+            found.setdefault(argument.parameter.group[0].name, []).append(argument)
     return found
 
 
@@ -83,23 +82,27 @@ def shown(default: Any) -> str:
     return f"`{default}`" if isinstance(default, str) and default else str(default or "")
 
 
+def described(flag: Any) -> str:
+    """Help and choices, as the table writes them."""
+    choices = ", ".join(f"`{choice}`" for choice in flag.get_choices() or ())
+    return f"{flag.parameter.help} {choices}".strip()
+
+
 def test_flags() -> None:
     flags = section("## Flags")
     assert re.findall(r"^### (.*)$", flags, re.M) == list(topics())
-    for topic, parameters in topics().items():
+    for topic, arguments in topics().items():
         table = rows(section(f"### {topic}"), "flag")
-        spelled = [
-            option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)
-        ]
-        assert [flag for cells in table for flag in named(cells[0])] == spelled
-        defaults = {option: shown(p.default) for p in parameters for option in (*p.opts, *p.secondary_opts)}
+        listed = [flag for cells in table for flag in named(cells[0])]
+        assert sorted(listed) == sorted(name for argument in arguments for name in argument.names)
+        told = {name: [shown(a.field_info.default), described(a)] for a in arguments for name in a.names}
         for cells in table:
-            assert {cells[1]} == {defaults[flag] for flag in named(cells[0])}, cells[0]
+            assert all(cells[1:] == told[flag] for flag in named(cells[0])), cells[0]
 
 
 def test_flags_named_elsewhere_exist() -> None:
     """On this page and in the README."""
-    known = {o for parameters in topics().values() for p in parameters for o in (*p.opts, *p.secondary_opts)}
+    known = {name for arguments in topics().values() for argument in arguments for name in argument.names}
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", PAGE + "".join(re.findall("opsin serve.*", README))))
     assert used - known <= {"--config", "--debug", "--help"}
 

@@ -20,9 +20,9 @@ def server() -> Iterator[Running]:
     """Answers with the recorded (random) Qwen2-VL model."""
     config = golden_config(limit_mm_per_prompt={"image": 3, "video": 1}, seed=0)
     settings = ServerSettings(
-        served_model_names=("golden", "golden-too"),
-        fetch=FetchSettings(allow_loopback=True, timeout_s=1),
-        limits=RequestLimits(body_bytes=8 * 2**20, n=4, inputs=8, parts=20),
+        served_model_name=("golden", "golden-too"),
+        fetch=FetchSettings(allow_loopback_media=True, image_fetch_timeout=1),
+        limits=RequestLimits(max_body_bytes=8 * 2**20, max_n=4, max_inputs=8, max_parts=20),
     )
     with running(config, settings) as started:
         yield started
@@ -32,7 +32,7 @@ def server() -> Iterator[Running]:
 def embedder() -> Iterator[Running]:
     """Embeds with the same model, as dse models do."""
     config = golden_config(task="embed", chat_template=str(EXAMPLES / "template_dse_qwen2_vl.jinja"))
-    settings = ServerSettings(served_model_names=("dse",), limits=RequestLimits(inputs=8))
+    settings = ServerSettings(served_model_name=("dse",), limits=RequestLimits(max_inputs=8))
     with running(config, settings) as started:
         yield started
 

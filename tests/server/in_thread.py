@@ -18,8 +18,8 @@ from opsin import EngineConfig
 from opsin.engine.engine import Engine
 from opsin.server.app import App
 from opsin.server.engine_host import EngineHost
-from opsin.server.run import Listen, Server
-from opsin.server.settings import ServerSettings
+from opsin.server.run import Server
+from opsin.server.settings import Listen, ServerSettings
 from tests.server.process import GOLDEN
 
 MODEL = str(GOLDEN / "qwen2vl" / "model")

@@ -45,7 +45,7 @@ def vlm2vec() -> Iterator[Running]:
     config = golden_config(
         model=str(GOLDEN / "phi3v" / "model"), task="embed", chat_template=template, max_model_len=1024
     )
-    with running(config, ServerSettings(served_model_names=(VLM2VEC,))) as started:
+    with running(config, ServerSettings(served_model_name=(VLM2VEC,))) as started:
         yield started
 
 

@@ -467,7 +467,9 @@ def test_error_in_the_middle_of_a_stream(server: Running, monkeypatch: pytest.Mo
 
 def test_full_queue(server: Running) -> None:
     config = golden_config(max_num_seqs=1)
-    settings = ServerSettings(limits=RequestLimits(waiting=1), fetch=FetchSettings(allow_loopback=True))
+    settings = ServerSettings(
+        limits=RequestLimits(max_waiting=1), fetch=FetchSettings(allow_loopback_media=True)
+    )
     with running(config, settings) as small:
         long = chat(max_tokens=1900, ignore_eos=True, stream=True)
         busy = requests.post(small.url + CHAT, json=long, stream=True, timeout=60)

@@ -15,7 +15,7 @@ import pytest
 from opsin.errors import ConfigError, MediaError
 from opsin.inputs.conversation import Conversation
 from opsin.server.fetch.fetcher import MediaFetcher
-from opsin.server.fetch.settings import FetchSettings, timeout_from_environment
+from opsin.server.fetch.settings import FetchSettings
 from opsin.server.http.fetch_error import FetchError
 from tests.server.asset_server import Asset, AssetServer, asset_server
 from tests.server.pictures import gif, picture
@@ -47,7 +47,7 @@ def resolved(messages: Sequence[Any], **settings: Any) -> list[Any]:
     conversation = Conversation.parse(messages)
 
     async def resolve() -> Conversation:
-        fetcher = MediaFetcher(FetchSettings(**{"allow_loopback": True, **settings}))
+        fetcher = MediaFetcher(FetchSettings(**{"allow_loopback_media": True, **settings}))
         try:
             return await fetcher.resolve(conversation)
         finally:
@@ -173,16 +173,18 @@ def test_bytes_of_one_item_are_capped_while_they_come(assets: AssetServer) -> No
 
     assets.assets["/a.png"] = Asset(stream=endless)
     with pytest.raises(MediaError, match=r"content\[0\]: the file is too large; at most 100000 bytes"):
-        resolved([user(image(assets.url("/a.png")))], max_bytes=100_000)
+        resolved([user(image(assets.url("/a.png")))], max_media_bytes=100_000)
     assert written < 32 * 2**20
 
 
 def test_bytes_of_one_request_are_capped(assets: AssetServer) -> None:
     urls = [assets.put(f"/{index}.png", PICTURE + bytes(5_000)) for index in range(4)]
     with pytest.raises(MediaError, match="the media of a request are too large; at most 15000 bytes"):
-        resolved([user(*map(image, urls))], max_request_bytes=15_000)
-    assert len(resolved([user(*map(image, urls[:2]))], max_request_bytes=15_000)) == 2
-    assert len(resolved([user(*[image(urls[0])] * 9)], max_request_bytes=15_000)) == 9, "one URL, one content"
+        resolved([user(*map(image, urls))], max_request_media_bytes=15_000)
+    assert len(resolved([user(*map(image, urls[:2]))], max_request_media_bytes=15_000)) == 2
+    assert len(resolved([user(*[image(urls[0])] * 9)], max_request_media_bytes=15_000)) == 9, (
+        "one URL, one content"
+    )
 
 
 @pytest.mark.parametrize("begins", [b"", PICTURE])
@@ -196,13 +198,12 @@ def test_the_deadline_is_for_everything_together(assets: AssetServer, begins: by
             connection.flush()
 
     assets.assets["/a.png"] = Asset(stream=drip)
-    variable = "OPSIN_IMAGE_FETCH_TIMEOUT"
-    error = refusal(image(assets.url("/a.png")), timeout_s=0.25, timeout_variable=variable)
+    error = refusal(image(assets.url("/a.png")), image_fetch_timeout=0.25)
     if begins:
         assert error.status == HTTPStatus.GATEWAY_TIMEOUT
         assert str(error) == (
             "messages[0].content[0]: fetching from '127.0.0.1' was not done within 0.25 s; "
-            "OPSIN_IMAGE_FETCH_TIMEOUT sets it"
+            "--image-fetch-timeout or OPSIN_IMAGE_FETCH_TIMEOUT sets it"
         )
     else:  # after 16 zeros it is known to be no picture
         assert error.status in (HTTPStatus.GATEWAY_TIMEOUT, HTTPStatus.UNPROCESSABLE_ENTITY)
@@ -213,7 +214,7 @@ def test_the_deadline_covers_headers_that_do_not_come(assets: AssetServer) -> No
         assets.assets[path] = Asset(headers=_Slow(assets.closing))
         return assets.url(path)
 
-    assert refusal(image(silent("/a.png")), timeout_s=0.2).status == HTTPStatus.GATEWAY_TIMEOUT
+    assert refusal(image(silent("/a.png")), image_fetch_timeout=0.2).status == HTTPStatus.GATEWAY_TIMEOUT
 
 
 class _Slow(dict[str, str]):
@@ -234,35 +235,12 @@ def test_the_deadline_covers_the_resolver_and_redirects() -> None:
         raise AssertionError
 
     async def fetch() -> None:
-        fetcher = MediaFetcher(FetchSettings(timeout_s=0.1), resolver=stuck)
+        fetcher = MediaFetcher(FetchSettings(image_fetch_timeout=0.1), resolver=stuck)
         await fetcher.resolve(Conversation.parse([user(image("http://pictures.example/a.png"))]))
 
     with pytest.raises(FetchError, match=r"'pictures\.example' was not done within 0\.1 s") as caught:
         asyncio.run(fetch())
     assert caught.value.status == HTTPStatus.GATEWAY_TIMEOUT
-
-
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({}, (5.0, "OPSIN_IMAGE_FETCH_TIMEOUT")),
-        ({"VLLM_IMAGE_FETCH_TIMEOUT": "30"}, (30.0, "VLLM_IMAGE_FETCH_TIMEOUT")),
-        (
-            {"VLLM_IMAGE_FETCH_TIMEOUT": "30", "OPSIN_IMAGE_FETCH_TIMEOUT": "2.5"},
-            (2.5, "OPSIN_IMAGE_FETCH_TIMEOUT"),
-        ),
-    ],
-)
-def test_the_deadline_comes_from_the_environment(
-    environment: dict[str, str], expected: tuple[float, str]
-) -> None:
-    assert timeout_from_environment(environment) == expected
-
-
-@pytest.mark.parametrize("value", ["soon", "0", "-1", "nan", "inf"])
-def test_a_deadline_that_is_none(value: str) -> None:
-    with pytest.raises(ConfigError, match=f"VLLM_IMAGE_FETCH_TIMEOUT='{value}': expected seconds"):
-        timeout_from_environment({"VLLM_IMAGE_FETCH_TIMEOUT": value})
 
 
 # --- together -------------------------------------------------------------------------------------
@@ -308,7 +286,7 @@ def test_fetches_of_all_requests_are_bounded(assets: AssetServer) -> None:
 
     async def many() -> None:
         fetcher = MediaFetcher(
-            FetchSettings(allow_loopback=True, max_concurrent=4, max_concurrent_per_request=2)
+            FetchSettings(allow_loopback_media=True, max_concurrent=4, max_concurrent_per_request=2)
         )
         requests = [
             [user(*[image(gate.put(f"/{number}/{index}.png")) for index in range(3)])] for number in range(4)
@@ -334,12 +312,16 @@ def test_the_first_failure_ends_the_others(assets: AssetServer) -> None:
 
     assets.assets["/slow.png"] = Asset(stream=endless)
     slow, bad = assets.url("/slow.png"), assets.url("/missing.png")
-    error = refusal(image(slow), image(bad), timeout_s=30, max_bytes=2**40, max_request_bytes=2**40)
+    error = refusal(
+        image(slow), image(bad), image_fetch_timeout=30, max_media_bytes=2**40, max_request_media_bytes=2**40
+    )
     assert str(error) == "messages[0].content[1]: '127.0.0.1' answered with status 404"
     assert gone.wait(10), "the connection of the other fetch was closed"
 
     async def cancelled() -> None:
-        fetcher = MediaFetcher(FetchSettings(allow_loopback=True, max_bytes=2**40, max_request_bytes=2**40))
+        fetcher = MediaFetcher(
+            FetchSettings(allow_loopback_media=True, max_media_bytes=2**40, max_request_media_bytes=2**40)
+        )
         task = asyncio.create_task(fetcher.resolve(Conversation.parse([user(image(slow))])))
         while len(assets.seen) < 3:
             await asyncio.sleep(0.01)
@@ -354,6 +336,11 @@ def test_the_first_failure_ends_the_others(assets: AssetServer) -> None:
 
 
 def test_settings_that_cannot_be() -> None:
-    for wrong in ({"max_bytes": 0}, {"max_concurrent": 0}, {"timeout_s": 0.0}, {"timeout_s": float("inf")}):
+    for wrong in (
+        {"max_media_bytes": 0},
+        {"max_concurrent": 0},
+        {"image_fetch_timeout": 0.0},
+        {"image_fetch_timeout": float("inf")},
+    ):
         with pytest.raises(ConfigError, match="expected"):
             FetchSettings(**wrong)  # type: ignore[arg-type]

@@ -31,7 +31,7 @@ CHAT = "/v1/chat/completions"
 def fresh() -> Iterator[Running]:
     """A server that nobody has asked yet, which takes embeddings and very many pictures."""
     config = golden_config(limit_mm_per_prompt={"image": 999})
-    with running(config, ServerSettings(fetch=FetchSettings(accept_embeds=True))) as started:
+    with running(config, ServerSettings(fetch=FetchSettings(enable_mm_embeds=True))) as started:
         yield started
 
 

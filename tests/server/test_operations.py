@@ -23,8 +23,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 import opsin
-from opsin.server.run import Listen
-from opsin.server.settings import ServerSettings
+from opsin.server.settings import Listen, ServerSettings
 from opsin.server.ui import UI_PATHS
 from tests.server.in_thread import MODEL, Running, golden_config, running
 from tests.server.messages import CAT, data_url, image, text, user
@@ -213,7 +212,7 @@ def test_the_page_is_open_and_holds_nothing(guarded: Running) -> None:
 
 
 def test_without_the_page() -> None:
-    with running(golden_config(), ServerSettings(ui=False, api_keys=("k",)), wait=False) as bare:
+    with running(golden_config(), ServerSettings(ui=False, api_key=("k",)), wait=False) as bare:
         assert bare.get("/").status_code == 401
         assert bare.get("/", headers={"Authorization": "Bearer k"}).status_code == 404
 

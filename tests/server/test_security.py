@@ -54,7 +54,12 @@ def closed() -> Iterator[Running]:
 @pytest.fixture(scope="module")
 def opened(shared: Path) -> Iterator[Running]:
     """A server with all flags that open something."""
-    fetch = FetchSettings(allow_loopback=True, local_root=shared, accept_embeds=True, timeout_s=0.5)
+    fetch = FetchSettings(
+        allow_loopback_media=True,
+        allowed_local_media_path=shared,
+        enable_mm_embeds=True,
+        image_fetch_timeout=0.5,
+    )
     with running(CONFIG, ServerSettings(fetch=fetch)) as server:
         yield server
 
@@ -194,14 +199,14 @@ def test_names_with_one_address_inside(
 
 def test_the_list_of_domains(assets: AssetServer) -> None:
     url = assets.put("/a.png", PICTURE)
-    narrowed = FetchSettings(allow_loopback=True, allowed_domains=["localhost"])
+    narrowed = FetchSettings(allow_loopback_media=True, allowed_media_domains=["localhost"])
     with running(CONFIG, ServerSettings(fetch=narrowed)) as server:
         assert ask(server, image(url.replace("127.0.0.1", "localhost"))).status_code == 200
         for other in (url, url.replace("127.0.0.1", "localhost.evil.example"), "http://8.8.8.8/a.png"):
             assert "domains" in refused(ask(server, image(other)), 403, param="image_url")
         away = assets.put("/away", status=302, Location=url).replace("127.0.0.1", "localhost")
         refused(ask(server, image(away)), 403, param="image_url")
-    never_widened = FetchSettings(allowed_domains=["localhost", "127.0.0.1"])
+    never_widened = FetchSettings(allowed_media_domains=["localhost", "127.0.0.1"])
     with running(CONFIG, ServerSettings(fetch=never_widened)) as server:
         for inside in (url, url.replace("127.0.0.1", "localhost")):
             assert "public internet" in refused(ask(server, image(inside)), 403, param="image_url")
@@ -310,7 +315,7 @@ def test_the_caps_of_bytes_pixels_and_frames(assets: AssetServer) -> None:
         max_video_pixels=5 * 60 * 60,
         max_video_frames=6,
     )
-    fetch = FetchSettings(allow_loopback=True, max_bytes=4000, max_request_bytes=5000)
+    fetch = FetchSettings(allow_loopback_media=True, max_media_bytes=4000, max_request_media_bytes=5000)
     with running(config, ServerSettings(fetch=fetch)) as server:
         assert ask(server, inline(PICTURE)).status_code == 200
         for part in (inline(large), image(assets.put("/large.png", large))):
@@ -389,7 +394,7 @@ def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> 
         return real(left, right)
 
     monkeypatch.setattr(middleware.hmac, "compare_digest", compare)
-    settings = ServerSettings(api_keys=("first", "second", "third"))
+    settings = ServerSettings(api_key=("first", "second", "third"))
     with running(CONFIG, settings, wait=False) as server:
         for key, status in (("first", 200), ("third", 200), ("", 401), ("first" * 1000, 401)):
             compared.clear()

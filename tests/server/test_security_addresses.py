@@ -200,7 +200,7 @@ def test_other_schemes(url: str) -> None:
 )
 def test_urls_that_parsers_read_differently_do_not_pass_the_list_of_domains(url: str) -> None:
     names = Names(["8.8.8.8"])
-    assert refusal(url, names, allowed_domains=["allowed.example"]).status == HTTPStatus.FORBIDDEN
+    assert refusal(url, names, allowed_media_domains=["allowed.example"]).status == HTTPStatus.FORBIDDEN
     assert names.asked == [], "nothing is resolved, let alone connected to"
 
 
@@ -231,7 +231,7 @@ def test_the_list_of_domains_narrows() -> None:
     with asset_server() as assets:
         assets.put("/a.png", PICTURE)
         names = Names(["127.0.0.1"])
-        loopback = {"allow_loopback": True, "allowed_domains": ["Pictures.Example."]}
+        loopback = {"allow_loopback_media": True, "allowed_media_domains": ["Pictures.Example."]}
         assert fetched(assets.url("/a.png", "pictures.example"), names, **loopback) == PICTURE
         assert fetched(assets.url("/a.png", "PICTURES.example."), names, **loopback) == PICTURE
         for host in ("other.example", "sub.pictures.example", "127.0.0.1"):
@@ -244,7 +244,7 @@ def test_the_list_of_domains_does_not_open_addresses() -> None:
     with asset_server() as assets:
         assets.put("/a.png", PICTURE)
         for host in ("127.0.0.1", "localhost"):
-            error = refusal(assets.url("/a.png", host), allowed_domains=[host])
+            error = refusal(assets.url("/a.png", host), allowed_media_domains=[host])
             assert error.status == HTTPStatus.FORBIDDEN
         assert assets.seen == []
 
@@ -254,7 +254,7 @@ def test_the_address_that_was_checked_is_the_one_connected_to() -> None:
     with asset_server() as assets:
         assets.put("/a.png", PICTURE)
         names = Names(["127.0.0.1"], ["10.0.0.1"])
-        assert fetched(assets.url("/a.png", "pictures.example"), names, allow_loopback=True) == PICTURE
+        assert fetched(assets.url("/a.png", "pictures.example"), names, allow_loopback_media=True) == PICTURE
         assert names.asked == [("pictures.example", assets.port)]
         [(path, headers)] = assets.seen
         assert path == "/a.png"
@@ -271,21 +271,21 @@ def test_tls_keeps_the_name() -> None:
     authority.configure_trust(trusting)
     with asset_server(context) as assets:
         assets.put("/a.png", PICTURE)
-        loopback: dict[str, Any] = {"allow_loopback": True, "tls": trusting}
+        loopback: dict[str, Any] = {"allow_loopback_media": True, "tls": trusting}
         url = assets.url("/a.png", "pictures.example")
         assert fetched(url, Names(["127.0.0.1"]), **loopback) == PICTURE
         assert assets.server_names == ["pictures.example"]
         other = refusal(assets.url("/a.png", "other.example"), Names(["127.0.0.1"]), **loopback)
         assert other.status == HTTPStatus.BAD_GATEWAY
         assert "certificate" not in str(other), "the library's words stay inside"
-        assert refusal(url, Names(["127.0.0.1"]), allow_loopback=True).status == HTTPStatus.BAD_GATEWAY
+        assert refusal(url, Names(["127.0.0.1"]), allow_loopback_media=True).status == HTTPStatus.BAD_GATEWAY
 
 
 def test_the_next_address_is_tried() -> None:
     with asset_server() as assets:
         assets.put("/a.png", PICTURE)
         names = Names(["127.0.0.2", "::1", "127.0.0.1"])  # nothing listens on the first two
-        assert fetched(assets.url("/a.png", "pictures.example"), names, allow_loopback=True) == PICTURE
+        assert fetched(assets.url("/a.png", "pictures.example"), names, allow_loopback_media=True) == PICTURE
 
 
 def test_proxies_of_the_environment_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +293,7 @@ def test_proxies_of_the_environment_are_not_asked(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv("HTTP_PROXY", proxy.url(""))
         monkeypatch.setenv("ALL_PROXY", proxy.url(""))
         assets.put("/a.png", PICTURE)
-        assert fetched(assets.url("/a.png"), allow_loopback=True) == PICTURE
+        assert fetched(assets.url("/a.png"), allow_loopback_media=True) == PICTURE
         assert proxy.seen == []
 
 
@@ -311,7 +311,7 @@ def test_redirects_are_followed(status: int) -> None:
         assets.put("/deep/start", **redirect("../middle", status))
         assets.put("/middle", **redirect(assets.url("/a.png", "other.example"), status))
         names = Names(["127.0.0.1"])
-        assert fetched(assets.url("/deep/start", "one.example"), names, allow_loopback=True) == PICTURE
+        assert fetched(assets.url("/deep/start", "one.example"), names, allow_loopback_media=True) == PICTURE
         assert [host for host, _ in names.asked] == ["one.example", "one.example", "other.example"]
 
 
@@ -322,7 +322,7 @@ def test_a_redirect_to_an_address_that_is_not_public(address: str) -> None:
         assets.put("/start", **redirect(assets.url("/secret.png", "inside.example")))
         assets.put("/secret.png", PICTURE)
         names = Names(["127.0.0.1"], [address] if address != "::1" else ["10.0.0.9", "::1"])
-        error = refusal(assets.url("/start", "outside.example"), names, allow_loopback=True)
+        error = refusal(assets.url("/start", "outside.example"), names, allow_loopback_media=True)
         assert error.status == HTTPStatus.FORBIDDEN
         assert [path for path, _ in assets.seen] == ["/start"]
 
@@ -345,8 +345,8 @@ def test_a_redirect_to_what_may_not_be_fetched(target: str) -> None:
         error = refusal(
             assets.url("/start", "pictures.example"),
             Names(["127.0.0.1"]),
-            allow_loopback=True,
-            allowed_domains=["pictures.example"],
+            allow_loopback_media=True,
+            allowed_media_domains=["pictures.example"],
         )
         assert error.status == HTTPStatus.FORBIDDEN
 
@@ -355,18 +355,19 @@ def test_redirects_are_bounded() -> None:
     with asset_server() as assets:
         assets.put("/loop", **redirect("/loop"))
         assert (
-            refusal(assets.url("/loop"), allow_loopback=True, max_redirects=3).status == HTTPStatus.FORBIDDEN
+            refusal(assets.url("/loop"), allow_loopback_media=True, max_redirects=3).status
+            == HTTPStatus.FORBIDDEN
         )
         assert len(assets.seen) == 4
         assets.put("/0.png", PICTURE)
         for hop in (1, 2, 3, 4):
             assets.put(f"/{hop}", **redirect(f"/{hop - 1}" if hop > 1 else "/0.png"))
-        assert fetched(assets.url("/3"), allow_loopback=True, max_redirects=3) == PICTURE
-        refusal(assets.url("/4"), allow_loopback=True, max_redirects=3)
+        assert fetched(assets.url("/3"), allow_loopback_media=True, max_redirects=3) == PICTURE
+        refusal(assets.url("/4"), allow_loopback_media=True, max_redirects=3)
 
 
 def test_nothing_listens() -> None:
-    error = refusal(f"http://127.0.0.1:{free_port()}/a.png", allow_loopback=True)
+    error = refusal(f"http://127.0.0.1:{free_port()}/a.png", allow_loopback_media=True)
     assert error.status == HTTPStatus.BAD_GATEWAY
     assert str(error) == "messages[0].content[0]: '127.0.0.1' cannot be reached"
 

@@ -37,7 +37,7 @@ def npy(array: Any, **options: Any) -> bytes:
 
 def resolved(value: Any, kind: str = "image_embeds", **settings: Any) -> Any:
     async def resolve() -> Any:
-        fetcher = MediaFetcher(FetchSettings(**{"accept_embeds": True, **settings}))
+        fetcher = MediaFetcher(FetchSettings(**{"enable_mm_embeds": True, **settings}))
         messages = [{"role": "user", "content": [{"type": kind, kind: value}]}]
         conversation = await fetcher.resolve(Conversation.parse(messages))
         await fetcher.aclose()
@@ -74,7 +74,7 @@ def test_they_come_by_flag_only() -> None:
     with pytest.raises(
         MediaError, match=r"content\[0\]: this server takes no ready-made embeddings; --enable-mm"
     ):
-        resolved(text(save({"x": ROWS})), accept_embeds=False)
+        resolved(text(save({"x": ROWS})), enable_mm_embeds=False)
 
 
 def torch_file() -> bytes:
@@ -163,10 +163,10 @@ def test_values_that_are_no_files(value: Any) -> None:
 def test_their_bytes_are_capped() -> None:
     big = torch.zeros(100, 100)
     with pytest.raises(MediaError, match="at most 20000 are accepted"):
-        resolved(text(save({"x": big})), max_bytes=20_000)
+        resolved(text(save({"x": big})), max_media_bytes=20_000)
     with pytest.raises(MediaError, match="at most"):
-        resolved({name: text(npy(big.numpy())) for name in "ab"}, max_bytes=50_000)
+        resolved({name: text(npy(big.numpy())) for name in "ab"}, max_media_bytes=50_000)
     with pytest.raises(MediaError, match="the media of a request are too large; at most 30000 bytes"):
-        resolved(text(save({"x": big})), max_request_bytes=30_000)
-    whole: Tensor = resolved(text(save({"x": big})), max_bytes=50_000)
+        resolved(text(save({"x": big})), max_request_media_bytes=30_000)
+    whole: Tensor = resolved(text(save({"x": big})), max_media_bytes=50_000)
     assert whole.shape == (100, 100)

@@ -34,7 +34,7 @@ def shared(tmp_path: Path) -> Path:
 
 def read(url: str, root: Path | None, **settings: Any) -> bytes:
     async def fetch() -> bytes:
-        fetcher = MediaFetcher(FetchSettings(local_root=root, **settings))
+        fetcher = MediaFetcher(FetchSettings(allowed_local_media_path=root, **settings))
         content: bytes = await fetcher.fetch(url, "image")
         await fetcher.aclose()
         return content
@@ -123,12 +123,12 @@ def test_what_is_no_readable_picture(shared: Path) -> None:
     }
     for name, complaint in expected.items():
         with pytest.raises(MediaError, match=complaint) as caught:
-            read(f"file://{shared}/{name}", shared, max_bytes=500)
+            read(f"file://{shared}/{name}", shared, max_media_bytes=500)
         assert "secret" not in str(caught.value)
         assert str(shared) not in str(caught.value)
 
 
 def test_the_shared_folder_has_to_exist(shared: Path) -> None:
     for path in (shared / "missing", shared / "a.png"):
-        with pytest.raises(ConfigError, match="--allowed-local-media-path=.* is not a folder"):
-            FetchSettings(local_root=path)
+        with pytest.raises(ConfigError, match="allowed_local_media_path=.* is not a folder"):
+            FetchSettings(allowed_local_media_path=path)

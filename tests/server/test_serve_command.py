@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import re
 import sys
 from collections.abc import Callable
@@ -9,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
-from opsin import EngineConfig
-from opsin.cli import app
+from opsin import LLM, EngineConfig
+from opsin.cli import app, main
 from opsin.cli import serve as command
+from opsin.cli.flags import described
+from opsin.errors import ConfigError
 from opsin.server import run as run_module
-from opsin.server.run import Listen
-from opsin.server.settings import RequestLimits, ServerSettings
+from opsin.server.fetch.settings import FetchSettings
+from opsin.server.settings import Listen, RequestLimits, ServerSettings
 
 Parsed = tuple[EngineConfig, ServerSettings, Listen]
 Parse = Callable[..., Parsed]
@@ -32,7 +35,7 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Parse:
         asked: list[Parsed] = []
         monkeypatch.setattr(run_module, "serve", lambda *given: asked.append(given) or 0)
         with pytest.raises(SystemExit) as ended:
-            app(["serve", *arguments])
+            main(["serve", *arguments])
         assert ended.value.code == 0, "a usage error"
         return asked[0]
 
@@ -140,6 +143,7 @@ def test_every_flag_arrives(parse: Parse, tmp_path: Path) -> None:
         tokenizer="t",
         device="cpu:0",
         dtype="float16",
+        load_format="safetensors",
         seed=-5,
         chat_template_content_format="string",
         pooling_type="mean",
@@ -158,19 +162,23 @@ def test_every_flag_arrives(parse: Parse, tmp_path: Path) -> None:
         media_cache_memory=22,
         preprocess_threads=23,
     )
-    assert settings.served_model_names == ("a", "b")
-    assert settings.api_keys == ("k1", "k2")
+    assert settings.served_model_name == ["a", "b"]
+    assert settings.api_key == ["k1", "k2"]
     assert settings.limits == RequestLimits(
-        body_bytes=25, parts=26, inputs=27, n=28, stop=0, logprobs=5, waiting=0
+        max_body_bytes=25, max_parts=26, max_inputs=27, max_n=28, max_stop=0, max_logprobs=5, max_waiting=0
     )
-    fetch = settings.fetch
-    assert (fetch.timeout_s, fetch.timeout_variable) == (2.5, "--image-fetch-timeout")
-    assert (fetch.max_bytes, fetch.max_request_bytes) == (11, 12)
-    assert (fetch.allow_loopback, fetch.accept_embeds, fetch.local_root) == (True, True, tmp_path)
-    assert list(fetch.allowed_domains or ()) == ["x.example"]
+    assert settings.fetch == FetchSettings(
+        image_fetch_timeout=2.5,
+        max_media_bytes=11,
+        max_request_media_bytes=12,
+        allow_loopback_media=True,
+        enable_mm_embeds=True,
+        allowed_local_media_path=tmp_path,
+        allowed_media_domains=["x.example"],
+    )
     assert (settings.trust_request_chat_template, settings.ui) == (True, False)
-    assert (settings.root_path, settings.allowed_origins) == ("/p", ("https://o",))
-    assert settings.shutdown_timeout_s == 1.5
+    assert (settings.root_path, settings.allowed_origins) == ("/p", ["https://o"])
+    assert settings.shutdown_timeout == 1.5
     assert listen == Listen(
         host="::1",
         port=24,
@@ -185,8 +193,8 @@ def test_every_flag_arrives(parse: Parse, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "Missing argument"),
-        (["m", "--no-such-flag"], "No such option"),
+        ([], "MODEL requires an argument"),
+        (["m", "--no-such-flag"], "Unknown option"),
         (["m", "--max-model-le", "5"], "--max-model-len"),
         (["m", "--task", "classify"], "generate"),
         (["m", "--task", "generate", "--runner", "pooling"], "contradict"),
@@ -194,7 +202,7 @@ def test_every_flag_arrives(parse: Parse, tmp_path: Path) -> None:
         (["m", "--limit-mm-per-prompt", "image=two"], "expected a number"),
         (["m", "--limit-mm-per-prompt", "image=-1"], "expected a number"),
         (["m", "--limit-mm-per-prompt", "{"], "not JSON"),
-        (["m", "--limit-mm-per-prompt.image"], "expected a value"),
+        (["m", "--limit-mm-per-prompt.image"], "requires an argument"),
         (["m", "--load-format", "pt"], "safetensors"),
         (["m", "--tool-call-parser", "pythonic"], "hermes"),
         (["m", "--config", "absent.yaml"], "cannot read"),
@@ -202,9 +210,9 @@ def test_every_flag_arrives(parse: Parse, tmp_path: Path) -> None:
 )
 def test_usage_errors(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        app(["serve", *arguments])
+        main(["serve", *arguments])
     assert ended.value.code == 2
-    words = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().err).split())
+    words = " ".join(capsys.readouterr().err.split())
     assert says in words
 
 
@@ -238,8 +246,8 @@ def test_config_file(parse: Parse, tmp_path: Path) -> None:
         mm_processor_kwargs={"max_pixels": 5},
         enable_prefix_caching=False,
     )
-    assert settings.served_model_names == ("a", "b")
-    assert settings.api_keys == ("secret",)
+    assert settings.served_model_name == ["a", "b"]
+    assert settings.api_key == ["secret"]
     assert settings.ui is False
 
 
@@ -260,13 +268,49 @@ def test_keys_and_deadline_from_the_environment(parse: Parse, monkeypatch: pytes
     monkeypatch.setenv("VLLM_API_KEY", "old")
     monkeypatch.setenv("VLLM_IMAGE_FETCH_TIMEOUT", "7")
     _, settings, _ = parse("m")
-    assert settings.api_keys == ("old",)
-    assert (settings.fetch.timeout_s, settings.fetch.timeout_variable) == (7, "VLLM_IMAGE_FETCH_TIMEOUT")
+    assert settings.api_key == ["old"]
+    assert settings.fetch.image_fetch_timeout == 7
     monkeypatch.setenv("OPSIN_API_KEY", "new")
     monkeypatch.setenv("OPSIN_IMAGE_FETCH_TIMEOUT", "8")
     _, settings, _ = parse("m")
-    assert settings.api_keys == ("new",)
-    assert (settings.fetch.timeout_s, settings.fetch.timeout_variable) == (8, "OPSIN_IMAGE_FETCH_TIMEOUT")
+    assert settings.api_key == ["new"]
+    assert settings.fetch.image_fetch_timeout == 8
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "field", "expected"),
+    [
+        ("OPSIN_UI", "no", "ui", False),
+        ("OPSIN_TRUST_REMOTE_CODE", "1", "trust_remote_code", True),
+        ("OPSIN_LIMIT_MM_PER_PROMPT", "image=2,video=1", "limit_mm_per_prompt", {"image": 2, "video": 1}),
+        (
+            "OPSIN_LIMIT_MM_PER_PROMPT",
+            '{"image": 2, "video": 1}',
+            "limit_mm_per_prompt",
+            {"image": 2, "video": 1},
+        ),
+        ("OPSIN_CHAT_TEMPLATE", "two words", "chat_template", "two words"),
+        ("OPSIN_SERVED_MODEL_NAME", "a b", "served_model_name", ["a", "b"]),
+        ("OPSIN_MAX_MODEL_LEN", "", "max_model_len", None),
+    ],
+)
+def test_environment(
+    parse: Parse, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, field: str, expected: Any
+) -> None:
+    monkeypatch.setenv(variable, value)
+    engine, settings, _ = parse("m")
+    assert getattr(engine if hasattr(engine, field) else settings, field) == expected
+
+
+@pytest.mark.parametrize("value", ["soon", "0", "-1", "nan", "inf"])
+def test_a_deadline_that_is_none(
+    value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VLLM_IMAGE_FETCH_TIMEOUT", value)
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "m"])
+    assert ended.value.code == 2
+    assert re.search("image.fetch.timeout", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +320,7 @@ def test_keys_and_deadline_from_the_environment(parse: Parse, monkeypatch: pytes
         ("- a\n- b", "flags as keys"),
         ("a: [", "not YAML"),
         ("max-model-len: many", "--max-model-len"),
-        ("config: other.yaml", "unknown flag"),
+        ("config: other.yaml", "unknown 'config'"),
         ("model: !!python/object/apply:os.getcwd []", "not YAML"),
     ],
 )
@@ -284,10 +328,56 @@ def test_bad_files(content: str, says: str, tmp_path: Path, capsys: pytest.Captu
     path = tmp_path / "c.yaml"
     path.write_text(content)
     with pytest.raises(SystemExit) as ended:
-        app(["serve", "m", "--config", str(path)])
+        main(["serve", "m", "--config", str(path)])
     assert ended.value.code == 2
-    words = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().err).split())
+    words = " ".join(capsys.readouterr().err.split())
     assert says in words
+
+
+# --------------------------------------------------------------------------------------------------
+# One truth
+# --------------------------------------------------------------------------------------------------
+
+BY_PYTHON_ONLY = {"local_media"}
+"""Fields of `EngineConfig` that are no flag, as its docstring says."""
+
+
+def test_every_setting_of_the_engine_is_a_flag_and_a_keyword_with_one_default() -> None:
+    flags = {a.field_info.name: a.field_info.default for a in app["serve"].assemble_argument_collection()}
+    of_generate = {
+        a.field_info.name: a.field_info.default for a in app["generate"].assemble_argument_collection()
+    }
+    keywords = inspect.signature(LLM).parameters
+    for name, parameter in inspect.signature(EngineConfig).parameters.items():
+        default = keywords[name].default
+        assert default == {"local_media": True}.get(name, vars(EngineConfig).get(name, default)), name
+        if name not in BY_PYTHON_ONLY:
+            assert flags[name] == of_generate[name] == default, name
+        assert keywords[name].kind is (
+            parameter.KEYWORD_ONLY if name != "model" else parameter.POSITIONAL_OR_KEYWORD
+        )
+    assert set(keywords) == {*inspect.signature(EngineConfig).parameters, "plugins"}
+    assert BY_PYTHON_ONLY.isdisjoint(flags)
+
+
+@pytest.mark.parametrize("cls", [EngineConfig, ServerSettings, RequestLimits, FetchSettings, Listen])
+def test_every_setting_is_described_once(cls: type) -> None:
+    topics = [(topic, name) for topic, name, text in described(cls) if text]
+    assert sorted(name for _, name in topics) == sorted(field.name for field in dataclasses.fields(cls))
+    if cls is EngineConfig:
+        assert {name for topic, name in topics if topic == "Attributes"} == BY_PYTHON_ONLY
+
+
+def test_a_misspelt_setting_is_answered_with_the_right_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match=r"unknown 'max_num_seq' \(did you mean 'max_num_seqs'\?\)"):
+        LLM("m", max_num_seq=3)
+    (tmp_path / "c.yaml").write_text("max-num-seq: 3")
+    for wrong in (["--max-num-seq", "3"], ["--config", str(tmp_path / "c.yaml")]):
+        with pytest.raises(SystemExit):
+            main(["serve", "m", *wrong])
+        assert re.search("[Dd]id you mean.*max-num-seqs", capsys.readouterr().err)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -301,27 +391,27 @@ def test_help_is_grouped_and_shows_flags_and_defaults_in_full(
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit):
-        app(["serve", "--help"])
+        main(["serve", "--help"])
     text = capsys.readouterr().out
     assert max(len(line) for line in text.splitlines()) <= min(columns, 110)
     topics: dict[str, list[str]] = {}
-    for parameter in typer.main.get_command(app).commands["serve"].params:  # type: ignore[attr-defined]
-        if parameter.rich_help_panel is not None:
-            flags = topics.setdefault(parameter.rich_help_panel, [])
-            flags += [*parameter.opts, *parameter.secondary_opts]
+    for argument in app["serve"].assemble_argument_collection():
+        topics.setdefault(argument.parameter.group[0].name, []).extend(argument.names)
     assert list(topics) == [
-        command.MODEL,
-        command.CHAT,
-        command.MEDIA,
-        command.ENGINE,
-        command.HTTP,
-        command.SECURITY,
-        command.LIMITS,
+        "Arguments",
+        "Options",
+        "Model",
+        "Chat and embeddings",
+        "Pictures and videos",
+        "Engine",
+        "Address",
+        "Access",
+        "Limits of requests",
     ]
     _, *sections = re.split(rf"^({'|'.join(topics)}):$", text, flags=re.M)
     assert sections[::2] == list(topics)
     for flags, section in zip(topics.values(), sections[1::2]):
-        assert set(flags) <= set(re.findall(r"(?<!\S)--[a-z-]+(?!\S)", section))
+        assert set(flags) <= set(re.findall(r"(?<!\S)(?:--[a-z-]+|MODEL)(?!\S)", section))
     assert "opsin serve ./model --host 0.0.0.0" in text
     for flag, default in (("--port", "8000"), ("--max-n", "64"), ("--max-image-pixels", "67108864")):
         about = text[text.index(f"  {flag} ") :].split("\n  --")[0]
@@ -338,7 +428,7 @@ def test_missing_packages_are_one_line(
 
     monkeypatch.setattr(command.importlib.util, "find_spec", without_fastapi)
     with pytest.raises(SystemExit) as ended:
-        app(["serve", "m"])
+        main(["serve", "m"])
     assert ended.value.code == 1
     expected = "opsin: opsin serve needs fastapi, prometheus-client; pip install 'opsin[serve]'\n"
     assert capsys.readouterr().err == expected
@@ -349,9 +439,9 @@ def test_help_loads_nothing_heavy() -> None:
 
     code = """
 import sys
-from opsin.cli import app
+from opsin.cli import main
 try:
-    app(["serve", "--help"])
+    main(["serve", "--help"])
 except SystemExit:
     pass
 heavy = {"torch", "transformers", "fastapi", "uvicorn", "prometheus_client", "numpy"} & set(sys.modules)

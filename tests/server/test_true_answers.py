@@ -35,7 +35,7 @@ QUESTIONS = [make_question(kind, HELD_OUT_SEEDS[0] + 600_000 + seed) for seed in
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
     config = EngineConfig(model=MODEL, limit_mm_per_prompt={"image": 8, "video": 1}, kv_cache_memory=2**26)
-    settings = ServerSettings(fetch=FetchSettings(allow_loopback=True))
+    settings = ServerSettings(fetch=FetchSettings(allow_loopback_media=True))
     with running(config, settings) as started:
         yield started
 

@@ -1,19 +1,97 @@
-"""What a user may set: `SamplingParams`, `PoolingParams`, `EngineConfig`; and `resolve`, a pure function.
+"""What a user may set: `EngineConfig` for a model, `SamplingParams` and its siblings for a request.
 
-All three are frozen; unknown names and impossible values are errors when they are made.
+All of them are frozen; unknown names and impossible values are errors at construction. `LLM`, the command
+line, the environment and the YAML file take the names, defaults and help of `EngineConfig`; the sections of
+its docstring are the topics of ``opsin serve --help``.
 """
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import MISSING, dataclass, field, fields
+from numbers import Real
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from opsin.api import PoolingType
 from opsin.errors import ConfigError, MediaError
 
 MAX_LOGPROBS = 20
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a number, both included: the metadata of an ``Annotated`` type."""
+
+    least: float
+    most: float = math.inf
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, Real) and self.least <= float(value) <= self.most
+
+    def __str__(self) -> str:
+        return f"at least {self.least}" if self.most == math.inf else f"{self.least} to {self.most}"
+
+
+Positive = Annotated[int, Range(1)]
+NonNegative = Annotated[int, Range(0)]
+
+
+def check_fields(settings: object) -> None:
+    """Check the fields of a dataclass whose type is a ``Literal``, a mapping or has a `Range`.
+
+    Raises:
+        ConfigError: a value is not of its field's type.
+    """
+    for name, hint in get_type_hints(type(settings), include_extras=True).items():
+        value = getattr(settings, name)
+        expected = []
+        for member in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
+            fits, description = _fits(value, member)
+            if fits:
+                break
+            expected.append(description)
+        else:
+            raise ConfigError(f"{name}={value!r}: expected {' or '.join(expected)}")
+
+
+def parameters_of(settings: type) -> list[inspect.Parameter]:
+    """The fields of a dataclass as parameters of a function: named, or positional if there is no default."""
+    hints = get_type_hints(settings)
+    parameters = []
+    for own in (True, False):  # a base's fields come last
+        for f in fields(settings):
+            if (f.name in settings.__annotations__) is own:
+                default = f.default if f.default_factory is MISSING else f.default_factory()
+                required = default is MISSING
+                parameters.append(
+                    inspect.Parameter(
+                        f.name,
+                        inspect.Parameter.POSITIONAL_OR_KEYWORD
+                        if required
+                        else inspect.Parameter.KEYWORD_ONLY,
+                        default=inspect.Parameter.empty if required else default,
+                        annotation=hints[f.name],
+                    )
+                )
+    return parameters
+
+
+def _fits(value: Any, hint: Any) -> tuple[bool, str]:
+    """Whether a value is of a type, so far as that is checked, and what the type accepts."""
+    origin = get_origin(hint)
+    if origin is Literal:
+        return value in get_args(hint), ", ".join(map(repr, get_args(hint)))
+    if origin is Annotated:
+        bounds = hint.__metadata__[0]
+        return value in bounds, f"a number, {bounds}"
+    if origin is Mapping:
+        return isinstance(value, Mapping), "a mapping"
+    return hint is not NoneType or value is None, "None"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,24 +272,22 @@ class PoolingParams:
 class MediaLimits:
     """What one media item may cost before it is refused.
 
-    Attributes:
-        max_bytes: encoded size.
-        max_pixels: width x height of a picture or of one frame.
-        max_frames: frames of a video given as frames.
-        max_video_pixels: width x height x frames of a video.
-        sampled_frames: a video *file* with more frames is sampled down to this many, evenly spread.
+    Pictures and videos:
+        max_media_bytes: most encoded bytes of one picture or video.
+        max_image_pixels: most pixels (width x height) of a picture or of one frame.
+        max_video_pixels: most pixels of a video (width x height x frames).
+        max_video_frames: most frames of a video given as frames.
+        sampled_video_frames: frames taken from a video file that has more, evenly spread.
     """
 
-    max_bytes: int = 64 * 2**20
-    max_pixels: int = 64 * 2**20
-    max_frames: int = 768
-    max_video_pixels: int = 256 * 2**20
-    sampled_frames: int = 32
+    max_media_bytes: Positive = 64 * MIB
+    max_image_pixels: Positive = 64 * MIB
+    max_video_pixels: Positive = 256 * MIB
+    max_video_frames: Positive = 768
+    sampled_video_frames: Positive = 32
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 1:
-                raise ConfigError(f"{name}={value}: expected at least 1")
+        check_fields(self)
 
     def check_size(self, width: int, height: int, frames: int = 1) -> None:
         """Refuse empty and oversized pictures and videos.
@@ -221,8 +297,10 @@ class MediaLimits:
         """
         if width < 1 or height < 1 or frames < 1:
             raise MediaError(f"got {frames} frame(s) of {width}x{height} pixels; expected at least one pixel")
-        if width * height > self.max_pixels:
-            raise MediaError(f"{width}x{height} pixels are too many; at most {self.max_pixels} are accepted")
+        if width * height > self.max_image_pixels:
+            raise MediaError(
+                f"{width}x{height} pixels are too many; at most {self.max_image_pixels} are accepted"
+            )
         if width * height * frames > self.max_video_pixels:
             raise MediaError(
                 f"{frames} frames of {width}x{height} pixels are too many; "
@@ -235,93 +313,118 @@ class MediaLimits:
         Raises:
             MediaError: it is.
         """
-        if not 1 <= num_frames <= self.max_frames:
-            raise MediaError(f"got a video of {num_frames} frames; expected 1 to {self.max_frames}")
+        if not 1 <= num_frames <= self.max_video_frames:
+            raise MediaError(f"got a video of {num_frames} frames; expected 1 to {self.max_video_frames}")
 
 
-DType = Literal["auto", "float32", "bfloat16", "float16"]
+_TASKS = {"auto": None, "generate": "generate", "embed": "embed", "embedding": "embed"}
+_RUNNERS = {"auto": None, "generate": "generate", "pooling": "embed"}
+_DTYPES = {"float": "float32", "half": "float16"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """Settings of an engine, as asked for.
+class EngineConfig(MediaLimits):
+    """Settings of an engine, as requested.
+
+    Model:
+        model: a folder, the name of an installed checkpoint (``opsin plugins`` lists them), or a hub id.
+        task: what the model is for: ``generate`` answers, ``embed`` or ``embedding`` turns prompts into
+            vectors. ``auto`` is what ``runner`` says, otherwise ``generate``.
+        runner: the task in vLLM's newer words: ``generate`` or ``pooling``.
+        revision: revision on the hub.
+        tokenizer: another folder or hub id for the tokenizer.
+        device: where the model runs: ``auto``, NAME or NAME:INDEX. ``opsin doctor`` lists them.
+        dtype: type to compute in. ``auto`` is what the device prefers for the checkpoint's type; ``float`` is
+            float32, ``half`` is float16.
+        max_model_len: most tokens of prompt and answer together. Default: what the model allows and memory
+            holds.
+        load_format: accepted for compatibility. Only safetensors are ever read.
+        trust_remote_code: accepted for compatibility. Code from a model repository is never run.
+        seed: seed of requests that bring none. Default: none, so that their answers vary.
+        prefer: which plugin wins a conflict over a key: KIND:KEY=PLUGIN.
+
+    Chat and embeddings:
+        chat_template: file or Jinja text. Default: the checkpoint's own, otherwise the model family's.
+        chat_template_content_format: content that the template expects: ``string`` (text with placeholders)
+            or ``openai`` (a list of parts); ``auto`` finds out from the template.
+        pooling_type: how embeddings are made. Default: as the model was trained.
+        normalize: whether embeddings have L2 norm 1. Default: as the model was trained.
+
+    Pictures and videos:
+        limit_mm_per_prompt: most items of each modality in one prompt, such as image=2,video=1. Default: the
+            model family's.
+        mm_processor_kwargs: options of the model family's media processing, such as max_pixels=50176.
+
+    Engine:
+        max_num_seqs: most sequences computed in one step.
+        max_num_batched_tokens: most tokens computed in one step. Longer prompts are computed in chunks.
+        max_encoder_tokens: most media embeddings computed in one step. A single larger item still runs,
+            alone.
+        enable_prefix_caching: whether equal beginnings of prompts are computed once.
+        scheduling_policy: whose turn it is: ``fcfs``, first come, first served; or ``priority``, by the
+            priority of requests, with which clients can push each other back.
+        kv_cache_memory: bytes of the KV cache. Default: a share of the device's free memory.
+        encoder_cache_memory: bytes of encoded media kept for reuse.
+        media_cache_memory: bytes of preprocessed media kept for reuse, in host memory.
+        preprocess_threads: threads that decode, preprocess and hash media.
 
     Attributes:
-        model: folder, installed checkpoint name, or hub id.
-        tokenizer: another folder or id for the tokenizer.
-        revision: hub revision.
-        task: ``"generate"``, or ``"embed"`` to turn prompts into vectors.
-        pooling_type, normalize: how embeddings are made; None: as the family's models were trained.
-        device: ``"auto"``, a device name, or ``"name:index"``.
-        dtype: ``"auto"`` runs in what the device prefers for the checkpoint's dtype.
-        max_model_len: longest prompt plus output, in tokens; None: what the model allows.
-        max_num_seqs: most sequences computed in one step.
-        max_num_batched_tokens: most tokens computed in one step (longer prompts are chunked).
-        max_encoder_tokens: most media embeddings computed in one step (one larger item still runs alone).
-        enable_prefix_caching: reuse the KV blocks of equal prefixes.
-        scheduling_policy: ``"fcfs"``, first come, first served; or ``"priority"``, see `SamplingParams`.
-        kv_cache_memory: bytes; None: a share of the device's free memory.
-        encoder_cache_memory: bytes for encoder outputs kept by digest.
-        media_cache_memory: host bytes for mapped media kept by digest.
-        chat_template: file or Jinja text used instead of the checkpoint's own.
-        chat_template_content_format: what the template wants as content: ``"string"`` (text with
-            placeholders) or ``"openai"`` (a list of parts); ``"auto"`` finds out from the template.
-        local_media: whether chat messages may name files of this machine.
-        limit_mm_per_prompt: modality -> most items in one prompt; None: the family's defaults.
-        mm_processor_kwargs: options of the family's input mapper, for every request.
-        max_media_bytes: most encoded bytes of one picture or video.
-        max_image_pixels: most pixels of one picture or frame.
-        max_video_frames: most frames of a video given as frames.
-        max_video_pixels: most pixels of all frames of a video.
-        sampled_video_frames: a video file with more frames is sampled down to this many.
-        seed: of requests that bring none; None: not reproducible.
-        trust_remote_code: accepted for compatibility. Code from a model repository is never run.
-        preprocess_threads: threads that decode, map and hash media.
-        prefer: plugin-conflict key -> plugin name that wins it.
+        local_media: whether chat messages may name files of this machine. `LLM` allows it, since its caller
+            is this machine's user; a server does not, and has no flag for it.
     """
 
     model: str
-    tokenizer: str | None = None
+    task: Literal["auto", "generate", "embed", "embedding"] = "auto"
+    runner: Literal["auto", "generate", "pooling"] = "auto"
     revision: str | None = None
-    task: Literal["generate", "embed"] = "generate"
+    tokenizer: str | None = None
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float", "half"] = "auto"
+    max_model_len: Positive | None = None
+    load_format: Literal["auto", "safetensors"] = "auto"
+    trust_remote_code: bool = False
+    seed: int | None = None
+    prefer: Mapping[str, str] = field(default_factory=dict)
+    chat_template: str | None = None
+    chat_template_content_format: Literal["auto", "string", "openai"] = "auto"
     pooling_type: PoolingType | None = None
     normalize: bool | None = None
-    device: str = "auto"
-    dtype: DType = "auto"
-    max_model_len: int | None = None
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
-    max_encoder_tokens: int = 8192
-    enable_prefix_caching: bool = True
-    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
-    kv_cache_memory: int | None = None
-    encoder_cache_memory: int = 512 * 2**20
-    media_cache_memory: int = 512 * 2**20
-    chat_template: str | None = None
-    chat_template_content_format: Literal["auto", "openai", "string"] = "auto"
-    local_media: bool = False
     limit_mm_per_prompt: Mapping[str, int] | None = None
     mm_processor_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    max_media_bytes: int = 64 * 2**20
-    max_image_pixels: int = 64 * 2**20
-    max_video_frames: int = 768
-    max_video_pixels: int = 256 * 2**20
-    sampled_video_frames: int = 32
-    seed: int | None = None
-    trust_remote_code: bool = False
-    preprocess_threads: int = 2
-    prefer: Mapping[str, str] = field(default_factory=dict)
+    max_num_seqs: Positive = 64
+    max_num_batched_tokens: Positive = 2048
+    max_encoder_tokens: Positive = 8192
+    enable_prefix_caching: bool = True
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    kv_cache_memory: Positive | None = None
+    encoder_cache_memory: NonNegative = 512 * MIB
+    media_cache_memory: NonNegative = 512 * MIB
+    preprocess_threads: Positive = 2
+    local_media: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_encoder_tokens", "preprocess_threads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: expected at least 1")
-        for name in ("max_model_len", "kv_cache_memory"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: expected at least 1, or None")
-        if self.scheduling_policy not in ("fcfs", "priority"):
-            raise ConfigError(f"scheduling_policy={self.scheduling_policy!r}: expected 'fcfs' or 'priority'")
-        for modality, limit in (self.limit_mm_per_prompt or {}).items():
-            if not isinstance(limit, int) or limit < 0:
-                raise ConfigError(f"limit_mm_per_prompt[{modality!r}]={limit!r}: expected 0 or more")
-        object.__setattr__(self, "mm_processor_kwargs", dict(self.mm_processor_kwargs or {}))
+        dtype = str(self.dtype).removeprefix("torch.")
+        self._put("dtype", _DTYPES.get(dtype, dtype))
+        self._put("mm_processor_kwargs", self.mm_processor_kwargs or {})
+        super().__post_init__()
+        task, by_runner = _TASKS[self.task], _RUNNERS[self.runner]
+        if task and by_runner and task != by_runner:
+            raise ConfigError(f"task={self.task!r} and runner={self.runner!r} contradict each other; set one")
+        self._put("task", task or by_runner or "generate")
+        self._put("mm_processor_kwargs", dict(self.mm_processor_kwargs))
+        if self.limit_mm_per_prompt is not None:
+            limits = {modality: _count(limit) for modality, limit in self.limit_mm_per_prompt.items()}
+            self._put("limit_mm_per_prompt", limits)
+            for modality, limit in limits.items():
+                if not isinstance(limit, int) or limit < 0:
+                    raise ConfigError(
+                        f"limit_mm_per_prompt[{modality!r}]={limit!r}: expected a number, at least 0"
+                    )
+
+    def _put(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+
+def _count(limit: Any) -> Any:
+    """The limit in vLLM's newer form, ``{"count": 2, ...}``, whose sizes are for its memory profiling."""
+    return limit.get("count") if isinstance(limit, Mapping) else limit

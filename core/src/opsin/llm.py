@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 from tqdm import tqdm
 
 from opsin.api import ProcessedPrompt, Tokenizer
-from opsin.config import BeamSearchParams, DType, EngineConfig, PoolingParams, SamplingParams
+from opsin.config import BeamSearchParams, EngineConfig, PoolingParams, SamplingParams, parameters_of
 from opsin.engine.engine import Engine
 from opsin.errors import ConfigError, RequestError, RequestsFailed, require_known
 from opsin.inputs.chat import ChatOptions, Tool
@@ -33,6 +34,16 @@ _FILL_WAIT_S = 0.05
 """How long a batch with room waits for prompts that are being prepared before it starts without them."""
 
 
+def _signature() -> inspect.Signature:
+    """`LLM`'s: `model`, ``plugins``, and the other fields of `EngineConfig`."""
+    own = inspect.Parameter(
+        "plugins", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Plugins | None
+    )
+    model, *settings = parameters_of(EngineConfig)
+    local = [p.replace(default=True) if p.name == "local_media" else p for p in settings]
+    return inspect.Signature([model, own, *local])
+
+
 class LLM:
     """A vision-language model, ready to answer.
 
@@ -44,60 +55,24 @@ class LLM:
         'The circle is red.'
     """
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        tokenizer: str | None = None,
-        revision: str | None = None,
-        device: str = "auto",
-        dtype: DType = "auto",
-        max_model_len: int | None = None,
-        max_num_seqs: int = 64,
-        max_num_batched_tokens: int = 2048,
-        limit_mm_per_prompt: Mapping[str, int] | None = None,
-        mm_processor_kwargs: Mapping[str, Any] | None = None,
-        enable_prefix_caching: bool = True,
-        kv_cache_memory: int | None = None,
-        seed: int | None = None,
-        trust_remote_code: bool = False,
-        plugins: Plugins | None = None,
-        **settings: Any,
-    ) -> None:
+    __signature__ = _signature()
+
+    def __init__(self, model: str, *, plugins: Plugins | None = None, **settings: Any) -> None:
         """Load a model.
 
         Args:
             model: a folder, the name of an installed checkpoint (``opsin plugins`` lists them) or a hub id.
-            plugins: already loaded plugins; None: those installed.
-            settings: further fields of `EngineConfig`, where the others are described too.
+            plugins: already loaded plugins. Default: those installed.
+            settings: fields of `EngineConfig`; `help(EngineConfig)` describes them.
 
         Raises:
             ConfigError: a setting is unknown or impossible.
             MissingPluginError: no plugin provides the model's architecture or the device.
             CheckpointError: the checkpoint cannot be found or is not complete.
         """
-        known = EngineConfig.__dataclass_fields__
-        for name in settings:
-            if name not in known:
-                raise ConfigError(f"unknown setting {name!r}; settings are: {', '.join(sorted(known))}")
-        config = EngineConfig(
-            model=str(model),
-            tokenizer=tokenizer,
-            revision=revision,
-            device=device,
-            dtype=dtype,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            limit_mm_per_prompt=limit_mm_per_prompt,
-            mm_processor_kwargs=mm_processor_kwargs or {},
-            enable_prefix_caching=enable_prefix_caching,
-            kv_cache_memory=kv_cache_memory,
-            seed=seed,
-            trust_remote_code=trust_remote_code,
-            # The caller is this machine's user: naming files is no privilege.
-            **{"local_media": True, **settings},
-        )
+        require_known("LLM", settings, EngineConfig.__dataclass_fields__, ConfigError)
+        # The caller is this machine's user: naming files is no privilege.
+        config = EngineConfig(**{"model": str(model), "local_media": True, **settings})
         self.engine = Engine(config, plugins)
         self._ids = itertools.count()
 

@@ -1,58 +1,65 @@
 """The command line: ``opsin serve``, ``opsin generate``, ``opsin plugins``, ``opsin doctor``.
 
-Each command is a module with a function `run`; whatever is heavy is imported inside of it, so that help comes
-at once.
+Each command is a module with an `app`, imported when it is used; whatever is heavy is imported inside of its
+function, so that help comes at once.
 """
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Annotated
+from collections.abc import Sequence
+from typing import NoReturn
 
-import typer
+from cyclopts import App, CycloptsError, Group, Parameter
 
 import opsin
-from opsin.cli import doctor, generate, plugins, serve
-from opsin.cli.errors import reported
-from opsin.cli.serve_arguments import ServeCommand
+from opsin.cli.help import PlainHelp
+from opsin.cli.sources import from_environment, from_file
 
-app = typer.Typer(
-    name="opsin",
+app = App(
+    "opsin",
     help="Run vision-language models. Model families and devices are plugins.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    version=f"opsin {opsin.__version__}",
+    help_flags=("--help", "-h"),
+    help_format="plaintext",
+    help_formatter=PlainHelp(),
+    default_parameter=Parameter(
+        negative_bool=(), negative_iterable=(), allow_repeating=True, show_env_var=False
+    ),
+    group_arguments=Group.create_ordered("Arguments"),
+    group_parameters=Group.create_ordered("Options"),
+    config=(from_environment, from_file),
+    suppress_keyboard_interrupt=False,
 )
-app.command(
-    "serve",
-    epilog=serve.EXAMPLES,
-    cls=ServeCommand,
-    context_settings={"auto_envvar_prefix": "OPSIN", "max_content_width": 110},
-)(reported(serve.run))
-app.command("generate", epilog=generate.EXAMPLES)(reported(generate.run))
-app.command("plugins")(reported(plugins.run))
-app.command("doctor")(reported(doctor.run))
+_COMMANDS = {
+    "serve": "Serve a model over HTTP, with OpenAI's API.",
+    "generate": "Ask a model about pictures and videos.",
+    "plugins": "Show the installed plugins, and who provides what.",
+    "doctor": "Say what works on this machine, and what to do about the rest.",
+}
+for position, (name, text) in enumerate(_COMMANDS.items()):
+    app.command(f"opsin.cli.{name}:app", name=name, help=text, sort_key=position)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        print(f"opsin {opsin.__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    """Options before the command's name."""
-
-
-def main() -> None:
-    """Run a command line; ends the process."""
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a command line; ends the process, with status 2 for one that makes no sense."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if "-" in arguments and "--" not in arguments:  # standard input: cyclopts would take it for an option
+        arguments.remove("-")
+        arguments += ["--", "-"]
     try:
-        app(prog_name="opsin")
+        status = app(arguments, print_error=False, exit_on_error=False, result_action="return_value")
+        sys.stdout.flush()
+    except CycloptsError as error:
+        command = " ".join(["opsin", *app.parse_commands(arguments)[0]])
+        print(f"opsin: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"Usage: {command} --help shows what is possible", file=sys.stderr)
+        status = 2
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130  # 128 + SIGINT, as shells have it
+    except BrokenPipeError:
+        # Whoever read our output has seen enough. Python would complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status if arguments else 2)  # without a command, help is all there is

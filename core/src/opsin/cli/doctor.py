@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import platform
-import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
-import typer
+from cyclopts import App, Parameter
 
 import opsin
-from opsin.cli.errors import Debug
+from opsin.cli.errors import Debug, reported
 from opsin.cli.plugins import AsJson, describe_plugins, print_plugins
 
 if TYPE_CHECKING:
@@ -31,28 +30,34 @@ PACKAGES = (
 )
 
 
+app = App(
+    "doctor",
+    help_epilogue="""The exit status is 1 when something needs attention: a plugin failed,
+there is no model or device, or the device asked for cannot be used.
+""",
+)
+
+
+@app.default
+@reported
 def run(
+    *,
     as_json: AsJson = False,
     device: Annotated[
-        str | None, typer.Option(help="Open this device too (NAME or NAME:INDEX), and show its details.")
+        str | None, Parameter(help="Open this device too (NAME or NAME:INDEX), and show its details.")
     ] = None,
     selftest: Annotated[
-        bool, typer.Option(help="Compare every kernel of --device with the reference, on the device itself.")
+        bool, Parameter(help="Compare every kernel of --device with the reference, on the device itself.")
     ] = False,
     debug: Debug = False,
-) -> None:
-    """Probe devices and plugins; say why something does not work and what to do next.
-
-    The exit status is 1 when something needs attention: a plugin failed, no model or device is there, or the
-    device asked for cannot be used.
-    """
+) -> int:
+    """Probe devices and plugins; say why something does not work and what to do next."""
     report = examine(device, selftest=selftest)
     if as_json:
         print(json.dumps(report, indent=2, default=str))
     else:
         print_report(report)
-    if report["advice"]:
-        sys.exit(1)
+    return 1 if report["advice"] else 0
 
 
 def examine(device: str | None, *, selftest: bool = False) -> dict[str, Any]:

@@ -6,87 +6,77 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from cyclopts import App, Parameter, validators
 
-from opsin.cli.errors import Debug
+from opsin.cli.errors import Debug, reported
+from opsin.cli.flags import build, takes
+from opsin.config import EngineConfig
 from opsin.plugins.known_packages import known_packages
 
 if TYPE_CHECKING:
     from opsin.api import MediaItem
+    from opsin.config import MediaLimits
     from opsin.results import RequestOutput
 
-EXAMPLES = f"""Examples:
+app = App(
+    "generate",
+    help_epilogue=f"""Examples:
 
-opsin generate {next(iter(known_packages().checkpoints))} --image cat.jpg "What is in the picture?"
+  opsin generate {next(iter(known_packages().checkpoints))} --image cat.jpg "What is in the picture?"
+  opsin generate ./model --image a.png --image b.png "What differs?"
+  opsin generate ./model --video frames/ "Which way does it move?" --json
 
-opsin generate ./model --image a.png --image b.png "What differs?" --temperature 0
+Every flag can also be set in the environment, --max-tokens as OPSIN_MAX_TOKENS.
+""",
+)
 
-opsin generate ./model --video frames/ "Which way does it move?" --json"""
 
-
+@app.default
+@reported
+@takes(EngineConfig)
 def run(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A folder, an installed checkpoint, or a hub id.")
-    ],
-    question: Annotated[
-        str, typer.Argument(metavar="QUESTION", help="The question; - reads it from standard input.")
-    ],
-    image: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FILE", help="A picture: file or data: URL. Also several times."),
-    ] = None,
-    video: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATH", help="A video file, or a folder of frames. Also several times."),
-    ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to answer with.")] = 512,
-    temperature: Annotated[
-        float | None, typer.Option(help="0 always takes the best token. Default: the model's own.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
-    system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    device: Annotated[str, typer.Option(help="auto, NAME or NAME:INDEX; see opsin doctor.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    max_model_len: Annotated[
-        int | None, typer.Option(min=1, help="Most tokens of prompt and answer together.")
-    ] = None,
-    mm_processor_kwargs: Annotated[
-        str | None,
-        typer.Option(
-            metavar="JSON", help='Options of the model\'s image processing, e.g. {"max_pixels": 50176}.'
-        ),
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object with the text, token counts and timings.")
-    ] = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Show what happens while loading.")
-    ] = False,
+    question: str,
+    *,
+    image: Sequence[str] = (),
+    video: Sequence[str] = (),
+    max_tokens: Annotated[int, Parameter(validator=validators.Number(gte=1))] = 512,
+    temperature: float | None = None,
+    system: str | None = None,
+    as_json: Annotated[bool, Parameter("--json")] = False,
+    verbose: Annotated[bool, Parameter(("--verbose", "-v"))] = False,
     debug: Debug = False,
+    **settings: Any,
 ) -> None:
-    """Ask a model about pictures and videos; the answer is printed as it is made."""
-    options = _options(mm_processor_kwargs)
+    """Ask a model about pictures and videos; the answer is printed as it is made.
+
+    Args:
+        question: The question; - reads it from standard input.
+        image: Picture: a file or data: URL. Also several times.
+        video: Video file, or a folder of frames. Also several times.
+        max_tokens: Most tokens to answer with.
+        temperature: Randomness; 0 always takes the best token. Default: the model's own.
+        system: System message.
+        as_json: Print one JSON object with the text, token counts and timings.
+        verbose: Show what happens while loading.
+        debug: Show the traceback of an error.
+    """
+    config = build(EngineConfig, settings)  # impossible settings end the command before anything is read
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="opsin: %(message)s")
     question = sys.stdin.read().strip() if question == "-" else question
-    media = _media(image or [], video or []) if image or video else []
+    media = _media(image, video, config) if image or video else []
     content = [*media, {"type": "text", "text": question}]
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": content})  # type: ignore[dict-item]
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": content})
 
     from opsin import LLM
 
     started = time.perf_counter()
-    settings = {
-        "device": device,
-        "dtype": dtype,
-        "max_model_len": max_model_len,
-        "mm_processor_kwargs": options,
-    }
-    with LLM(model, **settings) as llm:  # type: ignore[arg-type]
+    seed = settings.pop("seed", None)
+    with LLM(**settings) as llm:
         loaded = time.perf_counter()
         params = replace(llm.get_default_sampling_params(), max_tokens=max_tokens, seed=seed)
         if temperature is not None:
@@ -108,30 +98,20 @@ def run(
         "first_token_s": None if first is None else first - loaded,
         "total_s": ended - loaded,
     }
-    print(json.dumps(_result(model, output, timings), indent=2, ensure_ascii=False))
+    print(json.dumps(_result(settings["model"], output, timings), indent=2, ensure_ascii=False))
 
 
-def _options(text: str | None) -> dict[str, Any]:
-    try:
-        options = json.loads(text) if text is not None else {}
-    except ValueError as error:
-        raise typer.BadParameter(f"not JSON: {error}", param_hint="--mm-processor-kwargs") from error
-    if not isinstance(options, dict):
-        raise typer.BadParameter("expected a JSON object", param_hint="--mm-processor-kwargs")
-    return options
-
-
-def _media(images: list[str], videos: list[str]) -> list[dict[str, Any]]:
+def _media(images: Sequence[str], videos: Sequence[str], limits: MediaLimits) -> list[dict[str, Any]]:
     """Content parts; decoded before the model is loaded, so that a bad file is known at once."""
     from opsin.inputs.media import errors_at, image_item, video_item
 
     parts: list[tuple[str, MediaItem]] = []
     for name in images:
         with errors_at(f"--image {name:.80}"):
-            parts.append(("image", image_item(name)))
+            parts.append(("image", image_item(name, limits)))
     for name in videos:
         with errors_at(f"--video {name:.80}"):
-            parts.append(("video", video_item(name)))
+            parts.append(("video", video_item(name, limits)))
     return [{"type": kind, kind: item} for kind, item in parts]
 
 

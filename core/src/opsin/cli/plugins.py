@@ -6,22 +6,29 @@ import json
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from cyclopts import App, Parameter
 
-from opsin.cli.errors import Debug
+from opsin.cli.errors import Debug, reported
 
 if TYPE_CHECKING:
     from opsin.plugins import Plugins
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+AsJson = Annotated[bool, Parameter("--json", help="Print one JSON object instead.")]
 
 
-def run(as_json: AsJson = False, debug: Debug = False) -> None:
-    """Show the installed plugins, what they provide, and which of them failed.
+app = App(
+    "plugins",
+    help_epilogue="""OPSIN_PLUGINS and OPSIN_DISABLE_PLUGINS name plugins to use and to leave out.
+Two plugins that claim the same key are an error; OPSIN_PREFER
+(KIND:KEY=PLUGIN) decides.
+""",
+)
 
-    OPSIN_PLUGINS and OPSIN_DISABLE_PLUGINS name plugins to use and to leave out. Two plugins that claim the
-    same are an error; OPSIN_PREFER (KIND:KEY=PLUGIN) decides.
-    """
+
+@app.default
+@reported
+def run(*, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Show the installed plugins, what they provide, and which of them failed."""
     from opsin.plugins import load_plugins
 
     found = load_plugins()

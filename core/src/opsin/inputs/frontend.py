@@ -10,7 +10,7 @@ from opsin.api import InputContext, ModelSpec, ProcessedPrompt, Tokenizer, ToolF
 from opsin.checkpoint.files import Checkpoint
 from opsin.checkpoint.hub import locate
 from opsin.checkpoint.tokenizer import ChatTokenizer, load_tokenizer
-from opsin.config import EngineConfig, MediaLimits
+from opsin.config import EngineConfig
 from opsin.errors import CheckpointError
 from opsin.inputs.chat import ChatOptions, ChatRenderer
 from opsin.inputs.conversation import Conversation
@@ -104,13 +104,6 @@ def build_frontend(
         }
     except ValueError as error:  # settings the family cannot follow
         raise CheckpointError(f"the settings in {checkpoint.path}: {error}") from error
-    media_limits = MediaLimits(
-        max_bytes=config.max_media_bytes,
-        max_pixels=config.max_image_pixels,
-        max_frames=config.max_video_frames,
-        max_video_pixels=config.max_video_pixels,
-        sampled_frames=config.sampled_video_frames,
-    )
     processor = PromptProcessor(
         model_spec=spec,
         mappers=mappers,
@@ -122,7 +115,7 @@ def build_frontend(
         max_model_len=max_model_len,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        media_limits=media_limits,
+        media_limits=config,
         media_cache_bytes=config.media_cache_memory,
     )
     content_format = config.chat_template_content_format
@@ -138,7 +131,7 @@ def build_frontend(
         content_format=None if content_format == "auto" else content_format,
         tool_format=tool_format,
         limits=processor.limits,
-        media_limits=media_limits,
+        media_limits=config,
         local_files=config.local_media,
     )
     eos = _eos_token_ids(checkpoint, spec, tokenizer)

@@ -71,7 +71,7 @@ def video_item(value: Any, limits: MediaLimits | None = None, *, local_files: bo
         value: frames as a list of whatever `image_item` takes, uint8 array (F, H, W, 3), or uint8 tensor
             (F, 3, H, W) or (F, H, W, 3): all of them are used. Or a folder of frame files (in natural
             order of their names). Or a file as a path, encoded bytes or a URL: an animated GIF, WebP, PNG
-            or TIFF, or (with PyAV) MP4, MOV, WebM, Matroska, AVI, sampled to ``limits.sampled_frames``.
+            or TIFF, or (with PyAV) MP4, MOV, WebM, Matroska, AVI, sampled to ``limits.sampled_video_frames``.
             Or a `MediaItem`.
         limits, local_files: as for `image_item`.
 
@@ -195,7 +195,7 @@ def _content(
         return bytes(value)
     scheme = _scheme(value)
     if scheme == "data":
-        return decode_data_url(str(value), limits.max_bytes)
+        return decode_data_url(str(value), limits.max_media_bytes)
     if local_files and scheme in ("", "file"):
         path = Path(url2pathname(urlsplit(str(value)).path)) if scheme else Path(value)
         return _read_file(path, limits)
@@ -217,12 +217,12 @@ def _scheme(value: str | Path) -> str:
 def _read_file(path: Path, limits: MediaLimits) -> bytes:
     try:
         with path.open("rb") as file:
-            content = file.read(limits.max_bytes + 1)
+            content = file.read(limits.max_media_bytes + 1)
     except (OSError, ValueError):
         raise MediaError(
             f"cannot read the file {_shortened(str(path))!r}; expected a path or a URL"
         ) from None
-    check_num_bytes(len(content), limits.max_bytes)
+    check_num_bytes(len(content), limits.max_media_bytes)
     return content
 
 

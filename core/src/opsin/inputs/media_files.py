@@ -67,7 +67,7 @@ def decode_frames(data: bytes, limits: MediaLimits) -> Array:
     image = _open_image(data, limits, "video")
     frames = []
     with _decode_errors("video"):
-        wanted = sample_indices(getattr(image, "n_frames", 1), limits.sampled_frames)
+        wanted = sample_indices(getattr(image, "n_frames", 1), limits.sampled_video_frames)
         for index in wanted:
             image.seek(index)
             limits.check_size(*image.size, frames=len(wanted))
@@ -107,12 +107,12 @@ def _decode_errors(what: str) -> Iterator[None]:
 
 
 def _open_image(data: bytes, limits: MediaLimits, what: str) -> Image.Image:
-    check_num_bytes(len(data), limits.max_bytes)
+    check_num_bytes(len(data), limits.max_media_bytes)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:  # PIL's own check of the header
         raise MediaError(
-            f"the {what} has too many pixels; at most {limits.max_pixels} are accepted"
+            f"the {what} has too many pixels; at most {limits.max_image_pixels} are accepted"
         ) from None
     except Exception:
         formats = ", ".join(FORMATS) + (", MP4, MOV, WebM, MKV, AVI" if what == "video" else "")
@@ -137,7 +137,7 @@ def _video_container(data: bytes) -> str | None:
 
 
 def _decode_video(data: bytes, container: str, limits: MediaLimits) -> Array:
-    check_num_bytes(len(data), limits.max_bytes)
+    check_num_bytes(len(data), limits.max_media_bytes)
     try:
         av: Any = importlib.import_module("av")
     except ImportError:
@@ -147,7 +147,7 @@ def _decode_video(data: bytes, container: str, limits: MediaLimits) -> Array:
     with _decode_errors("video"):
         with av.open(io.BytesIO(data), format=container) as source:
             packets = sum(1 for packet in source.demux(source.streams.video[0]) if packet.size)
-        wanted = sample_indices(packets, limits.sampled_frames)
+        wanted = sample_indices(packets, limits.sampled_video_frames)
         frames = []
         with av.open(io.BytesIO(data), format=container) as source:
             codec = source.streams.video[0].codec_context

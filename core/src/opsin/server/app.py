@@ -74,7 +74,7 @@ class App:
 
     def __init__(self, host: EngineHost, settings: ServerSettings) -> None:
         self.host = host
-        self.admission = Admission(host.config.max_num_seqs + settings.limits.waiting)
+        self.admission = Admission(host.config.max_num_seqs + settings.limits.max_waiting)
         self._settings = settings
         self._metrics = Metrics(_names(host, settings)[0])
         self._fetcher = MediaFetcher(settings.fetch, run_blocking=self._run_blocking)
@@ -105,9 +105,9 @@ class App:
         self.api.add_middleware(
             Admit, admission=self.admission, open_paths=OPEN_PATHS | {"/ready", "/metrics"}
         )
-        if settings.api_keys:
+        if settings.api_key:
             open_paths = OPEN_PATHS | UI_PATHS if settings.ui else OPEN_PATHS
-            self.api.add_middleware(ApiKeys, keys=settings.api_keys, open_paths=open_paths)
+            self.api.add_middleware(ApiKeys, keys=settings.api_key, open_paths=open_paths)
         if settings.allowed_origins:
             self.api.add_middleware(
                 CORSMiddleware,
@@ -166,7 +166,7 @@ class App:
                 ref_template="#/components/schemas/{model}",
             )
             schema["components"]["schemas"].update(bodies["$defs"])
-            if self._settings.api_keys:
+            if self._settings.api_key:
                 schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
                 schema["security"] = [{"key": []}]
             self.api.openapi_schema = schema
@@ -271,7 +271,7 @@ class App:
     async def _take(self, request: Request, model: type[M]) -> tuple[Serving, M]:
         """The body is read last: a server that cannot answer need not receive pictures first."""
         serving = self._ready()
-        return serving, await read_body(request, model, self._settings.limits.body_bytes)
+        return serving, await read_body(request, model, self._settings.limits.max_body_bytes)
 
 
 async def _streamed(request: Request, chunks: AsyncGenerator[Any, None]) -> Response:
@@ -289,7 +289,7 @@ def _json(model: BaseModel) -> Response:
 
 
 def _names(host: EngineHost, settings: ServerSettings) -> Sequence[str]:
-    return settings.served_model_names or (host.config.model,)
+    return settings.served_model_name or (host.config.model,)
 
 
 async def _as_error_body(request: Request, error: Exception) -> Response:

@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import sys
-from dataclasses import dataclass
 from types import FrameType
 
 import uvicorn
@@ -16,31 +15,12 @@ from opsin.config import EngineConfig
 from opsin.errors import ConfigError
 from opsin.server.app import App
 from opsin.server.engine_host import EngineHost
-from opsin.server.settings import ServerSettings
+from opsin.server.settings import Listen, ServerSettings
 
 logger = logging.getLogger(__name__)
 
 _KEEP_ALIVE_S = 75
 """Longer than the 60 s after which common proxies close an idle connection: they should do it, not we."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Listen:
-    """Where the server is reached.
-
-    Attributes:
-        host, port: TCP address; port 0 takes a free one.
-        uds: path of a Unix socket instead.
-        ssl_keyfile, ssl_certfile, ssl_keyfile_password, ssl_ca_certs: TLS, as uvicorn has them.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    uds: str | None = None
-    ssl_keyfile: str | None = None
-    ssl_certfile: str | None = None
-    ssl_keyfile_password: str | None = None
-    ssl_ca_certs: str | None = None
 
 
 def serve(config: EngineConfig, settings: ServerSettings, listen: Listen) -> int:
@@ -57,7 +37,7 @@ def serve(config: EngineConfig, settings: ServerSettings, listen: Listen) -> int
     """
     host = EngineHost(config)
     app = App(host, settings)
-    server = Server(app, listen, settings.shutdown_timeout_s)
+    server = Server(app, listen, settings.shutdown_timeout)
     asyncio.run(server.run_until_stopped())
     if host.loading:
         # A thread inside of torch cannot be told to stop, and Python would crash tearing it down.

@@ -51,7 +51,7 @@ class Serving:
     @property
     def names(self) -> Sequence[str]:
         """Names of the model, its own first."""
-        return self.settings.served_model_names or (self.info.config.model,)
+        return self.settings.served_model_name or (self.info.config.model,)
 
     def check(self, model: str | None, *, task: str | None = None) -> str:
         """The name to answer under.
@@ -98,7 +98,7 @@ class Serving:
             conversation = self.frontend.conversation(request.plain_messages())
         except MediaError as error:
             raise bad_request(str(error), "messages") from None
-        most = self.settings.limits.parts
+        most = self.settings.limits.max_parts
         if sum(len(message.parts) for message in conversation.messages) > most:
             raise bad_request(f"at most {most} content parts are accepted (--max-parts)", "messages")
         conversation = await self.fetcher.resolve(conversation)

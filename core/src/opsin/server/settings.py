@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
-from opsin.config import MAX_LOGPROBS
+from opsin.config import MAX_LOGPROBS, MIB, NonNegative, Positive, Range, check_fields
 from opsin.errors import ConfigError
 from opsin.server.fetch.settings import FetchSettings
 
@@ -14,60 +15,100 @@ from opsin.server.fetch.settings import FetchSettings
 class RequestLimits:
     """What one request may ask for, and how many requests there may be.
 
-    Attributes:
-        body_bytes: of a request's body.
-        parts: content parts of all messages together.
-        inputs: prompts of a completion, texts of an embedding request.
-        n: samples of one prompt.
-        stop: stop strings.
-        logprobs: alternatives per token.
-        waiting: requests beyond those computed at a time; more get 429.
+    Limits of requests:
+        max_body_bytes: most bytes of a request's body.
+        max_parts: most content parts of all messages.
+        max_inputs: most prompts of a completion, or texts of an embedding request.
+        max_n: most samples of one prompt.
+        max_stop: most stop strings.
+        max_logprobs: most alternatives per token.
+        max_waiting: most requests that wait, beyond --max-num-seqs. Further ones get status 429.
     """
 
-    body_bytes: int = 64 * 2**20
-    parts: int = 1024
-    inputs: int = 1024
-    n: int = 64
-    stop: int = 4
-    logprobs: int = MAX_LOGPROBS
-    waiting: int = 512
+    max_body_bytes: Positive = 64 * MIB
+    max_parts: Positive = 1024
+    max_inputs: Positive = 1024
+    max_n: Positive = 64
+    max_stop: NonNegative = 4
+    max_logprobs: Annotated[int, Range(0, MAX_LOGPROBS)] = MAX_LOGPROBS
+    max_waiting: NonNegative = 512
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < (0 if name in ("stop", "logprobs", "waiting") else 1):
-                raise ConfigError(f"limit {name}={value}: expected more")
-        if self.logprobs > MAX_LOGPROBS:
-            raise ConfigError(f"--max-logprobs={self.logprobs}: expected at most {MAX_LOGPROBS}")
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
     """Settings of the HTTP side.
 
+    Model:
+        served_model_name: name that clients use, one or several. Default: MODEL.
+
+    Chat and embeddings:
+        trust_request_chat_template: whether requests may bring a chat template of their own.
+        enable_auto_tool_choice: accepted for compatibility. Tools are always on.
+        tool_call_parser: form of tool calls.
+
+    Address:
+        root_path: prefix under which a proxy shows the server, such as /vision.
+        ui: whether the playground page is served at /.
+        log_level: least important messages that are logged.
+        access_log: whether each request is logged, in one line.
+        shutdown_timeout: seconds that accepted requests may go on after SIGTERM. Default: to their end.
+
+    Access:
+        api_key: key that clients must send as ``Authorization: Bearer KEY``, one of several. Default:
+            OPSIN_API_KEY or VLLM_API_KEY, otherwise open to all.
+        allowed_origins: web pages of these origins may call the server. Default: none.
+
     Attributes:
-        served_model_names: names clients may use; none: the model as the engine was told.
-        api_keys: any of them opens; none: open to all.
-        limits: of requests.
+        limits: limits of requests.
         fetch: what is fetched for clients.
-        trust_request_chat_template: requests may bring a chat template of their own.
-        allowed_origins: web pages of these origins may call the server; none: of no other origin.
-        root_path: prefix under which a proxy shows the server.
-        ui: serve the playground page.
-        shutdown_timeout_s: how long accepted requests may go on after SIGTERM; None: to their end.
     """
 
-    served_model_names: Sequence[str] = ()
-    api_keys: Sequence[str] = ()
-    limits: RequestLimits = field(default_factory=RequestLimits)
-    fetch: FetchSettings = field(default_factory=FetchSettings)
+    served_model_name: Sequence[str] = ()
     trust_request_chat_template: bool = False
-    allowed_origins: Sequence[str] = ()
+    enable_auto_tool_choice: bool = False
+    tool_call_parser: Literal["hermes"] = "hermes"
     root_path: str = ""
     ui: bool = True
-    shutdown_timeout_s: float | None = None
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    access_log: bool = True
+    shutdown_timeout: Annotated[float, Range(0)] | None = None
+    api_key: Sequence[str] = ()
+    allowed_origins: Sequence[str] = ()
+    limits: RequestLimits = field(default_factory=RequestLimits)
+    fetch: FetchSettings = field(default_factory=FetchSettings)
 
     def __post_init__(self) -> None:
-        if not all(self.api_keys):
-            raise ConfigError("--api-key is empty; expected a key, or leave it out")
+        check_fields(self)
+        if not all(self.api_key):
+            raise ConfigError("api_key is empty; expected a key, or leave it out")
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
-            raise ConfigError(f"--root-path={self.root_path!r}: expected /prefix")
+            raise ConfigError(f"root_path={self.root_path!r}: expected /prefix")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listen:
+    """Where the server is reached.
+
+    Address:
+        host: address to listen on; 0.0.0.0 for all.
+        port: TCP port; 0 takes a free one.
+        uds: path of a Unix socket to listen on instead.
+        ssl_keyfile: file of the private key, for TLS.
+        ssl_certfile: file of the certificate, for TLS.
+        ssl_keyfile_password: password of the private key.
+        ssl_ca_certs: file of the CAs' certificates.
+    """
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Range(0, 65535)] = 8000
+    uds: str | None = None
+    ssl_keyfile: str | None = None
+    ssl_certfile: str | None = None
+    ssl_keyfile_password: str | None = None
+    ssl_ca_certs: str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)

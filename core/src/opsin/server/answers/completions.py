@@ -106,7 +106,7 @@ class Completions:
         serving, started = self._serving, time.monotonic()
         model = serving.check(request.model, task="generate")
         prompts = listed(request.prompt)
-        most = serving.settings.limits.inputs
+        most = serving.settings.limits.max_inputs
         if len(prompts) > most:
             raise bad_request(f"at most {most} prompts are accepted (--max-inputs)", "prompt")
         if request.mm_processor_kwargs:

@@ -73,7 +73,7 @@ class Embeddings:
             options = request.options(cache_salt=request.cache_salt)
             return [await serving.chat_prompt(request, options, min_new_tokens=0)]
         inputs = listed(request.input)
-        most = serving.settings.limits.inputs
+        most = serving.settings.limits.max_inputs
         if len(inputs) > most:
             raise bad_request(f"at most {most} inputs are accepted (--max-inputs)", "input")
         if request.mm_processor_kwargs:

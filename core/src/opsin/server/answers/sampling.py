@@ -106,13 +106,13 @@ def _check_limits(request: SamplingRequest, serving: Serving, logprobs: int | No
             "priority",
         )
     for name, value in (("n", request.n), ("best_of", request.best_of)):
-        if value is not None and value > limits.n:
-            raise bad_request(f"{name}: at most {limits.n} samples are accepted (--max-n)", name)
-    if isinstance(request.stop, list) and len(request.stop) > limits.stop:
-        raise bad_request(f"stop: at most {limits.stop} strings are accepted (--max-stop)", "stop")
+        if value is not None and value > limits.max_n:
+            raise bad_request(f"{name}: at most {limits.max_n} samples are accepted (--max-n)", name)
+    if isinstance(request.stop, list) and len(request.stop) > limits.max_stop:
+        raise bad_request(f"stop: at most {limits.max_stop} strings are accepted (--max-stop)", "stop")
     for name, value in (("logprobs", logprobs), ("prompt_logprobs", request.prompt_logprobs)):
-        if value is not None and value > limits.logprobs:
-            raise bad_request(f"{name}: at most {limits.logprobs} are given (--max-logprobs)", name)
+        if value is not None and value > limits.max_logprobs:
+            raise bad_request(f"{name}: at most {limits.max_logprobs} are given (--max-logprobs)", name)
     ids = {
         "stop_token_ids": request.stop_token_ids or (),
         "logit_bias": [int(token) for token in request.logit_bias or ()],

@@ -48,8 +48,8 @@ class MediaFetcher:
         self._run_blocking = run_blocking
         self._slots = asyncio.Semaphore(settings.max_concurrent)
         self._http = PinnedHTTP(
-            allowed_domains=settings.allowed_domains,
-            allow_loopback=settings.allow_loopback,
+            allowed_domains=settings.allowed_media_domains,
+            allow_loopback=settings.allow_loopback_media,
             max_redirects=settings.max_redirects,
             resolver=resolver,
             tls=tls,
@@ -82,13 +82,13 @@ class MediaFetcher:
         Raises:
             FetchError, MediaError: as `resolve`.
         """
-        budget = budget or Budget(self.settings.max_request_bytes)
+        budget = budget or Budget(self.settings.max_request_media_bytes)
         scheme = url.partition(":")[0].lower() if ":" in url else ""
         if not scheme:
             raise MediaError("expected a data:, http:// or https:// URL")
         if scheme == "file":
             content: bytes = await self._run_blocking(
-                read_local_file, url, self.settings.local_root, self.settings.max_bytes
+                read_local_file, url, self.settings.allowed_local_media_path, self.settings.max_media_bytes
             )
             budget.spend(len(content))
             if not _looks_like(modality, content):
@@ -103,11 +103,11 @@ class MediaFetcher:
         Raises:
             MediaError: this server takes none, or not these.
         """
-        if not self.settings.accept_embeds:
+        if not self.settings.enable_mm_embeds:
             raise MediaError(
                 "this server takes no ready-made embeddings; --enable-mm-embeds would allow them"
             )
-        tensors = await self._run_blocking(decode_embeds, value, self.settings.max_bytes)
+        tensors = await self._run_blocking(decode_embeds, value, self.settings.max_media_bytes)
         named = tensors.values() if isinstance(tensors, Mapping) else [tensors]
         budget.spend(sum(tensor.nbytes for tensor in named))
         return tensors
@@ -125,21 +125,22 @@ class MediaFetcher:
             budget.spend(len(piece))
             known = len(content) >= SNIFFED_BYTES
             content.extend(piece)
-            if len(content) > self.settings.max_bytes:
+            if len(content) > self.settings.max_media_bytes:
                 raise MediaError(
-                    f"the file is too large; at most {self.settings.max_bytes} bytes are accepted"
+                    f"the file is too large; at most {self.settings.max_media_bytes} bytes are accepted"
                 )
             if not known and len(content) >= SNIFFED_BYTES:
                 check_kind()
 
         try:
             await self._http.get(
-                url, deadline_s=self.settings.timeout_s, receive=receive, accept=_ACCEPT[modality]
+                url, deadline_s=self.settings.image_fetch_timeout, receive=receive, accept=_ACCEPT[modality]
             )
         except FetchError as error:
             if error.status is not HTTPStatus.GATEWAY_TIMEOUT:
                 raise
-            raise FetchError(f"{error}; {self.settings.timeout_variable} sets it", error.status) from None
+            advice = "--image-fetch-timeout or OPSIN_IMAGE_FETCH_TIMEOUT sets it"
+            raise FetchError(f"{error}; {advice}", error.status) from None
         check_kind()
         return bytes(content)
 
@@ -164,7 +165,7 @@ class _Request:
 
     def __init__(self, fetcher: MediaFetcher) -> None:
         self._fetcher = fetcher
-        self._budget = Budget(fetcher.settings.max_request_bytes)
+        self._budget = Budget(fetcher.settings.max_request_media_bytes)
         self._slots = asyncio.Semaphore(fetcher.settings.max_concurrent_per_request)
         self._running: dict[tuple[str, Modality], asyncio.Task[bytes]] = {}
 

@@ -1,0 +1,75 @@
+"""Values of flags that are not on the command line: the environment, then the YAML file of ``--config``."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_origin
+
+from cyclopts import CycloptsError, Token
+
+from opsin.errors import ConfigError, require_known
+
+if TYPE_CHECKING:
+    from cyclopts import App, Argument, ArgumentCollection
+
+_ALSO = {"OPSIN_API_KEY": "VLLM_API_KEY", "OPSIN_IMAGE_FETCH_TIMEOUT": "VLLM_IMAGE_FETCH_TIMEOUT"}
+
+
+def from_environment(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Take what the command line leaves open from the environment: ``OPSIN_MAX_MODEL_LEN`` and so on."""
+    values: dict[str, Any] = {}
+    for argument in arguments:
+        name = _name(argument)
+        variable = f"OPSIN_{name.upper().replace('-', '_')}"
+        if text := os.environ.get(variable) or os.environ.get(_ALSO.get(variable, "")):
+            values[name] = text.split() if get_origin(argument.hint) is list else text
+    _fill(arguments, values, "the environment")
+
+
+def from_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Take what is still open from the YAML file of ``--config``: flags without dashes, or with ``_``.
+
+    Raises:
+        CycloptsError: the file cannot be read, or has a key that is no flag.
+    """
+    tokens = [token for argument in arguments if argument.name == "--config" for token in argument.tokens]
+    if not tokens:
+        return
+    path = Path(tokens[-1].value)
+    try:
+        import yaml
+    except ImportError:
+        raise CycloptsError(msg="--config needs PyYAML; pip install 'opsin[serve]'") from None
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise CycloptsError(msg=f"--config: cannot read {path}: {type(error).__name__}") from None
+    except yaml.YAMLError as error:
+        raise CycloptsError(msg=f"--config: {path} is not YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise CycloptsError(msg=f"--config: {path}: expected flags as keys")
+    values = {str(key).replace("_", "-"): value for key, value in content.items()}
+    known = {_name(argument) for argument in arguments} - {"config"}
+    try:
+        require_known(f"--config: {path}", values, known, ConfigError)
+    except ConfigError as error:
+        raise CycloptsError(msg=str(error)) from None
+    _fill(arguments, values, str(path))
+
+
+def _name(argument: Argument) -> str:
+    return argument.name.lstrip("-").lower()
+
+
+def _fill(arguments: ArgumentCollection, values: Mapping[str, Any], source: str) -> None:
+    for argument in arguments:
+        value = values.get(_name(argument))
+        if value is None or argument.tokens:
+            continue
+        repeated = isinstance(value, list) and argument.token_count()[1]
+        for index, item in enumerate(value if repeated else [value]):
+            text = item if isinstance(item, str) else json.dumps(item, default=str)
+            argument.append(Token(keyword=argument.name, value=text, source=source, index=index))
