@@ -36,7 +36,7 @@ opsin serve --config server.yaml
 Every flag can also be set in the environment, --max-model-len as OPSIN_MAX_MODEL_LEN, and in the file of
 --config, as max-model-len. The command line comes first, then the environment, then the file."""
 
-_NEEDED = ("fastapi", "uvicorn", "pydantic", "httpx", "prometheus_client", "yaml")
+_NEEDED = ("fastapi", "uvicorn", "pydantic", "httpx2", "prometheus_client", "yaml")
 _MIB = 2**20
 
 
@@ -241,7 +241,7 @@ def run(
     _require_packages()
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if log_level != "debug":
-        logging.getLogger("httpx").setLevel(logging.WARNING)
+        logging.getLogger("httpx2").setLevel(logging.WARNING)
     logging.getLogger("opsin.access").disabled = not access_log
     given = dict(locals())
     from opsin.server.run import serve
