@@ -12,12 +12,12 @@ from typing import Any
 
 from opsin.api import Modality, ProcessedPrompt
 from opsin.async_engine import AsyncEngine
-from opsin.server.answers.tools import with_tools
 from opsin.server.fetch.fetcher import MediaFetcher
 from opsin.server.http.errors import ApiError, bad_request
 from opsin.server.metrics import Metrics
 from opsin.server.schema.chat import ChatFields, Message, Tool
 from opsin.server.settings import ServerSettings
+from opsin.server.tools import with_tools
 
 _MODALITY_OF: Mapping[str, Modality] = {
     "image_url": "image",

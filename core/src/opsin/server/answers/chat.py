@@ -17,7 +17,6 @@ from opsin.server.answers.generation import only_output, outputs, usage
 from opsin.server.answers.logprobs import chat_logprobs, prompt_logprobs
 from opsin.server.answers.sampling import beam_params, sampling_params
 from opsin.server.answers.tool_parser import Pieces, ToolParser, parse_answer
-from opsin.server.answers.tools import call_grammar, tools_in_use
 from opsin.server.http.errors import bad_request
 from opsin.server.schema.chat import ChatRequest, NamedToolChoice
 from opsin.server.schema.responses import (
@@ -32,6 +31,7 @@ from opsin.server.schema.responses import (
     Usage,
 )
 from opsin.server.serving import Serving
+from opsin.server.tools import call_grammar, tools_in_use
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
-from opsin.server.answers.tools import CLOSE, OPEN
 from opsin.server.schema.responses import FunctionCall, FunctionCallDelta, ToolCall, ToolCallDelta
+from opsin.server.tools import CLOSE, OPEN
 
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 """Up to the brace that begins the arguments: from here on they are passed on as they come."""
