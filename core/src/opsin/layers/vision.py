@@ -177,6 +177,9 @@ class VisionAttention(Module):
 class VisionMLP(Module):
     """Two linear layers around an activation; ``names`` are those of the checkpoint, ``out`` None: width."""
 
+    fc1: Linear
+    fc2: Linear
+
     def __init__(
         self,
         context: BuildContext,
