@@ -1,4 +1,4 @@
-"""`opsin.inputs.conversation`: one type, one table of parts, counted once; the server's models agree with it."""
+"""`opsin.inputs.conversation`: one type, one table of parts; the server's models agree with it."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ downloaded) and nothing of opsin: what is there of it has been installed by the 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -93,20 +94,38 @@ def without_models(tmp_path_factory: pytest.TempPathFactory) -> Environment:
 
 @pytest.fixture(scope="module")
 def third_party(tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    """Core, the CPU, and somebody else's model and device."""
-    packages = (CORE, CPU, THIRD_PARTY / "toy_model", THIRD_PARTY / "toy_device")
+    """Core, the CPU, and somebody else's models and device."""
+    packages = (CORE, CPU, *(THIRD_PARTY / name for name in AT_1_0))
     return make_environment(tmp_path_factory.mktemp("third_party") / "env", *packages)
 
 
 # --------------------------------------------------------------------------------------------------
-# Somebody else's plugins
+# Somebody else's plugins, written for API 1.0
 # --------------------------------------------------------------------------------------------------
+
+AT_1_0 = {
+    "family_model": "d380a0ad1fd969bd",
+    "toy_device": "4e82d97a2651335b",
+    "toy_model": "05e302304d9bd560",
+}
+"""Folder -> hash of its files."""
+
+
+@pytest.mark.parametrize("name", AT_1_0)
+def test_third_party_plugins_are_those_of_api_1_0(name: str) -> None:
+    folder = THIRD_PARTY / name
+    files = [folder / "pyproject.toml", *sorted((folder / "src").rglob("*.py"))]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(folder).as_posix()}\n".encode() + file.read_bytes())
+    assert digest.hexdigest()[:16] == AT_1_0[name], "a plugin of an older API does not change; see its README"
 
 
 def test_third_party_plugins_are_found(third_party: Environment) -> None:
     report = third_party.report("plugins")
     assert report["failures"] == []
     assert {p["name"]: p["distribution"] for p in report["plugins"]} == {
+        "acme_family_model": "acme-family-model 0.3.0",
         "acme_toy_device": "acme-toy-device 0.0.1",
         "acme_toy_model": "acme-toy-model 1.2.3",
         "device_cpu": "opsin-device-cpu 0.1.0",
@@ -160,6 +179,60 @@ for answer in answers:
     red, bad, blue, green = result.stdout.splitlines()
     assert (red, blue, green) == ("red", "blue", "green")
     assert "got a picture of 1x1 pixels, expected at least 2x2" in bad
+
+
+def test_third_party_family_generates_what_it_did(third_party: Environment) -> None:
+    """Vision tower, M-RoPE, several pictures in a batch, tied and untied head."""
+    code = """
+import json, sys
+import numpy as np
+from PIL import Image
+from opsin import LLM, SamplingParams
+pixels = np.indices((11, 7)).sum(0)[..., None] * np.array([3, 7, 11])
+image = {"type": "image_pil", "image_pil": Image.fromarray(pixels.astype("uint8"))}
+contents = [[image, {"type": "text", "text": "w1 w2 w3"}],
+            [image, image, {"type": "text", "text": "w20"}],
+            "w5 w9"]
+messages = [[{"role": "user", "content": content}] for content in contents]
+params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+llm = LLM(sys.argv[1], device=sys.argv[2])
+print(json.dumps([a.outputs[0].token_ids for a in llm.chat(messages, params, use_tqdm=False)]))
+"""
+    expected = {
+        "acme/family-tied": [
+            [11, 11, 11, 8, 8, 8, 8, 8],
+            [11, 11, 11, 11, 11, 11, 11, 11],
+            [7, 0, 8, 17, 0, 8, 8, 8],
+        ],
+        "acme/family-untied": [
+            [20, 30, 3, 15, 20, 20, 30, 25],
+            [20, 20, 20, 20, 20, 20, 3, 29],
+            [3, 7, 17, 0, 18, 30, 0, 30],
+        ],
+    }
+    for checkpoint, device in zip(expected, ("cpu", "toychip"), strict=True):
+        result = third_party.run("python", "-c", code, checkpoint, device)
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout) == expected[checkpoint]
+
+
+def test_third_party_kernel_fulfils_the_contract(third_party: Environment) -> None:
+    """Called as a plugin's own tests called it at API 1.0."""
+    code = """
+from acme_toy_device.plugin import opsin_register_devices, opsin_register_kernels
+from opsin.testing.kernels import check_kernel, kernel_cases
+[spec] = opsin_register_devices()
+device = spec.open(0)
+outcomes = {case.name: check_kernel(case, device, opsin_register_kernels())
+            for case in kernel_cases(device.capabilities.dtypes)}
+own = [name for name, outcome in outcomes.items() if outcome.provider == "toychip"]
+print(len(own), all(name.startswith("rms_norm") for name in own))
+"""
+    result = third_party.python(code)
+    assert result.returncode == 0, result.stderr
+    count, only_its_own = result.stdout.split()
+    assert int(count) > 0
+    assert only_its_own == "True"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ def _few_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them are run in test_kernels.py."""
     every = contract.kernel_cases
 
-    def some(dtypes: Any) -> list[contract.KernelCase]:
-        return [case for case in every(dtypes) if case.name.startswith(KEPT)]
+    def some(dtypes: Any, **options: Any) -> list[contract.KernelCase]:
+        return [case for case in every(dtypes, **options) if case.name.startswith(KEPT)]
 
     monkeypatch.setattr("opsin.cli.selftest.kernel_cases", some)
 

@@ -221,7 +221,7 @@ def test_an_unknown_order_of_arguments_is_refused_and_the_reference_serves() -> 
         served = {
             choice.op for choice in llm.engine.executor.kernels.choices if choice.provider == "reference"
         }
-        assert served == {"plan_attention", "write_kv", "paged_attention"}
+        assert served == {"plan_attention", "write_kv", "paged_attention", "top_k"}
         assert llm.generate(PROMPTS, PARAMS, use_tqdm=False)[0].outputs[0].token_ids
 
 

@@ -68,7 +68,7 @@ def test_answers_to_the_openai_client(scenes: ModuleType, tmp_path: Path) -> Non
             )
             answers.append("".join(part.choices[0].delta.content or "" for part in stream if part.choices))
         assert "on mlu:0 in float16" in server.log.read_text()
-        assert "reference: none" in server.log.read_text()
+        assert "reference: top_k\n" in server.log.read_text()
     with LLM(MODEL, device="cpu", dtype="float32", kv_cache_memory=2**24) as llm:
         params = SamplingParams(temperature=0, max_tokens=32)
         expected = [o.outputs[0].text for o in llm.chat(conversations, params, use_tqdm=False)]

@@ -16,7 +16,7 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import psutil
 import pytest
 import requests
@@ -45,7 +45,7 @@ def body(number: int, max_tokens: int) -> dict[str, Any]:
     }
 
 
-async def answer(client: httpx.AsyncClient, number: int) -> str:
+async def answer(client: httpx2.AsyncClient, number: int) -> str:
     """The whole text."""
     async with client.stream("POST", CHAT, json=body(number, 24)) as response:
         assert response.status_code == 200, await response.aread()
@@ -56,7 +56,7 @@ async def answer(client: httpx.AsyncClient, number: int) -> str:
     return "".join(choice["delta"].get("content", "") for chunk in chunks for choice in chunk["choices"])
 
 
-async def leave(client: httpx.AsyncClient, number: int, after: int) -> None:
+async def leave(client: httpx2.AsyncClient, number: int, after: int) -> None:
     """Close the connection after some events of a long answer."""
     async with client.stream("POST", CHAT, json=body(number, 500)) as response:
         assert response.status_code == 200, await response.aread()
@@ -97,9 +97,9 @@ def watching(url: str) -> Iterator[list[float]]:
     latencies += mine.recv()
 
 
-def client_of(url: str) -> httpx.AsyncClient:
-    return httpx.AsyncClient(
-        base_url=url, timeout=TIMEOUT_S, limits=httpx.Limits(max_connections=None), trust_env=False
+def client_of(url: str) -> httpx2.AsyncClient:
+    return httpx2.AsyncClient(
+        base_url=url, timeout=TIMEOUT_S, limits=httpx2.Limits(max_connections=None), trust_env=False
     )
 
 

@@ -46,6 +46,7 @@ from opsin.api.media import (
     Positions,
     ProcessedPrompt,
     Tokenizer,
+    repeat_token,
 )
 from opsin.api.model import (
     BuildContext,
@@ -121,4 +122,5 @@ __all__ = [
     "ToolPieces",
     "TopK",
     "WriteKV",
+    "repeat_token",
 ]

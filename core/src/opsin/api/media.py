@@ -202,3 +202,12 @@ class Placeholder:
     special_tokens_per_chunk: bool = False
     tokenizes_whole: Callable[[Mapping[str, Any]], bool] | None = None
     option_names: frozenset[str] = frozenset()
+
+
+def repeat_token(token_id: int) -> Callable[[MappedMedia, int], Expansion]:
+    """For `Placeholder.expand`: an item becomes one token as often as it has embeddings."""
+
+    def expand(mapped: MappedMedia, number: int) -> Expansion:
+        return Expansion(token_ids=[token_id] * mapped.num_embeds, is_embed=[True] * mapped.num_embeds)
+
+    return expand

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from opsin.api import Model
 from opsin.errors import CheckpointError
-from opsin.layers import Layer, Slot
+from opsin.layers import Layer, Linear, Slot
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +27,8 @@ class LoadReport:
     Attributes:
         loaded: keys that were put into a layer.
         missing: keys that layers wait for and no file has.
-        unexpected: keys of the files that no layer takes and the model does not ignore knowingly.
-        ignored: keys the model says are not used.
+        unexpected: keys of the files that no layer takes and the model does not know.
+        ignored: keys the model says are not used, and weights of tied heads.
     """
 
     loaded: Sequence[str]
@@ -69,10 +69,12 @@ def load_weights(model: Model, tensors: Iterable[tuple[str, Tensor]]) -> LoadRep
     """
     assert isinstance(model, nn.Module)
     waiting = model_slots(model)
+    layers = model.named_modules(remove_duplicate=False)
+    tied = {f"{path}.weight" for path, layer in layers if isinstance(layer, Linear) and layer.tied}
     loaded, unexpected, ignored = [], [], []
     for key, tensor in tensors:
         name = model.weight_name(key)
-        if name is None:
+        if name is None or name in tied:
             ignored.append(key)
             continue
         slot = waiting.pop(name, None)
@@ -94,7 +96,7 @@ def read_safetensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     total = sum(file.stat().st_size for file in files)
-    # Nobody wants a bar for what takes a blink.
+    # No progress bar for small checkpoints.
     progress = tqdm(
         total=total, unit="B", unit_scale=True, desc="loading weights", disable=total < 256 * 2**20
     )

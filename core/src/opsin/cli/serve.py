@@ -16,7 +16,7 @@ from opsin.errors import ConfigError
 from opsin.plugins.known_packages import known_packages
 from opsin.server.settings import Listen, ServerSettings
 
-_NEEDED = ("fastapi", "uvicorn", "pydantic", "httpx", "prometheus_client", "yaml")
+_NEEDED = ("fastapi", "uvicorn", "pydantic", "httpx2", "prometheus_client", "yaml")
 
 app = App(
     "serve",
@@ -57,7 +57,7 @@ def run(
     level = server.log_level.upper()
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if level != "DEBUG":
-        logging.getLogger("httpx").setLevel(logging.WARNING)
+        logging.getLogger("httpx2").setLevel(logging.WARNING)
     logging.getLogger("opsin.access").disabled = not server.access_log
     from opsin.server.run import serve
 

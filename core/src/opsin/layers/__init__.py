@@ -1,9 +1,9 @@
 """PUBLIC building blocks: models are written with these, on the op table of their device.
 
-A layer declares the checkpoint tensors it takes as `Slot`s and holds nothing until they are put in. A
-linear layer hands its finished weight to the device (`prepare_linear`), which may pack it, and keeps only
-the callable. Linear layers are column- or row-parallel with a world size that is 1 today: a slot takes
-this rank's slice.
+A family is a `LanguageModel` with an encoder, its config.json read by `text_config`. A layer declares the
+checkpoint tensors it takes as `Slot`s and holds nothing until they are put in. A linear layer hands its
+finished weight to the device (`prepare_linear`), which may pack it, and keeps only the callable. Linear
+layers are column- or row-parallel with a world size that is 1 today: a slot takes this rank's slice.
 
 Names of modules are the names of the checkpoint's keys; a fused layer names the keys it is fused from.
 """
@@ -14,15 +14,19 @@ from opsin.layers.decoder import (
     DecoderConfig,
     DecoderLayer,
     GatedMLP,
+    LanguageModel,
     kv_geometry,
     output_head,
 )
 from opsin.layers.embeds import split_image_embeds
-from opsin.layers.linear import Embedding, Layer, Linear, Slot, dtype_name
+from opsin.layers.linear import Embedding, Linear, dtype_name
+from opsin.layers.module import Layer, Module, Slot
 from opsin.layers.norm import LayerNorm, RMSNorm
 from opsin.layers.pixels import CLIP_MEAN, CLIP_STD, pixel_levels, pixel_values
 from opsin.layers.rotary import RotaryTable, inverse_frequencies
+from opsin.layers.text import context_length, text_config
 from opsin.layers.vision import (
+    TIMM_RENAMES,
     Table,
     VisionConfig,
     VisionEncoder,
@@ -34,15 +38,18 @@ from opsin.layers.vision import (
 __all__ = [
     "CLIP_MEAN",
     "CLIP_STD",
+    "TIMM_RENAMES",
     "Attention",
     "Decoder",
     "DecoderConfig",
     "DecoderLayer",
     "Embedding",
     "GatedMLP",
+    "LanguageModel",
     "Layer",
     "LayerNorm",
     "Linear",
+    "Module",
     "RMSNorm",
     "RotaryTable",
     "Slot",
@@ -51,6 +58,7 @@ __all__ = [
     "VisionEncoder",
     "VisionMLP",
     "VisionTransformer",
+    "context_length",
     "dtype_name",
     "flatten_patches",
     "inverse_frequencies",
@@ -59,4 +67,5 @@ __all__ = [
     "pixel_levels",
     "pixel_values",
     "split_image_embeds",
+    "text_config",
 ]

@@ -1,29 +1,42 @@
-"""The language model: a decoder stack over the paged cache."""
+"""The language model: embeddings, a decoder stack over the paged cache, and the output head."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from opsin.api import Activation, BuildContext, KernelQuery, KVGeometry, KVLayer
+from opsin.api import (
+    Activation,
+    BuildContext,
+    ForwardStep,
+    KernelQuery,
+    KVGeometry,
+    KVLayer,
+    MappedMedia,
+    Modality,
+)
 from opsin.layers.linear import Embedding, Linear, dtype_name
+from opsin.layers.module import Module
 from opsin.layers.norm import RMSNorm
+
+_CONSTANTS = (r"\.rotary_emb\.inv_freq$", r"\.position_ids$")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """A decoder layer by layer: RMS norm, rotary grouped-query attention, gated MLP.
+    """A decoder whose layers are RMS norm, rotary grouped-query attention and a gated MLP.
 
     Attributes:
         qkv_bias: whether q, k and v have biases.
         fused: whether the checkpoint stores qkv_proj and gate_up_proj already fused.
         embed_scale: factor on token embeddings; embeddings of media are taken as they are.
         residual_scale: factor on what each attention and MLP adds to the residual stream.
-        logit_scale: factor on the final hidden states where logits are made of them.
+        logit_scale: factor on the final hidden states before the output head.
     """
 
     vocab_size: int
@@ -44,7 +57,7 @@ class DecoderConfig:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **changes: Any) -> DecoderConfig:
-        """From the fields every such config.json has."""
+        """From the fields of a `text_config`; ``changes`` are attributes that the family knows better."""
         heads = config["num_attention_heads"]
         found = {
             "vocab_size": config["vocab_size"],
@@ -61,7 +74,7 @@ class DecoderConfig:
         return cls(**{**found, **changes})
 
 
-class Attention(nn.Module):
+class Attention(Module):
     """Grouped-query attention over the paged cache."""
 
     def __init__(self, context: BuildContext, config: DecoderConfig) -> None:
@@ -98,11 +111,10 @@ class Attention(nn.Module):
         )
         q, k = self._rotary(q, k, cos, sin)
         self._write_kv(k, v, kv, plan)
-        attended: Tensor = self.o_proj(self._attend(q, kv, plan, self._scale).flatten(1))
-        return attended
+        return self.o_proj(self._attend(q, kv, plan, self._scale).flatten(1))
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(Module):
     """down(act(gate(x)) * up(x)) (Shazeer 2020)."""
 
     def __init__(self, context: BuildContext, config: DecoderConfig) -> None:
@@ -125,11 +137,10 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (T, H) -> (T, H)."""
-        y: Tensor = self.down_proj(self._gated_act(self.gate_up_proj(x), self._activation))
-        return y
+        return self.down_proj(self._gated_act(self.gate_up_proj(x), self._activation))
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Module):
     """Attention and MLP, each behind a norm, on a residual stream."""
 
     def __init__(self, context: BuildContext, config: DecoderConfig) -> None:
@@ -153,7 +164,7 @@ class DecoderLayer(nn.Module):
         return x if self._scale == 1 else x * self._scale
 
 
-class Decoder(nn.Module):
+class Decoder(Module):
     """Embeddings, layers and final norm: the part of a checkpoint below ``model.``."""
 
     def __init__(
@@ -169,17 +180,15 @@ class Decoder(nn.Module):
         )
         self.layers = nn.ModuleList(DecoderLayer(context, config) for _ in range(config.num_layers))
         self.norm = RMSNorm(context, config.hidden_size, config.eps)
-        self._rotary_table = [rotary]  # in a list: it takes no weights
-        self._dtype = context.dtype
+        self.rotary = rotary
 
     def forward(self, embeds: Tensor, positions: Tensor, kv: Sequence[KVLayer], plan: Any) -> Tensor:
         """embeds (T, H), positions (A, T) -> hidden states after the final norm (T, H)."""
-        cos, sin = self._rotary_table[0](positions)
+        cos, sin = self.rotary(positions)
         x, residual = embeds, None
         for layer, cache in zip(self.layers, kv, strict=True):
             x, residual = layer(x, residual, cos, sin, cache, plan)
-        hidden: Tensor = self.norm(x, residual)[0]
-        return hidden
+        return self.norm(x, residual)[0]
 
 
 def kv_geometry(config: DecoderConfig, world_size: int) -> KVGeometry:
@@ -204,5 +213,57 @@ class OutputHead(Linear):
 
 
 def output_head(context: BuildContext, config: DecoderConfig) -> Linear:
-    """The layer that makes logits of final hidden states."""
+    """The layer that turns final hidden states into logits."""
     return OutputHead(context, config)
+
+
+class LanguageModel(Module):
+    """A decoder between its embeddings and its output head: all of `opsin.api.Model` but the encoder.
+
+    A family inherits, adds its encoder under the names that the checkpoint's keys have, and writes `encode`.
+
+    Args:
+        context: build context.
+        config: the decoder, usually of a `text_config`.
+        rotary: int64 positions (A, T) -> cosines and sines (T, D), usually a `RotaryTable`.
+        renames: regular expressions -> what replaces them in checkpoint keys, one after another.
+        unused: regular expressions of names, after that, whose tensors no computation reads.
+    """
+
+    def __init__(
+        self,
+        context: BuildContext,
+        config: DecoderConfig,
+        *,
+        rotary: nn.Module,
+        renames: Mapping[str, str] | None = None,
+        unused: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        self._renames, self._unused = renames or {}, (*unused, *_CONSTANTS)
+        self.hidden_size, self.vocab_size = config.hidden_size, config.vocab_size
+        self.kv_geometry = kv_geometry(config, context.parallel.world_size)
+        self.lm_head = output_head(context, config)
+        self.model = Decoder(context, config, rotary=rotary, head=self.lm_head)
+
+    def weight_name(self, key: str) -> str | None:
+        """See `opsin.api.Model.weight_name`; constants that some exports store are not used either."""
+        for pattern, replacement in self._renames.items():
+            key = re.sub(pattern, replacement, key)
+        return None if any(re.search(pattern, key) for pattern in self._unused) else key
+
+    def encode(self, modality: Modality, items: Sequence[MappedMedia]) -> Sequence[Tensor]:
+        """See `opsin.api.Model.encode`."""
+        raise AssertionError(f"{type(self).__name__} encodes no {modality}")
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """int64 (T,) -> (T, H)."""
+        return self.model.embed_tokens(token_ids)
+
+    def forward(self, step: ForwardStep) -> Tensor:
+        """Hidden states after the final norm, (T, H)."""
+        return self.model(step.embeds, step.positions, step.kv, step.plan)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, H) -> (B, V)."""
+        return self.lm_head(hidden)

@@ -1,4 +1,4 @@
-"""Ready-made picture embeddings as users hand them in -> one tensor per picture."""
+"""Ready-made picture embeddings, as users pass them -> one tensor per picture."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def split_image_embeds(data: Any, num_rows: int | None = None) -> list[Tensor]:
     """(images, E, H), or a list of (E, H), or one (E, H) -> (E, H) of each picture.
 
     Args:
-        data: what the user gave.
+        data: the user's input.
         num_rows: E, where it is the same for all pictures.
 
     Raises:

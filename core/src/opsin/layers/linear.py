@@ -1,15 +1,15 @@
-"""Layers that take weights: slots, linear layers, token embeddings."""
+"""Linear layers and token embeddings."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from opsin.api import Activation, BuildContext, KernelQuery, LinearFn, PrepareLinear
+from opsin.layers.module import Layer, Slot, owned
 
 Split = Literal["column", "row"]
 
@@ -17,36 +17,6 @@ Split = Literal["column", "row"]
 def dtype_name(dtype: torch.dtype) -> str:
     """``torch.float32`` -> ``"float32"``."""
     return str(dtype).removeprefix("torch.")
-
-
-def owned(tensor: Tensor, device: str, dtype: torch.dtype) -> Tensor:
-    """A contiguous copy. What a layer keeps must not be a view: it would hold the whole mapped file."""
-    return tensor.to(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One checkpoint tensor a layer takes.
-
-    Attributes:
-        name: its key, relative to the layer's parent (``"q_proj.weight"``) or to the layer (``"weight"``).
-        shape: its full shape in the checkpoint.
-        put: takes the tensor (any dtype, host memory); called once.
-        beside: the name is relative to the layer's parent.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    put: Callable[[Tensor], None]
-    beside: bool = False
-
-
-class Layer(nn.Module):
-    """A leaf that takes weights."""
-
-    def slots(self) -> Iterator[Slot]:
-        """The checkpoint tensors this layer takes."""
-        raise AssertionError(f"{type(self).__name__} declares no slots")
 
 
 class Linear(Layer):
@@ -60,12 +30,15 @@ class Linear(Layer):
         activation: applied to the result, fused where the device can.
         split: tensor parallelism: ``"column"`` splits the output, ``"row"`` the input (and sums over
             ranks); None: every rank has the whole layer.
-        stored_shape: shape of the checkpoint's weight where it is not (out, in), e.g. a convolution
+        stored_shape: shape of the checkpoint's weight where it is not (out, in), e.g. that of a convolution
             whose stride equals its kernel.
         num_sums: in float32, compute the product as this many shorter sums over the input, which round
-            less: for the patches of a picture, whose many large and equal values a following norm takes
-            away again, rounding errors with them not. Not with an activation.
-        few_rows: a decoder's layer: it also sees single rows, again and again.
+            less. Patch values are large and nearly equal; the norm that follows removes them but not their
+            rounding error. Not with an activation.
+        few_rows: whether the layer often sees single rows (a decoder's layer).
+
+    Attributes:
+        tied: whether the layer multiplies by the table of an `Embedding` and takes no weight of its own.
     """
 
     def __init__(
@@ -103,16 +76,19 @@ class Linear(Layer):
                 bias=bias,
             )
         )
-        if num_sums > 1 and context.dtype == torch.float32:  # others round each sum's result, and lose by it
-            assert activation is None, "an activation is of the whole sum"
+        if num_sums > 1 and context.dtype == torch.float32:  # in other dtypes rounding each sum costs more
+            assert activation is None, "an activation applies to the whole sum"
             self._prepare = in_shorter_sums(self._prepare, num_sums)
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
         self._to_come = len(self._parts) * (2 if bias else 1)
         self._run: LinearFn | None = None
+        self.tied = False
 
     def slots(self) -> Iterator[Slot]:
-        """A weight, and a bias if there is one, for each part."""
+        """A weight, and a bias if there is one, for each part; nothing where the weight is tied."""
+        if self.tied:
+            return
         first = 0
         for name, rows in self._parts.items():
             prefix = f"{name}." if name else ""
@@ -147,7 +123,7 @@ class Linear(Layer):
         return put
 
     def adopt(self, weight: Tensor) -> None:
-        """Take a finished weight that another layer keeps (a tied output head)."""
+        """Use a weight that another layer keeps (a tied output head)."""
         self._weight = weight
         self._finish(keep_weight=True)
 
@@ -182,14 +158,8 @@ def in_shorter_sums(prepare: PrepareLinear, num_sums: int) -> PrepareLinear:
         few_rows: bool = False,
     ) -> LinearFn:
         first, *others = (
-            prepare(
-                part.contiguous(),
-                None if index else bias,
-                activation,
-                keep_weight=False,
-                few_rows=few_rows,
-            )
-            for index, part in enumerate(weight.chunk(num_sums, dim=1))
+            prepare(part.contiguous(), None if i else bias, activation, keep_weight=False, few_rows=few_rows)
+            for i, part in enumerate(weight.chunk(num_sums, dim=1))
         )
 
         def linear(x: Tensor) -> Tensor:
@@ -205,21 +175,18 @@ def in_shorter_sums(prepare: PrepareLinear, num_sums: int) -> PrepareLinear:
 
 
 class Embedding(Layer):
-    """Token embeddings, times ``scale``; ``tied`` is an output head that shares the table."""
+    """Token embeddings, multiplied by ``scale``; ``tied`` is an output head that shares the table."""
 
     def __init__(
-        self,
-        context: BuildContext,
-        rows: int,
-        width: int,
-        *,
-        tied: Linear | None = None,
-        scale: float = 1.0,
+        self, context: BuildContext, rows: int, width: int, *, tied: Linear | None = None, scale: float = 1.0
     ) -> None:
         super().__init__()
         self._shape, self._scale = (rows, width), scale
         self._dtype, self._device = context.dtype, context.device
-        self._tied = [tied] if tied is not None else []  # in a list: not a submodule of this one
+        self._share: Callable[[Tensor], None] | None = None
+        if tied is not None:
+            tied.tied = True
+            self._share = tied.adopt
         self.weight: Tensor | None = None
 
     def slots(self) -> Iterator[Slot]:
@@ -228,8 +195,8 @@ class Embedding(Layer):
 
     def _put(self, tensor: Tensor) -> None:
         self.weight = owned(tensor, self._device, self._dtype)
-        for head in self._tied:
-            head.adopt(self.weight)
+        if self._share is not None:
+            self._share(self.weight)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """int64 (T,) -> (T, H)."""

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from opsin.api import BuildContext, KernelQuery
-from opsin.layers.linear import Layer, Slot, dtype_name, owned
+from opsin.layers.linear import dtype_name
+from opsin.layers.module import Layer, Slot, owned
 
 
 class Norm(Layer):
-    """What both norms share: a weight, perhaps a bias."""
+    """A norm's weight, and its bias if there is one."""
 
     def __init__(self, context: BuildContext, size: int, eps: float, *, bias: bool) -> None:
         super().__init__()
@@ -42,8 +43,7 @@ class RMSNorm(Norm):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (T, size) -> (norm(x + residual), x + residual)."""
         assert self.weight is not None, "weights are not loaded"
-        normed: tuple[Tensor, Tensor] = self._kernel(x, self.weight, self._eps, residual)
-        return normed
+        return self._kernel(x, self.weight, self._eps, residual)
 
 
 class LayerNorm(Norm):
@@ -57,5 +57,4 @@ class LayerNorm(Norm):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., size) -> the same shape."""
         assert self.weight is not None, "weights are not loaded"
-        normed: Tensor = self._kernel(x, self.weight, self.bias, self._eps)
-        return normed
+        return self._kernel(x, self.weight, self.bias, self._eps)

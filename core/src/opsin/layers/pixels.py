@@ -18,9 +18,9 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 def pixel_levels(
     settings: Mapping[str, Any], *, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
 ) -> Array:
-    """What each of the 256 levels of each channel becomes by rescaling and normalising.
+    """The value of each of the 256 levels of each channel after rescaling and normalising.
 
-    A table gives the very floats of transformers (``image_transforms.rescale`` in float64, rounded to
+    The table has exactly the floats of transformers (``image_transforms.rescale`` in float64, rounded to
     float32; ``normalize`` in float32), in one pass over the pixels.
 
     Args:

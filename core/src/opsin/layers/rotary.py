@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from opsin.layers.module import Module
 
 
 def inverse_frequencies(width: int, theta: float) -> Tensor:
@@ -13,13 +16,13 @@ def inverse_frequencies(width: int, theta: float) -> Tensor:
     return 1.0 / (theta ** (torch.arange(0, width, 2, dtype=torch.int64).float() / width))
 
 
-class RotaryTable(nn.Module):
-    """Cosines and sines of a step's positions, computed once a step and used by every layer.
+class RotaryTable(Module):
+    """Cosines and sines of a step's positions, computed once per step and used by every layer.
 
     Args:
         head_size: D.
         theta: base of the frequencies.
-        sections: M-RoPE: how many of the D/2 frequencies follow each axis; None: one axis.
+        sections: number of the D/2 frequencies that follow each axis (M-RoPE); None: one axis.
     """
 
     def __init__(
@@ -33,12 +36,31 @@ class RotaryTable(nn.Module):
             axis = torch.repeat_interleave(torch.arange(len(sections)), torch.tensor(sections))
             self._axis = axis.to(device)
 
+    @classmethod
+    def from_config(
+        cls, text: Mapping[str, Any], head_size: int, device: str, *, mrope: bool = False
+    ) -> RotaryTable:
+        """From a `text_config`; ``mrope``: whether the family's positions have several axes.
+
+        Raises:
+            ValueError: ``rope_parameters`` describe another kind of rotary positions.
+        """
+        rope = text["rope_parameters"]
+        kind, sections = rope["rope_type"], rope.get("mrope_section")
+        kinds = ("default", "mrope") if mrope else ("default",)
+        if kind not in kinds or (sections is None) == mrope:
+            raise ValueError(
+                f"rope_scaling (or rope_parameters) of type {kind!r} with mrope_section {sections}: expected "
+                f"type {' or '.join(map(repr, kinds))} {'with' if mrope else 'without'} an mrope_section"
+            )
+        return cls(head_size, rope["rope_theta"], sections=sections, device=device)
+
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """int64 (A, T) -> cos, sin, float32 (T, D), the halves alike."""
+        """int64 (A, T) -> cos, sin, float32 (T, D), both halves equal."""
         if self._axis is None:
             angles = positions[0].float().unsqueeze(1) * self._inverse
         else:
-            # frequency i turns with its axis' position (M-RoPE; Wang et al. 2024, section 2.1)
+            # Frequency i turns with its axis' position (M-RoPE; Wang et al. 2024, section 2.1).
             angles = positions.float().index_select(0, self._axis).t() * self._inverse
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos(), angles.sin()

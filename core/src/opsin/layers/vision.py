@@ -1,18 +1,22 @@
-"""The vision transformer of CLIP and SigLIP, over images of one size or of many."""
+"""The vision transformer, as CLIP, SigLIP and timm store it, over images of one size or of many."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from opsin.api import Activation, BuildContext, KernelQuery
-from opsin.layers.linear import Layer, Linear, Slot, dtype_name, owned
+from opsin.layers.linear import Linear, dtype_name
+from opsin.layers.module import Layer, Module, Slot, owned
 from opsin.layers.norm import LayerNorm
+
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines."""
 
 _ACTIVATIONS: Mapping[str, Activation] = {
     "quick_gelu": "quick_gelu",
@@ -21,6 +25,15 @@ _ACTIVATIONS: Mapping[str, Activation] = {
     "gelu_new": "gelu_tanh",
 }
 
+TIMM_RENAMES: Mapping[str, str] = {
+    r"\.patch_embed\.proj\.": ".patch_embed.",
+    r"\.blocks\.": ".encoder.layers.",
+    r"\.attn\.qkv\.": ".self_attn.qkv_proj.",
+    r"\.attn\.proj\.": ".self_attn.out_proj.",
+    r"\.norm([12])\.": r".layer_norm\1.",
+}
+"""``renames`` of a `LanguageModel` whose `VisionEncoder` is stored under timm's names."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
@@ -28,10 +41,11 @@ class VisionConfig:
 
     Attributes:
         num_positions: rows of the position table, class token included.
-        class_token: CLIP puts a learned token in front.
-        pre_norm: CLIP normalises the embeddings before the first layer (key ``pre_layrnorm``).
-        patch_bias: SigLIP's patch embedding has a bias.
+        class_token: whether a learned token stands in front (CLIP).
+        pre_norm: whether the embeddings are normalised before the first layer (CLIP; key ``pre_layrnorm``).
+        patch_bias: whether the patch embedding has a bias (SigLIP).
         fused: whether the checkpoint stores q, k and v as one tensor (timm).
+        rotary: whether q and k are rotated, by the cosines and sines that the encoder is called with.
     """
 
     hidden_size: int
@@ -47,6 +61,7 @@ class VisionConfig:
     pre_norm: bool = False
     patch_bias: bool = True
     fused: bool = False
+    rotary: bool = False
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **changes: Any) -> VisionConfig:
@@ -73,7 +88,7 @@ class VisionConfig:
 
 
 class Table(Layer):
-    """One learned tensor, as stored under ``name`` beside the parent's other keys."""
+    """One learned tensor, stored under ``name`` among the parent's keys."""
 
     def __init__(self, context: BuildContext, name: str, shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -94,7 +109,7 @@ class Table(Layer):
         return self.value
 
 
-class VisionEmbeddings(nn.Module):
+class VisionEmbeddings(Module):
     """Patches + positions, behind a class token if there is one."""
 
     def __init__(self, context: BuildContext, config: VisionConfig) -> None:
@@ -117,8 +132,8 @@ class VisionEmbeddings(nn.Module):
         ``positions`` int64 (P,), on the host, are rows of the position table for each patch (without the
         class token's row 0, where there is one); None: 0, 1, 2, ... in each image.
         """
-        table: Tensor = self.position()
-        x: Tensor = self.patch_embedding(patches)
+        table = self.position()
+        x = self.patch_embedding(patches)
         offset = 0 if self.first is None else 1
         if positions is None:
             positions = torch.cat([torch.arange(n) for n in lengths])
@@ -129,7 +144,7 @@ class VisionEmbeddings(nn.Module):
         return torch.cat([part for image in x.split(list(lengths)) for part in (start, image)])
 
 
-class VisionAttention(nn.Module):
+class VisionAttention(Module):
     """Full attention within each image; q, k and v are fused while loading, if they are not stored so."""
 
     def __init__(self, context: BuildContext, config: VisionConfig) -> None:
@@ -139,39 +154,55 @@ class VisionAttention(nn.Module):
         parts = {"q_proj": width, "k_proj": width, "v_proj": width}
         self.qkv_proj = Linear(context, width, 3 * width if config.fused else parts, bias=True)
         self.out_proj = Linear(context, width, width, bias=True)
-        self._attend = context.kernels.dense_attention(
-            KernelQuery(
-                op="dense_attention",
-                dtype=dtype_name(context.dtype),
-                num_heads=heads,
-                num_kv_heads=heads,
-                head_size=self._head_size,
-            )
+        query = KernelQuery(
+            op="dense_attention",
+            dtype=dtype_name(context.dtype),
+            num_heads=heads,
+            num_kv_heads=heads,
+            head_size=self._head_size,
         )
+        self._attend = context.kernels.dense_attention(query)
+        self._rotate = context.kernels.rotary(replace(query, op="rotary")) if config.rotary else None
 
-    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+    def forward(self, x: Tensor, lengths: Sequence[int], rotary: Rotary | None = None) -> Tensor:
         """x (P, width) -> (P, width)."""
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, -1, self._head_size)).unbind(1)
+        if self._rotate is not None:
+            assert rotary is not None, "the config says that q and k are rotated"
+            q, k = self._rotate(q, k, *rotary)
         attended = self._attend(q, k, v, lengths, None, 1 / math.sqrt(self._head_size))
-        projected: Tensor = self.out_proj(attended.flatten(1))
-        return projected
+        return self.out_proj(attended.flatten(1))
 
 
-class VisionMLP(nn.Module):
-    """Two linear layers around an activation."""
+class VisionMLP(Module):
+    """Two linear layers around an activation; ``names`` are those of the checkpoint, ``out`` None: width."""
 
-    def __init__(self, context: BuildContext, width: int, hidden: int, activation: Activation) -> None:
+    fc1: Linear
+    fc2: Linear
+
+    def __init__(
+        self,
+        context: BuildContext,
+        width: int,
+        hidden: int,
+        activation: Activation,
+        *,
+        out: int | None = None,
+        bias: bool = True,
+        names: tuple[str, str] = ("fc1", "fc2"),
+    ) -> None:
         super().__init__()
-        self.fc1 = Linear(context, width, hidden, bias=True, activation=activation)
-        self.fc2 = Linear(context, hidden, width, bias=True)
+        self.add_module(names[0], Linear(context, width, hidden, bias=bias, activation=activation))
+        self.add_module(names[1], Linear(context, hidden, out or width, bias=bias))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (P, width) -> (P, width)."""
-        y: Tensor = self.fc2(self.fc1(x))
-        return y
+        """x (..., width) -> (..., out)."""
+        for linear in self.children():
+            x = linear(x)
+        return x
 
 
-class VisionLayer(nn.Module):
+class VisionLayer(Module):
     """Pre-norm transformer block."""
 
     def __init__(self, context: BuildContext, config: VisionConfig) -> None:
@@ -181,14 +212,13 @@ class VisionLayer(nn.Module):
         self.layer_norm2 = LayerNorm(context, config.hidden_size, config.eps)
         self.mlp = VisionMLP(context, config.hidden_size, config.intermediate_size, config.activation)
 
-    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+    def forward(self, x: Tensor, lengths: Sequence[int], rotary: Rotary | None = None) -> Tensor:
         """x (P, width) -> (P, width)."""
-        x = x + self.self_attn(self.layer_norm1(x), lengths)
-        y: Tensor = x + self.mlp(self.layer_norm2(x))
-        return y
+        x = x + self.self_attn(self.layer_norm1(x), lengths, rotary)
+        return x + self.mlp(self.layer_norm2(x))
 
 
-class VisionEncoder(nn.Module):
+class VisionEncoder(Module):
     """The stack, under the key ``layers``."""
 
     def __init__(self, context: BuildContext, config: VisionConfig, read_after: Sequence[int]) -> None:
@@ -196,11 +226,11 @@ class VisionEncoder(nn.Module):
         self.layers = nn.ModuleList(VisionLayer(context, config) for _ in range(config.num_layers))
         self._read_after = tuple(read_after)
 
-    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        """x (P, width) -> the states read, side by side, (P, width * len(read_after))."""
+    def forward(self, x: Tensor, lengths: Sequence[int], rotary: Rotary | None = None) -> Tensor:
+        """x (P, width), rotary (P, D) each -> the states read, side by side, (P, width * len(read_after))."""
         read = {0: x}
         for number, layer in enumerate(self.layers, 1):
-            x = layer(x, lengths)
+            x = layer(x, lengths, rotary)
             if number in self._read_after:
                 read[number] = x
         if len(self._read_after) == 1:
@@ -208,12 +238,12 @@ class VisionEncoder(nn.Module):
         return torch.cat([read[number] for number in self._read_after], dim=-1)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Module):
     """Flat patches of any number of images -> hidden states of the layers asked for.
 
     Args:
-        config: build it with as many ``num_layers`` as are used: a tower read at its last layer but one
-            has one layer less, and the model's `weight_name` drops the keys of the rest.
+        config: the tower, with only the layers that are used: one that is read at its last layer but one
+            has one layer less, and the model drops the keys of the rest (``unused`` of `LanguageModel`).
         post_norm: whether ``post_layernorm`` is applied (and stored).
         read_after: after how many layers a state is read (0: the embeddings); several states are put side
             by side, in this order. None: after the last layer.
@@ -248,7 +278,7 @@ class VisionTransformer(nn.Module):
             (P + images if class token, width * states read); an image's class token is its first row.
         """
         patches = patches.to(device=self._device, dtype=self._dtype)
-        x: Tensor = self.embeddings(patches, lengths, positions)
+        x = self.embeddings(patches, lengths, positions)
         if self.pre_layrnorm is not None:
             x = self.pre_layrnorm(x)
         x = self.encoder(x, [length + self._extra for length in lengths])

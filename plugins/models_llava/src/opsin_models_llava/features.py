@@ -1,4 +1,4 @@
-"""What config.json says of the vision tower: which states are read, and how many of a picture."""
+"""The vision tower in config.json: which states are read, and how many per picture."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Features:
     """The features of one square picture.
 
     Attributes:
-        tower: the tower, only as deep as it is read.
+        tower: the tower, with only the layers up to the last state read.
         num_stored_layers: layers the checkpoint has.
-        read_after: after how many layers states are read; several stand side by side.
+        read_after: numbers of layers after which a state is read; several are put side by side.
         image_size: side of the square the tower takes, in pixels.
         side: patches along it.
         drop_first: whether the first row is left out (``vision_feature_select_strategy`` "default"): CLIP's
@@ -51,7 +51,7 @@ class Features:
         """From config.json.
 
         Raises:
-            ValueError: it names a layer or a strategy that there is not.
+            ValueError: it names a layer or a strategy that does not exist.
         """
         vision = {"model_type": DEFAULT_TOWER["model_type"], **(config.get("vision_config") or DEFAULT_TOWER)}
         whole = VisionConfig.from_config(vision)

@@ -47,7 +47,7 @@ class Grid:
 
     Attributes:
         rows, columns: crops.
-        top, left: features of padding at the top (and at the bottom as many), at the left (and right).
+        top, left: rows of padding at the top (and as many at the bottom), columns at the left (and right).
         side: features along a crop's side.
     """
 
@@ -71,7 +71,7 @@ class Grid:
         height, width = size
         full_height, full_width = rows * side, columns * side
         top = left = 0
-        # Rounded as the model does it: features cut off need not be exactly those of the padded pixels.
+        # Rounded as the model rounds: the features cut off need not be exactly those of padding.
         if width / height > full_width / full_height:
             top = (full_height - int(round(height * (full_width / width), 7))) // 2
         else:

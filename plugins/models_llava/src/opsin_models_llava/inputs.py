@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from opsin.api import Expansion, InputContext, MappedMedia, MediaItem, Placeholder
+from opsin.api import InputContext, MappedMedia, MediaItem, Placeholder, repeat_token
 from opsin.layers import pixel_levels, pixel_values, split_image_embeds
 from opsin_models_llava.features import Features
 from opsin_models_llava.grid import Grid, Size, best_resolution, fitted_size, grids_of
@@ -22,7 +22,7 @@ Array = np.ndarray[Any, Any]
 IMAGE_TEXT = "<image>"
 DEFAULT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 MAX_ELONGATION = 64
-"""Of what is resized before the middle is cut out: a picture of 1x100000 would become gigabytes."""
+"""Largest aspect ratio that is resized before the middle is cut out: 1x100000 would become gigabytes."""
 
 
 def resized(pixels: Array, size: Size, resample: Image.Resampling) -> Array:
@@ -74,7 +74,7 @@ class SquareProcessing:
         self._crop: Size | None = None
         if settings.get("do_center_crop", not siglip):
             self._crop = int(crop["height"]), int(crop["width"])
-        # LLaVA-NeXT's processor has a "do_pad" too, which means something else.
+        # "do_pad" of LLaVA-NeXT's processor means something else.
         self._background: tuple[int, ...] | None = None
         if kind.startswith("LlavaImageProcessor") and settings.get("do_pad", False):
             self._background = tuple(int(mean * 255) for mean in settings["image_mean"])
@@ -205,8 +205,4 @@ def placeholder(context: InputContext) -> Placeholder:
     config = context.config
     given = config.get("image_token_index", config.get("image_token_id"))
     token_id = context.tokenizer.convert_tokens_to_ids(IMAGE_TEXT) if given is None else int(given)
-
-    def expand(mapped: MappedMedia, number: int) -> Expansion:
-        return Expansion(token_ids=[token_id] * mapped.num_embeds, is_embed=[True] * mapped.num_embeds)
-
-    return Placeholder(text=lambda number: IMAGE_TEXT, expand=expand, token_id=token_id)
+    return Placeholder(text=lambda number: IMAGE_TEXT, expand=repeat_token(token_id), token_id=token_id)

@@ -2,104 +2,67 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from opsin.api import Activation, BuildContext, ForwardStep, MappedMedia, Modality
+from opsin.api import BuildContext, MappedMedia, Modality
 from opsin.layers import (
-    Decoder,
-    Linear,
+    DecoderConfig,
+    LanguageModel,
     RotaryTable,
     Table,
+    VisionMLP,
     VisionTransformer,
     flatten_patches,
-    kv_geometry,
-    output_head,
 )
 from opsin_models_llava.features import Features
 from opsin_models_llava.grid import Grid
-from opsin_models_llava.text import decoder_config, rope_theta
+from opsin_models_llava.text import language_config
 
-PREFIXES = {
-    "language_model.model.": "model.",
-    "language_model.lm_head.": "lm_head.",
-    "vision_tower.vision_model.": "vision_tower.",
-    "model.language_model.": "model.",
-    "model.vision_tower.vision_model.": "vision_tower.",
-    "model.vision_tower.": "vision_tower.",
-    "model.multi_modal_projector.": "multi_modal_projector.",
-    "model.image_newline": "image_newline",
+RENAMES = {
+    r"^language_model\.model\.": "model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+    r"^model\.language_model\.": "model.",
+    r"^model\.(vision_tower|multi_modal_projector|image_newline)": r"\1",
+    r"^vision_tower\.vision_model\.": "vision_tower.",
 }
-"""Checkpoint key -> name here: first those of the hub, then those that transformers 5 uses."""
-
-NOT_READ = re.compile(
-    r"vision_tower\.(post_layernorm|head)\.|vision_tower\.embeddings\.position_ids$"
-    r"|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq$"
-)
-"""Beyond the states that are read (SigLIP's pooling head, the norm after the last layer), or constants."""
+"""The hub's keys, and those of transformers 5, which all begin with ``model.``."""
 
 
-class Projector(nn.Module):
-    """Tower width -> language model width, in two layers."""
-
-    def __init__(
-        self, context: BuildContext, width: int, hidden: int, *, activation: Activation, bias: bool
-    ) -> None:
-        super().__init__()
-        self.linear_1 = Linear(context, width, hidden, bias=bias, activation=activation)
-        self.linear_2 = Linear(context, hidden, hidden, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., width) -> (..., H)."""
-        y: Tensor = self.linear_2(self.linear_1(x))
-        return y
-
-
-class Llava(nn.Module):
+class Llava(LanguageModel):
     """LLaVA-1.5; see `opsin.api.Model`."""
 
     def __init__(self, context: BuildContext) -> None:
-        super().__init__()
         config = context.config
-        self.features = Features.from_config(config)
-        decoder = decoder_config(config)
-        self.hidden_size, self.vocab_size = decoder.hidden_size, decoder.vocab_size
-        self.kv_geometry = kv_geometry(decoder, context.parallel.world_size)
-        tower = self.features.tower
-        self.vision_tower = VisionTransformer(
-            context, tower, post_norm=False, read_after=self.features.read_after
+        features = Features.from_config(config)
+        text = language_config(config)
+        decoder = DecoderConfig.from_config(text, qkv_bias=text["model_type"] == "qwen2")
+        tower = features.tower
+        unread = "|".join(map(str, range(tower.num_layers, features.num_stored_layers)))
+        super().__init__(
+            context,
+            decoder,
+            rotary=RotaryTable.from_config(text, decoder.head_size, context.device),
+            renames=RENAMES,
+            # Beyond the states that are read: layers, the norm after the last one, SigLIP's pooling head.
+            unused=(rf"^vision_tower\.(encoder\.layers\.({unread})|post_layernorm|head)\.",),
         )
+        self.features = features
+        self.vision_tower = VisionTransformer(context, tower, post_norm=False, read_after=features.read_after)
         activation = config.get("projector_hidden_act", "gelu")
         if activation not in ("gelu", "silu", "quick_gelu"):
             raise ValueError(f"projector_hidden_act is {activation!r}; expected gelu, silu or quick_gelu")
-        self.multi_modal_projector = Projector(
+        self.multi_modal_projector = VisionMLP(
             context,
-            tower.hidden_size * len(self.features.read_after),
+            tower.hidden_size * len(features.read_after),
             decoder.hidden_size,
-            activation=activation,
+            activation,
+            out=decoder.hidden_size,
             bias=config.get("multimodal_projector_bias", True),
+            names=("linear_1", "linear_2"),
         )
-        rotary = RotaryTable(decoder.head_size, rope_theta(config), device=context.device)
-        head = output_head(context, decoder)
-        self.model = Decoder(context, decoder, rotary=rotary, head=head)
-        self._tied = decoder.tied
-        # A tied head takes no weights of its own: kept out of the module tree.
-        self._head = [head]
-        if not decoder.tied:
-            self.lm_head = head
-        layers = range(tower.num_layers, self.features.num_stored_layers)
-        self._unread_layers = tuple(f"vision_tower.encoder.layers.{number}." for number in layers)
-
-    def weight_name(self, key: str) -> str | None:
-        """See `opsin.api.Model.weight_name` and `PREFIXES`; layers above the one that is read are dropped."""
-        old, new = next(((old, new) for old, new in PREFIXES.items() if key.startswith(old)), ("", ""))
-        name = new + key.removeprefix(old)
-        if name.startswith(self._unread_layers) or NOT_READ.match(name):
-            return None
-        return None if self._tied and name == "lm_head.weight" else name
 
     def encode(self, modality: Modality, items: Sequence[MappedMedia]) -> Sequence[Tensor]:
         """See `opsin.api.Model.encode`; a picture is one square."""
@@ -110,25 +73,9 @@ class Llava(nn.Module):
         counts = [len(item.tensors["pixel_values"]) for item in items]
         squares = torch.cat([item.tensors["pixel_values"] for item in items])
         patches = flatten_patches(squares, self.features.tower.patch_size)
-        states: Tensor = self.vision_tower(patches, [len(patches) // len(squares)] * len(squares))
-        states = states.unflatten(0, (len(squares), -1))
-        if self.features.drop_first:
-            states = states[:, 1:]
-        projected: Tensor = self.multi_modal_projector(states)
-        parts: Sequence[Tensor] = projected.split(counts)
-        return parts
-
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """int64 (T,) -> (T, H)."""
-        return self.model.embed_tokens(token_ids)  # type: ignore[no-any-return]
-
-    def forward(self, step: ForwardStep) -> Tensor:
-        """Hidden states after the final norm, (T, H)."""
-        return self.model(step.embeds, step.positions, step.kv, step.plan)  # type: ignore[no-any-return]
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(B, H) -> (B, V)."""
-        return self._head[0](hidden)  # type: ignore[no-any-return]
+        states = self.vision_tower(patches, [len(patches) // len(squares)] * len(squares))
+        states = states.unflatten(0, (len(squares), -1))[:, int(self.features.drop_first) :]
+        return list(self.multi_modal_projector(states).split(counts))
 
 
 class LlavaNext(Llava):

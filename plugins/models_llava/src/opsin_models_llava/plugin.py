@@ -93,7 +93,7 @@ MISTRAL_TEMPLATE = (
 def chat_template(config: Mapping[str, Any]) -> str | None:
     """The chat format a checkpoint without a template was most likely trained with.
 
-    The text model tells: LLaVA-NeXT on Mistral has Mistral's, and everything on Llama or Mistral else
+    The text model decides: LLaVA-NeXT on Mistral uses Mistral's, everything else on Llama or Mistral uses
     Vicuna's. Other text models come with several formats: None.
     """
     kind = (config.get("text_config") or {}).get("model_type", "llama")

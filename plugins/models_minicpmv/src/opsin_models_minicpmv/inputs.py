@@ -56,7 +56,7 @@ def _slicer(context: InputContext) -> Slicer:
 
 
 class _Mapper:
-    """What images and videos share."""
+    """Images and videos: both are pictures, cut into slices."""
 
     modality: Modality
     size_names: tuple[str, ...]
@@ -257,7 +257,7 @@ def _resized(picture: Image.Image, size: Size) -> Array:
 
 
 def placeholder(context: InputContext, text: str) -> Placeholder:
-    """One mark in the text becomes, for each slice, marks around as many tokens as it has embeddings."""
+    """One mark in the text becomes, for each slice, marks around one token per embedding."""
     names = {
         "im_start": "<image>",
         "im_end": "</image>",

@@ -7,14 +7,14 @@ carry two-dimensional sine-cosine positions, values do not.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from opsin.api import BuildContext, KernelQuery
-from opsin.layers import Layer, LayerNorm, Linear, Slot, Table, dtype_name
+from opsin.layers import Layer, LayerNorm, Linear, Module, Slot, Table, dtype_name
 from opsin_models_minicpmv.vision import Shape
 
 EPS = 1e-6
@@ -35,61 +35,32 @@ def positions_2d(shapes: Sequence[Shape], width: int) -> Tensor:
     (He et al. 2022, MAE: its grid has the width first.)
     """
     sides = [side for shape in shapes for side in shape]
-    # Lengths by powers of two: the table is made anew only a few times.
+    # Lengths are powers of two, so that the table is recomputed only a few times.
     table = sincos(max(64, 1 << (max(sides) - 1).bit_length()), width // 2)
     rows = torch.cat([torch.arange(rows).repeat_interleave(columns) for rows, columns in shapes])
     columns = torch.cat([torch.arange(columns).repeat(rows) for rows, columns in shapes])
     return torch.cat((table[columns], table[rows]), dim=-1)
 
 
-def _put(linear: Linear, name: str, tensor: Tensor) -> None:
-    next(slot for slot in linear.slots() if slot.name == name).put(tensor)
-
-
-class InProjection(Layer):
-    """The projections of queries, keys and values of torch's MultiheadAttention, stored as one tensor."""
-
-    def __init__(self, context: BuildContext, width: int) -> None:
-        super().__init__()
-        self._width = width
-        # In a list: they take no weights by themselves.
-        self.parts = [Linear(context, width, width, bias=True) for _ in range(3)]
+class OutProjection(Linear):
+    """x @ proj: a matrix stored the other way round than a linear layer's, under a name of its own."""
 
     def slots(self) -> Iterator[Slot]:
-        """The stacked weight and bias."""
-        wide = 3 * self._width
-        yield Slot("in_proj_weight", (wide, self._width), self._putter("weight"), beside=True)
-        yield Slot("in_proj_bias", (wide,), self._putter("bias"), beside=True)
-
-    def _putter(self, name: str) -> Callable[[Tensor], None]:
-        def put(tensor: Tensor) -> None:
-            for linear, part in zip(self.parts, tensor.split(self._width), strict=True):
-                _put(linear, name, part)
-
-        return put
+        """The matrix, among the keys of the resampler."""
+        [slot] = super().slots()
+        yield Slot("proj", slot.shape, lambda matrix: slot.put(matrix.t()), beside=True)
 
 
-class OutProjection(Layer):
-    """x @ proj: a matrix stored the other way round than a linear layer's."""
-
-    def __init__(self, context: BuildContext, width: int) -> None:
-        super().__init__()
-        self._width = width
-        self._linear = [Linear(context, width, width, bias=False)]  # in a list: as above
+class Part(Linear):
+    """One of several layers whose tensors are stored as one: it gets them from `CrossAttention`."""
 
     def slots(self) -> Iterator[Slot]:
-        """The matrix, beside the other keys of the resampler."""
-        put = lambda tensor: _put(self._linear[0], "weight", tensor.t())  # noqa: E731
-        yield Slot("proj", (self._width, self._width), put, beside=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., width) -> (..., width)."""
-        y: Tensor = self._linear[0](x)
-        return y
+        """None of its own."""
+        return iter(())
 
 
-class CrossAttention(nn.Module):
-    """Queries of each slice over its patches."""
+class CrossAttention(Layer):
+    """Queries of each slice over its patches, stored as torch's MultiheadAttention is."""
 
     def __init__(self, context: BuildContext, width: int) -> None:
         super().__init__()
@@ -98,7 +69,7 @@ class CrossAttention(nn.Module):
             raise ValueError(
                 f"hidden_size {width} is not a multiple of {HEAD_SIZE}, the resampler's head size"
             )
-        self.in_proj = InProjection(context, width)
+        self.q, self.k, self.v = (Part(context, width, width, bias=True) for _ in range(3))
         self.out_proj = Linear(context, width, width, bias=True)
         self._attend = context.kernels.dense_attention(
             KernelQuery(
@@ -110,19 +81,27 @@ class CrossAttention(nn.Module):
             )
         )
 
+    def slots(self) -> Iterator[Slot]:
+        """Weight and bias of q, k and v, stacked."""
+        for parts in zip(*(Linear.slots(part) for part in (self.q, self.k, self.v)), strict=True):
+            rows, *columns = parts[0].shape
+            yield Slot(f"in_proj_{parts[0].name}", (3 * rows, *columns), partial(put_parts, parts))
+
     def forward(self, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
         """query (Q, width), the same for every slice; key and value (P, width) -> (slices * Q, width)."""
-        q, k, v = (
-            linear(x).unflatten(-1, (-1, HEAD_SIZE))
-            for linear, x in zip(self.in_proj.parts, (query, key, value), strict=True)
-        )
+        q, k, v = (x.unflatten(-1, (-1, HEAD_SIZE)) for x in (self.q(query), self.k(key), self.v(value)))
         q_lens = [len(query)] * len(lengths)
         attended = self._attend(q.repeat(len(lengths), 1, 1), k, v, q_lens, lengths, 1 / math.sqrt(HEAD_SIZE))
-        y: Tensor = self.out_proj(attended.flatten(1))
-        return y
+        return self.out_proj(attended.flatten(1))
 
 
-class Resampler(nn.Module):
+def put_parts(parts: Sequence[Slot], stacked: Tensor) -> None:
+    """Equal parts of a tensor into the slots."""
+    for slot, part in zip(parts, stacked.chunk(len(parts)), strict=True):
+        slot.put(part)
+
+
+class Resampler(Module):
     """Features of slices of any shape -> ``num_queries`` embeddings of each.
 
     Args:
@@ -150,16 +129,15 @@ class Resampler(nn.Module):
         self.ln_q = LayerNorm(context, width, EPS)
         self.ln_kv = LayerNorm(context, width, EPS)
         self.ln_post = LayerNorm(context, width, EPS)
-        self.out = OutProjection(context, width)
+        self.out = OutProjection(context, width, width, bias=False)
         self._width = width
 
     def forward(self, features: Tensor, shapes: Sequence[Shape]) -> Tensor:
         """features (P, vision_width) of slices one after another -> (slices * num_queries, width)."""
-        value: Tensor = self.ln_kv(self.kv_proj(features))
+        value = self.ln_kv(self.kv_proj(features))
         key = value + positions_2d(shapes, self._width).to(value)
-        query: Tensor = self.ln_q(self.queries())
+        query = self.ln_q(self.queries())
         if self.query_positions is not None:
             query = query + self.query_positions()
         x = self.attn(query, key, value, [rows * columns for rows, columns in shapes])
-        y: Tensor = self.out(self.ln_post(x))
-        return y
+        return self.out(self.ln_post(x))

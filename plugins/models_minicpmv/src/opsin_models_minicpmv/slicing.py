@@ -29,8 +29,8 @@ class Slicer:
     def grid(self, size: Size, max_slices: int) -> Grid | None:
         """(columns, rows) of the slices; None for a picture that is not sliced.
 
-        Of the grids of about as many slices as the picture has times the area of one, the one nearest to the
-        picture's aspect ratio, on a logarithmic scale; the first of several.
+        Among the grids with about as many slices as would cover the picture's area, the one nearest to the
+        picture's aspect ratio on a logarithmic scale; the first of equals.
         """
         width, height = size
         wanted = min(math.ceil(width * height / self.resolution**2), max_slices)

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from opsin.api import BuildContext
-from opsin.layers import LayerNorm, Linear, Table, VisionConfig, VisionEncoder, VisionTransformer
+from opsin.layers import LayerNorm, Linear, Module, Table, VisionConfig, VisionEncoder, VisionTransformer
 from opsin_models_minicpmv.versions import version_of
 
 Shape = tuple[int, int]
@@ -44,13 +44,13 @@ def bucketised(count: int, side: int) -> Tensor:
 def position_rows(shape: Shape, side: int, *, flat: bool) -> Tensor:
     """Row of the position table of each patch, int64 (rows * columns,).
 
-    ``flat``: as the published 2.5 has it, which hands all patches of a slice to its tower as a single line.
+    ``flat``: the published 2.5 passes all patches of a slice to its tower as a single row.
     """
     rows, columns = (1, shape[0] * shape[1]) if flat else shape
     return (bucketised(rows, side)[:, None] * side + bucketised(columns, side)).flatten()
 
 
-class SliceTower(nn.Module):
+class SliceTower(Module):
     """SigLIP with positions by fractions of the slice; all slices in one flat batch."""
 
     def __init__(self, context: BuildContext, config: VisionConfig, *, flat: bool) -> None:
@@ -62,10 +62,10 @@ class SliceTower(nn.Module):
         """patches (P, 3 * patch**2) of slices one after another -> (P, width)."""
         positions = torch.cat([position_rows(shape, self._side, flat=self._flat) for shape in shapes])
         lengths = [rows * columns for rows, columns in shapes]
-        return self.tower(patches, lengths, positions)  # type: ignore[no-any-return]
+        return self.tower(patches, lengths, positions)
 
 
-class ResampledTower(nn.Module):
+class ResampledTower(Module):
     """timm's ViT with a dynamic image size: the position table is resampled to the slice's shape."""
 
     def __init__(self, context: BuildContext, config: VisionConfig) -> None:
@@ -87,7 +87,7 @@ class ResampledTower(nn.Module):
 
     def _resample(self, shape: Shape) -> Tensor:
         """Positions of a slice, (rows * columns, width), as timm's ``resample_abs_pos_embed`` has them."""
-        table: Tensor = self.position()[0]
+        table = self.position()[0]
         if shape == (self._side, self._side):
             return table
         grid = table.float().view(1, self._side, self._side, -1).permute(0, 3, 1, 2)
@@ -96,10 +96,10 @@ class ResampledTower(nn.Module):
 
     def forward(self, patches: Tensor, shapes: Sequence[Shape]) -> Tensor:
         """patches (P, 3 * patch**2) of slices one after another -> (P, width)."""
-        x: Tensor = self.patch_embed(patches.to(device=self._device, dtype=self._dtype))
+        x = self.patch_embed(patches.to(device=self._device, dtype=self._dtype))
         x = x + torch.cat([self._resampled(shape) for shape in shapes])
         x = self.encoder(x, [rows * columns for rows, columns in shapes])
-        return self.norm(x)  # type: ignore[no-any-return]
+        return self.norm(x)
 
 
 def vision_config(config: Mapping[str, Any]) -> VisionConfig:

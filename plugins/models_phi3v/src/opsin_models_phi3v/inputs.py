@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from opsin.api import Expansion, InputContext, MappedMedia, MediaItem, Placeholder
+from opsin.api import InputContext, MappedMedia, MediaItem, Placeholder, repeat_token
 from opsin.layers import pixel_levels, pixel_values, split_image_embeds
 
 Array = np.ndarray[Any, Any]
@@ -178,19 +178,14 @@ class ImageMapper:
 
 
 def image_placeholder(context: InputContext) -> Placeholder:
-    """``<|image_1|>``, ``<|image_2|>``, ...: text, not tokens, of which each becomes image tokens.
+    """``<|image_1|>``, ``<|image_2|>``, ...: each is text, not one token, and becomes image tokens.
 
     By default the text between two of them is tokenized on its own with a BOS, as the hub's processor does;
-    ``tokenize_whole_prompt`` has the prompt tokenized in one go.
+    with ``tokenize_whole_prompt`` the prompt is tokenized as a whole.
     """
-    token_id = context.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-
-    def expand(mapped: MappedMedia, number: int) -> Expansion:
-        return Expansion(token_ids=[token_id] * mapped.num_embeds, is_embed=[True] * mapped.num_embeds)
-
     return Placeholder(
         text=lambda number: f"<|image_{number}|>",
-        expand=expand,
+        expand=repeat_token(context.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)),
         special_tokens_per_chunk=True,
         tokenizes_whole=_tokenizes_whole,
         option_names=frozenset({"tokenize_whole_prompt"}),

@@ -46,9 +46,9 @@ def _positions(config: Mapping[str, Any], ids: Sequence[int], media: Sequence[Pl
 
 
 def _max_len(config: Mapping[str, Any]) -> int:
-    """Up to here attention is full: beyond it the family attends in a sliding window."""
-    longest = int(config["max_position_embeddings"])
-    return min(longest, int(config.get("sliding_window") or longest))
+    from opsin.layers import context_length, text_config
+
+    return context_length(text_config(config))
 
 
 def _image_mapper(context: InputContext) -> InputMapper:

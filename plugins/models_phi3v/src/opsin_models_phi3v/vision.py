@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from opsin.api import BuildContext, MappedMedia
-from opsin.layers import Linear, Table, VisionConfig, VisionTransformer, flatten_patches
+from opsin.layers import Module, Table, VisionConfig, VisionMLP, VisionTransformer, flatten_patches
 from opsin_models_phi3v.inputs import CROP, crop_side
 
 CLIP = {
@@ -26,7 +26,7 @@ CLIP = {
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }
-"""openai/clip-vit-large-patch14-336, which the published config.json names and does not describe."""
+"""openai/clip-vit-large-patch14-336, which the published config.json names but does not describe."""
 
 SETTINGS: Mapping[tuple[str, str], Any] = {
     ("embd_layer", "hd_transform_order"): "sub_glb",
@@ -35,17 +35,17 @@ SETTINGS: Mapping[tuple[str, str], Any] = {
     ("embd_layer", "with_learnable_separator"): True,
     ("img_processor", "type_feature"): "patch",
 }
-"""Settings of config.json that the hub's code has alternatives for and no published checkpoint uses."""
+"""Settings of config.json for which the hub's code has alternatives that no published checkpoint uses."""
 
 
-def used_layers(config: Mapping[str, Any]) -> int:
-    """How many layers of the tower there are up to the state that is read."""
-    num_layers = {**CLIP, **config.get("vision_config", {})}["num_hidden_layers"]
-    read = config.get("img_processor", {}).get("layer_idx", -2)
-    return int(num_layers + 1 + read if read < 0 else read)
+def layer_counts(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Layers of the tower up to the state that is read, and all that the checkpoint has."""
+    stored = int({**CLIP, **config.get("vision_config", {})}["num_hidden_layers"])
+    read = int(config.get("img_processor", {}).get("layer_idx", -2))
+    return (stored + 1 + read if read < 0 else read), stored
 
 
-class VisionEmbedding(nn.Module):
+class VisionEmbedding(Module):
     """The part of a checkpoint below ``model.vision_embed_tokens``.
 
     A ``vision_config`` in config.json overrides `CLIP`, e.g. for a smaller tower.
@@ -63,7 +63,7 @@ class VisionEmbedding(nn.Module):
                 raise ValueError(f"{section}.{name} is {asked!r}; only {supported!r} is supported")
         tower = VisionConfig.from_config(
             {**CLIP, **config.get("vision_config", {}), "model_type": CLIP["model_type"]},
-            num_layers=used_layers(config),
+            num_layers=layer_counts(config)[0],
         )
         self._patch = tower.patch_size
         self._patches = (CROP // self._patch) ** 2
@@ -75,15 +75,8 @@ class VisionEmbedding(nn.Module):
                 f"{side**2}), and a class token"
             )
         wide = 4 * tower.hidden_size
-        self.img_processor = nn.ModuleDict(
-            {"vision_model": VisionTransformer(context, tower, post_norm=False)}
-        )
-        self.img_projection = nn.ModuleDict(
-            {
-                "0": Linear(context, wide, out, bias=True, activation="gelu"),
-                "2": Linear(context, out, out, bias=True),
-            }
-        )
+        self.tower = VisionTransformer(context, tower, post_norm=False)
+        self.img_projection = VisionMLP(context, wide, out, "gelu", out=out, names=("0", "2"))
         self.newline = Table(context, "sub_GN", (1, 1, 1, wide))
         self.separator = Table(context, "glb_GN", (1, 1, wide))
 
@@ -92,15 +85,13 @@ class VisionEmbedding(nn.Module):
         views = [item.tensors["pixel_values"] for item in items]
         merged = self._merge(torch.cat(views)).split([len(view) for view in views])
         arranged = [self._arrange(view, item.geometry) for view, item in zip(merged, items)]
-        projected = self.img_projection["2"](self.img_projection["0"](torch.cat(arranged)))
-        return list(projected.split([len(rows) for rows in arranged]))
+        return list(self.img_projection(torch.cat(arranged)).split([len(rows) for rows in arranged]))
 
     def _merge(self, crops: Tensor) -> Tensor:
         """float32 (C, 3, CROP, CROP) -> (C, side, side, 4 * width), 2x2 patches side by side."""
-        tower = self.img_processor["vision_model"]
-        states = tower(flatten_patches(crops, self._patch), [self._patches] * len(crops))
-        patches = states.unflatten(0, (len(crops), -1))[:, 1:]
-        blocks: Tensor = patches.reshape(len(crops), self._side, 2, self._side, 2, -1).transpose(2, 3)
+        states = self.tower(flatten_patches(crops, self._patch), [self._patches] * len(crops))
+        patches = states.view(len(crops), -1, states.shape[-1])[:, 1:]  # without the class token
+        blocks = patches.reshape(len(crops), self._side, 2, self._side, 2, -1).transpose(2, 3)
         return blocks.reshape(len(crops), self._side, self._side, -1)
 
     def _arrange(self, views: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from opsin.api import Expansion, InputContext, MappedMedia, MediaItem, Modality, Placeholder
+from opsin.api import InputContext, MappedMedia, MediaItem, Modality, Placeholder, repeat_token
 from opsin.layers import pixel_levels
 
 Array = np.ndarray[Any, Any]
@@ -133,7 +133,7 @@ class Patching:
 
 
 class _Mapper:
-    """What images and videos share."""
+    """Images and videos: both are frames, cut into patches."""
 
     option_names = frozenset({"min_pixels", "max_pixels"})
     modality: Modality
@@ -204,9 +204,5 @@ class VideoMapper(_Mapper):
 def placeholder(context: InputContext, text: str, config_key: str) -> Placeholder:
     """One pad token in the text becomes one per embedding."""
     token_id = int(context.config.get(config_key) or context.tokenizer.convert_tokens_to_ids(text))
-
-    def expand(mapped: MappedMedia, number: int) -> Expansion:
-        return Expansion(token_ids=[token_id] * mapped.num_embeds, is_embed=[True] * mapped.num_embeds)
-
     wrapped = f"<|vision_start|>{text}<|vision_end|>"
-    return Placeholder(text=lambda number: wrapped, expand=expand, token_id=token_id)
+    return Placeholder(text=lambda number: wrapped, expand=repeat_token(token_id), token_id=token_id)

@@ -17,7 +17,7 @@ def mrope_positions(
 
     Text counts up on all axes at once. A medium of t x h x w merged patches begins one after the largest
     position so far; its tokens are at (start + frame, start + row, start + column), and the text after it
-    goes on one after the largest of those.
+    starts one after the largest of those.
     """
     merge = config["vision_config"].get("spatial_merge_size", 2)
     pieces = []

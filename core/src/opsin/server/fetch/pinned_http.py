@@ -2,7 +2,7 @@
 
 The guards against server-side request forgery, in the order of a request:
 
-1. one parser: the `httpx.URL` that is checked is the one that is requested; no other code reads the text
+1. one parser: the `httpx2.URL` that is checked is the one that is requested; no other code reads the text
 2. scheme http or https, no user name, no backslash; the host is one of the allowed domains, if there are any
 3. the host is resolved once; if any of its addresses is not allowed, none is used
 4. the connection goes to a checked address, whatever the name resolves to by now; Host header and TLS server
@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import lru_cache
 from http import HTTPStatus
 
-import httpx
+import httpx2
 
 import opsin
 from opsin.errors import MediaError
@@ -63,17 +63,17 @@ class PinnedHTTP:
             allow_loopback: whether this machine's loopback addresses count as public.
             max_redirects: most redirects that are followed.
             resolver: gives the addresses of a host.
-            tls: certificates to trust; None: certifi's, or those of SSL_CERT_FILE.
+            tls: certificates to trust; None: the system's, or those of SSL_CERT_FILE or SSL_CERT_DIR.
         """
         self._domains = None if allowed_domains is None else {_canonical(name) for name in allowed_domains}
         self._allow_loopback = allow_loopback
         self._max_redirects = max_redirects
         self._resolver = resolver
-        # httpx's transport rather than its client: a client has cookies, proxies and redirects of its own.
+        # httpx2's transport rather than its client: a client has cookies, proxies and redirects of its own.
         # Connections are not kept: one is known by its address, and could be handed to another host's URL.
-        self._transport = httpx.AsyncHTTPTransport(
+        self._transport = httpx2.AsyncHTTPTransport(
             verify=tls or _trusted(),
-            limits=httpx.Limits(max_keepalive_connections=0),
+            limits=httpx2.Limits(max_keepalive_connections=0),
             trust_env=False,
         )
 
@@ -97,11 +97,11 @@ class PinnedHTTP:
             parsed = parse_url(url)
             host = shown(parsed)
             await asyncio.wait_for(self._follow(parsed, receive, accept, deadline_s), deadline_s)
-        except (asyncio.TimeoutError, httpx.TimeoutException):
+        except (asyncio.TimeoutError, httpx2.TimeoutException):
             raise FetchError(
                 f"fetching from {host} was not done within {deadline_s:g} s", HTTPStatus.GATEWAY_TIMEOUT
             ) from None
-        except httpx.TransportError:
+        except httpx2.TransportError:
             raise FetchError(f"{host} cannot be reached", HTTPStatus.BAD_GATEWAY) from None
 
     async def aclose(self) -> None:
@@ -109,7 +109,7 @@ class PinnedHTTP:
         await self._transport.aclose()
 
     async def _follow(
-        self, url: httpx.URL, receive: Callable[[bytes], None], accept: str, deadline_s: float
+        self, url: httpx2.URL, receive: Callable[[bytes], None], accept: str, deadline_s: float
     ) -> None:
         for _ in range(self._max_redirects + 1):
             response = await self._send(url, accept, deadline_s)
@@ -125,7 +125,7 @@ class PinnedHTTP:
             f"{shown(url)} is the end of more than {self._max_redirects} redirects", HTTPStatus.FORBIDDEN
         )
 
-    async def _send(self, url: httpx.URL, accept: str, deadline_s: float) -> httpx.Response:
+    async def _send(self, url: httpx2.URL, accept: str, deadline_s: float) -> httpx2.Response:
         addresses = await self._addresses(url)
         headers = {
             "Host": url.netloc.decode("ascii"),
@@ -135,7 +135,7 @@ class PinnedHTTP:
         }
         host = url.raw_host.decode("ascii")
         for tried, address in enumerate(addresses, 1):
-            request = httpx.Request(
+            request = httpx2.Request(
                 "GET",
                 url.copy_with(host=address),
                 headers=headers,
@@ -144,12 +144,12 @@ class PinnedHTTP:
             )
             try:
                 return await self._transport.handle_async_request(request)
-            except (httpx.ConnectError, httpx.ConnectTimeout):
+            except (httpx2.ConnectError, httpx2.ConnectTimeout):
                 if tried == len(addresses):
                     raise
         raise AssertionError("a host has at least one address")
 
-    async def _addresses(self, url: httpx.URL) -> Sequence[str]:
+    async def _addresses(self, url: httpx2.URL) -> Sequence[str]:
         """The addresses of a URL's host, all of them allowed."""
         host = url.raw_host.decode("ascii")
         if self._domains is not None and _canonical(host) not in self._domains:
@@ -169,7 +169,7 @@ class PinnedHTTP:
         return addresses[:MAX_TRIED_ADDRESSES]
 
 
-def parse_url(text: str, base: httpx.URL | None = None) -> httpx.URL:
+def parse_url(text: str, base: httpx2.URL | None = None) -> httpx2.URL:
     """An http(s) URL, or a redirect's target relative to ``base``.
 
     Raises:
@@ -184,9 +184,9 @@ def parse_url(text: str, base: httpx.URL | None = None) -> httpx.URL:
             "the URL has a backslash, blank or control character; percent-encode it", HTTPStatus.FORBIDDEN
         )
     try:
-        url = httpx.URL(text) if base is None else base.join(text)
+        url = httpx2.URL(text) if base is None else base.join(text)
         port = url.port
-    except (httpx.InvalidURL, UnicodeError, ValueError, TypeError):
+    except (httpx2.InvalidURL, UnicodeError, ValueError, TypeError):
         raise MediaError("the URL is malformed; expected http(s)://host/path") from None
     if url.scheme not in ("http", "https"):
         raise FetchError(
@@ -200,12 +200,12 @@ def parse_url(text: str, base: httpx.URL | None = None) -> httpx.URL:
     return url
 
 
-def shown(url: httpx.URL) -> str:
+def shown(url: httpx2.URL) -> str:
     """The host as error messages show it: quoted, shortened."""
     return repr(url.raw_host.decode("ascii")[:100])
 
 
-async def _read(url: httpx.URL, response: httpx.Response, receive: Callable[[bytes], None]) -> None:
+async def _read(url: httpx2.URL, response: httpx2.Response, receive: Callable[[bytes], None]) -> None:
     status = response.status_code
     if status >= 500 or status in _TEMPORARY:
         raise FetchError(f"{shown(url)} answered with status {status}", HTTPStatus.BAD_GATEWAY)
@@ -213,15 +213,15 @@ async def _read(url: httpx.URL, response: httpx.Response, receive: Callable[[byt
         raise FetchError(f"{shown(url)} answered with status {status}", HTTPStatus.UNPROCESSABLE_ENTITY)
     if response.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
         raise FetchError(f"{shown(url)} answered with compressed content", HTTPStatus.UNPROCESSABLE_ENTITY)
-    assert isinstance(response.stream, httpx.AsyncByteStream)
+    assert isinstance(response.stream, httpx2.AsyncByteStream)
     async for piece in response.stream:
         receive(piece)
 
 
 @lru_cache(maxsize=1)
 def _trusted() -> ssl.SSLContext:
-    """The usual certificates: reading them takes a tenth of a second."""
-    return httpx.create_ssl_context()
+    """The system's certificates, read once: that takes tens of milliseconds."""
+    return httpx2.create_ssl_context()
 
 
 def _canonical(host: str) -> str:
