@@ -155,7 +155,7 @@ KEYS = ("first-key", "second-key-längs")
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[Running]:
     settings = ServerSettings(
-        api_keys=KEYS,
+        api_key=KEYS,
         root_path="/api",
         allowed_origins=("https://page.example",),
         trust_request_chat_template=True,
