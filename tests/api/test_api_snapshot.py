@@ -163,7 +163,7 @@ def test_a_record_has_one_line_for_each_name(tmp_path: Path) -> None:
         ("x: int, y: int = 0", "a: int, y: int = 0", "pkg.run(x=): was removed"),
         ("y: int = 0, *,", "*, y: int = 0,", "pkg.run(y=): has another position"),
         ("def run(x: int,", "def run(x: int, /,", "pkg.run(x=): was given by any, is given by position"),
-        (", **settings: Any", "", "pkg.configure(settings=): was removed"),
+        (", **settings: Any", "", "pkg.configure(**=): was removed"),
         ('*, device: str = "cpu", **settings', "**settings", None),
         ("keep: bool", "keep: bool, more: bool", "pkg.Op.__call__(more=): was added without a default"),
         ("async def wait", "def wait", "pkg.wait: was a async def, is a def"),
