@@ -131,7 +131,7 @@ def test_a_plain_layer_may_be_the_tied_head() -> None:
 
 def test_no_module_is_hidden_and_none_but_layers_take_weights() -> None:
     model = language_model()
-    assert isinstance(model.get_submodule("model.rotary"), RotaryTable)
+    assert isinstance(model.get_submodule("model._rotary"), RotaryTable)
     assert not any("rotary" in name for name in model_slots(model))
     for module in model.modules():
         values = [value for value in vars(module).values() if isinstance(value, (list, tuple))]
