@@ -164,7 +164,7 @@ class _TokenClock:
         self.moments: list[float] = []
         self._prompt_seen = False
 
-    def put(self, ids: Any) -> None:
+    def put(self, ids: Any) -> None:  # noqa: ARG002 (they are not decoded)
         if self._prompt_seen:
             self.moments.append(time.perf_counter())
         self._prompt_seen = True

@@ -198,7 +198,8 @@ def _signature(text: str) -> tuple[Mapping[str, Parameter], str | None]:
 
     def add(way: Way, argument: ast.arg | None, default: ast.expr | None = None) -> None:
         if argument is not None:
-            found[argument.arg] = Parameter(way, _source(argument.annotation), _source(default))
+            name = way if way.startswith("*") else argument.arg  # what collects the rest is not given by name
+            found[name] = Parameter(way, _source(argument.annotation), _source(default))
 
     by_position = [*arguments.posonlyargs, *arguments.args]
     no_default = [None] * (len(by_position) - len(arguments.defaults))

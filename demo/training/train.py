@@ -174,7 +174,7 @@ def main() -> None:
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
 
     if args.compile:
-        torch._dynamo.config.cache_size_limit = 64
+        torch._dynamo.config.cache_size_limit = 64  # noqa: SLF001 (the setting has no public name)
         for block in model.blocks():
             block.compile(dynamic=True)
     scenes = list(family.scenes)

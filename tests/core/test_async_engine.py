@@ -43,7 +43,7 @@ async def collect(engine: AsyncEngine, prompt: object, max_tokens: int = 12) -> 
 
 async def wait_idle(engine: AsyncEngine) -> None:
     """Until the engine's thread has nothing left."""
-    while engine._engine.has_unfinished():
+    while engine.engine.has_unfinished():
         await asyncio.sleep(0.01)
 
 
@@ -76,7 +76,7 @@ def test_leaving_a_stream_aborts_its_request(engine: AsyncEngine) -> None:
                 break
         await stream.aclose()  # type: ignore[attr-defined]
         await wait_idle(engine)
-        assert engine._engine.stats().kv_blocks_used == 0
+        assert engine.engine.stats().kv_blocks_used == 0
 
     asyncio.run(main())
 
@@ -93,7 +93,7 @@ def test_cancelled_tasks_abort_and_the_others_go_on(engine: AsyncEngine) -> None
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(isinstance(result, asyncio.CancelledError) for result in results)
         await wait_idle(engine)
-        assert engine._engine.stats().kv_blocks_used == 0
+        assert engine.engine.stats().kv_blocks_used == 0
 
     asyncio.run(main())
 
@@ -130,7 +130,7 @@ def test_a_dead_engine_says_so_to_everyone(engine: AsyncEngine) -> None:
         raise OpsinError("the device is gone")
 
     async def main() -> None:
-        engine._engine.executor.run = broken  # type: ignore[method-assign, assignment]
+        engine.engine.executor.run = broken  # type: ignore[method-assign, assignment]
         with pytest.raises(OpsinError, match="gone"):
             await collect(engine, "Hello")
         with pytest.raises(OpsinError, match="stopped"):
@@ -154,7 +154,7 @@ def test_a_closed_engine_refuses_what_comes_later(engine: AsyncEngine) -> None:
 def test_what_was_asked_for_while_the_engine_ends_is_refused(engine: AsyncEngine, end: str) -> None:
     """Commands that stand in the queue when the thread ends are answered, too."""
     blocked, going_on = threading.Event(), threading.Event()
-    run = engine._engine.executor.run
+    run = engine.engine.executor.run
 
     def stuck(step: Any) -> Any:
         blocked.set()
@@ -163,7 +163,7 @@ def test_what_was_asked_for_while_the_engine_ends_is_refused(engine: AsyncEngine
             raise OpsinError("the device is gone")
         return run(step)
 
-    engine._engine.executor.run = stuck  # type: ignore[method-assign]
+    engine.engine.executor.run = stuck  # type: ignore[method-assign]
 
     async def main() -> None:
         first = asyncio.create_task(collect(engine, [1, 2, 3], 1500))

@@ -88,6 +88,8 @@ def test_every_decision_that_is_named_has_a_page() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_dotted_names_in_backticks_exist(page: Path) -> None:
     """Modules and names of the package, as ``opsin.engine.scheduler`` or ``opsin.api.ModelSpec``."""
+    if page.name == "api-changes.md":  # tests/api compares it with the recorded API
+        return
     for name in re.findall(r"`(opsin(?:\.\w+)+)`", page.read_text()):
         if not re.search(r"\.v\d+$", name):  # an entry-point group
             assert exists(name), f"{page.name}: {name}"

@@ -43,7 +43,7 @@ class Running:
     @property
     def engine(self) -> Engine:
         """The loaded engine."""
-        return self.app.host.engine()._engine
+        return self.app.host.engine().engine
 
     def post(self, path: str, body: Any = None, **options: Any) -> requests.Response:
         """POST ``body`` as JSON."""

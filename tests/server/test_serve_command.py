@@ -146,6 +146,7 @@ def test_every_flag_arrives(parse: Parse, tmp_path: Path) -> None:
         load_format="safetensors",
         seed=-5,
         chat_template_content_format="string",
+        tool_call_parser="hermes",
         pooling_type="mean",
         normalize=False,
         max_media_bytes=11,

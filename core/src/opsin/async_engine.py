@@ -90,11 +90,12 @@ class AsyncEngine:
 
     Attributes:
         frontend, info: the engine's, usable from any thread.
+        engine: belongs to its thread; other threads use `frontend`, `info` and the methods here.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.frontend, self.info = engine.frontend, engine.info
-        self._engine = engine
+        self.engine = engine
         self._pool = ThreadPoolExecutor(engine.config.preprocess_threads, thread_name_prefix="opsin-media")
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._submitting = threading.Lock()  # between looking at _death and putting a command
@@ -255,7 +256,7 @@ class AsyncEngine:
 
         def answer() -> None:
             if future.set_running_or_notify_cancel():
-                future.set_result(self._engine.stats())
+                future.set_result(self.engine.stats())
 
         self._submit(_Command(run=answer, refuse=future.set_exception))
         return await asyncio.wrap_future(future)
@@ -280,8 +281,8 @@ class AsyncEngine:
     def _run(self) -> None:
         try:
             while self._take_commands():
-                if self._engine.has_unfinished():
-                    self._deliver(self._engine.step())
+                if self.engine.has_unfinished():
+                    self._deliver(self.engine.step())
             self._end(OpsinError("the engine was closed"))
         except BaseException as error:
             logger.exception("the engine's thread died")
@@ -291,7 +292,7 @@ class AsyncEngine:
         """Run what was asked for; sleeps while there is nothing to do. False: stop."""
         while True:
             try:
-                command = self._commands.get(block=not self._engine.has_unfinished())
+                command = self._commands.get(block=not self.engine.has_unfinished())
             except queue.Empty:
                 return True
             if command is None:
@@ -306,7 +307,7 @@ class AsyncEngine:
         stream: _Stream,
     ) -> None:
         try:
-            self._engine.add(request_id, prompt, params)
+            self.engine.add(request_id, prompt, params)
         except Exception as error:  # whatever is wrong with one request ends no other
             if not isinstance(error, RequestError):
                 logger.exception("request %s could not be added", request_id)
@@ -315,7 +316,7 @@ class AsyncEngine:
             self._streams[request_id] = stream
 
     def _abort(self, request_id: str) -> None:
-        output = self._engine.abort(request_id)
+        output = self.engine.abort(request_id)
         if output is not None:
             self._deliver([output])
 
@@ -341,4 +342,4 @@ class AsyncEngine:
                 command = self._commands.get_nowait()
                 if command is not None:
                     command.refuse(error)
-        self._engine.close()
+        self.engine.close()

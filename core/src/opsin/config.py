@@ -20,7 +20,6 @@ from opsin.errors import ConfigError, MediaError
 
 MAX_LOGPROBS = 20
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -280,9 +279,9 @@ class MediaLimits:
         sampled_video_frames: frames taken from a video file that has more, evenly spread.
     """
 
-    max_media_bytes: Positive = 64 * MIB
-    max_image_pixels: Positive = 64 * MIB
-    max_video_pixels: Positive = 256 * MIB
+    max_media_bytes: Positive = 64 * 2**20
+    max_image_pixels: Positive = 64 * 2**20
+    max_video_pixels: Positive = 256 * 2**20
     max_video_frames: Positive = 768
     sampled_video_frames: Positive = 32
 
@@ -347,6 +346,7 @@ class EngineConfig(MediaLimits):
         chat_template: file or Jinja text. Default: the checkpoint's own, otherwise the model family's.
         chat_template_content_format: content that the template expects: ``string`` (text with placeholders)
             or ``openai`` (a list of parts); ``auto`` finds out from the template.
+        tool_call_parser: form of tool calls. Default: that of the model's family.
         pooling_type: how embeddings are made. Default: as the model was trained.
         normalize: whether embeddings have L2 norm 1. Default: as the model was trained.
 
@@ -387,6 +387,7 @@ class EngineConfig(MediaLimits):
     prefer: Mapping[str, str] = field(default_factory=dict)
     chat_template: str | None = None
     chat_template_content_format: Literal["auto", "string", "openai"] = "auto"
+    tool_call_parser: Literal["auto", "hermes"] = "auto"
     pooling_type: PoolingType | None = None
     normalize: bool | None = None
     limit_mm_per_prompt: Mapping[str, int] | None = None
@@ -397,8 +398,8 @@ class EngineConfig(MediaLimits):
     enable_prefix_caching: bool = True
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     kv_cache_memory: Positive | None = None
-    encoder_cache_memory: NonNegative = 512 * MIB
-    media_cache_memory: NonNegative = 512 * MIB
+    encoder_cache_memory: NonNegative = 512 * 2**20
+    media_cache_memory: NonNegative = 512 * 2**20
     preprocess_threads: Positive = 2
     local_media: bool = False
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from opsin.api import ModelSpec, Pooling, ProcessedPrompt
+from opsin.api import ModelSpec, Pooling, ProcessedPrompt, Tokenizer
 from opsin.checkpoint.files import Checkpoint, load
 from opsin.config import EngineConfig, PoolingParams, SamplingParams
 from opsin.engine.cache import BlockPool
@@ -216,6 +216,15 @@ class Engine:
             request.finish(index, "abort")
             self._drop(request, index)
         return self._close(request_id)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The frontend's."""
+        return self.frontend.tokenizer
+
+    def default_params(self, **changes: object) -> SamplingParams:
+        """See `EngineInfo.default_params`."""
+        return self.info.default_params(**changes)
 
     def has_unfinished(self) -> bool:
         """Whether `step` has work to do."""

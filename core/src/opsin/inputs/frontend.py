@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opsin.api import InputContext, ModelSpec, ProcessedPrompt, Tokenizer, ToolFormat
+from opsin.api.hermes import HermesTools
 from opsin.checkpoint.files import Checkpoint
 from opsin.checkpoint.hub import locate
 from opsin.checkpoint.tokenizer import ChatTokenizer, load_tokenizer
@@ -119,7 +120,7 @@ def build_frontend(
         media_cache_bytes=config.media_cache_memory,
     )
     content_format = config.chat_template_content_format
-    tool_format = spec.tool_format and spec.tool_format(checkpoint.config)
+    tool_format = _tool_format(config, checkpoint, spec)
     renderer = ChatRenderer(
         tokenizer=tokenizer,
         chat_template=resolve_chat_template(
@@ -143,6 +144,12 @@ def build_frontend(
         grammars=GrammarCompiler(tokenizer, vocab_size, sorted(eos)),
         tool_format=tool_format,
     )
+
+
+def _tool_format(config: EngineConfig, checkpoint: Checkpoint, spec: ModelSpec) -> ToolFormat | None:
+    if config.tool_call_parser == "hermes":
+        return HermesTools()
+    return spec.tool_format and spec.tool_format(checkpoint.config)
 
 
 def _default_chat_template(spec: ModelSpec, config: Mapping[str, Any]) -> str | None:

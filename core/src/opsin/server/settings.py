@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from opsin.config import MAX_LOGPROBS, MIB, NonNegative, Positive, Range, check_fields
+from opsin.config import MAX_LOGPROBS, NonNegative, Positive, Range, check_fields
 from opsin.errors import ConfigError
 from opsin.server.fetch.settings import FetchSettings
 
@@ -25,7 +25,7 @@ class RequestLimits:
         max_waiting: most requests that wait, beyond --max-num-seqs. Further ones get status 429.
     """
 
-    max_body_bytes: Positive = 64 * MIB
+    max_body_bytes: Positive = 64 * 2**20
     max_parts: Positive = 1024
     max_inputs: Positive = 1024
     max_n: Positive = 64
@@ -47,7 +47,6 @@ class ServerSettings:
     Chat and embeddings:
         trust_request_chat_template: whether requests may bring a chat template of their own.
         enable_auto_tool_choice: accepted for compatibility. Tools are always on.
-        tool_call_parser: form of tool calls.
 
     Address:
         root_path: prefix under which a proxy shows the server, such as /vision.
@@ -69,7 +68,6 @@ class ServerSettings:
     served_model_name: Sequence[str] = ()
     trust_request_chat_template: bool = False
     enable_auto_tool_choice: bool = False
-    tool_call_parser: Literal["hermes"] = "hermes"
     root_path: str = ""
     ui: bool = True
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from opsin.config import MIB, MediaLimits, Positive, check_fields
+from opsin.config import MediaLimits, Positive, check_fields
 from opsin.errors import ConfigError
 
 
@@ -37,7 +37,7 @@ class FetchSettings:
     allow_loopback_media: bool = False
     enable_mm_embeds: bool = False
     image_fetch_timeout: float = 5.0
-    max_request_media_bytes: Positive = 256 * MIB
+    max_request_media_bytes: Positive = 256 * 2**20
     max_media_bytes: Positive = MediaLimits.max_media_bytes
     max_redirects: int = 5
     max_concurrent: Positive = 32
