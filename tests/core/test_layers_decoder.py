@@ -75,7 +75,7 @@ def test_it_is_a_model() -> None:
     model: Model = language_model()
     assert (model.hidden_size, model.vocab_size) == (8, 12)
     assert model.kv_geometry == KVGeometry(num_layers=2, num_kv_heads=1, head_size=4)
-    with pytest.raises(AssertionError, match="LanguageModel encodes no image"):
+    with pytest.raises(AssertionError, match="LanguageModel has no encoder, got 0 image items"):
         model.encode("image", [])
 
 

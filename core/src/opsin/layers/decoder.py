@@ -254,7 +254,7 @@ class LanguageModel(Module):
 
     def encode(self, modality: Modality, items: Sequence[MappedMedia]) -> Sequence[Tensor]:
         """See `opsin.api.Model.encode`."""
-        raise AssertionError(f"{type(self).__name__} encodes no {modality}")
+        raise AssertionError(f"{type(self).__name__} has no encoder, got {len(items)} {modality} items")
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """int64 (T,) -> (T, H)."""

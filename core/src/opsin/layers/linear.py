@@ -155,7 +155,7 @@ def in_shorter_sums(prepare: PrepareLinear, num_sums: int) -> PrepareLinear:
         bias: Tensor | None,
         activation: Activation | None,
         *,
-        keep_weight: bool,
+        keep_weight: bool,  # noqa: ARG001 (the parts are copies in any case)
         few_rows: bool = False,
     ) -> LinearFn:
         first, *others = (

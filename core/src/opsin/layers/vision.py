@@ -177,9 +177,6 @@ class VisionAttention(Module):
 class MLP(Module):
     """Two linear layers around an activation, under ``names`` in the checkpoint."""
 
-    fc1: Linear
-    fc2: Linear
-
     def __init__(
         self,
         context: BuildContext,
