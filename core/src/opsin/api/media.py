@@ -207,7 +207,7 @@ class Placeholder:
 def repeat_token(token_id: int) -> Callable[[MappedMedia, int], Expansion]:
     """For `Placeholder.expand`: an item becomes one token as often as it has embeddings."""
 
-    def expand(mapped: MappedMedia, number: int) -> Expansion:
+    def expand(mapped: MappedMedia, _number: int) -> Expansion:
         return Expansion(token_ids=[token_id] * mapped.num_embeds, is_embed=[True] * mapped.num_embeds)
 
     return expand
