@@ -123,7 +123,7 @@ class SamplingParams:
         n: samples per prompt.
         temperature: 0 means greedy.
         top_p, top_k, min_p: nucleus, k-best (0: all) and relative-probability cuts.
-        seed: makes this request's samples reproducible, whatever else runs beside it.
+        seed: makes this request's samples reproducible, whatever else runs alongside.
         stop: end when the text contains one of these; it is cut off unless ``include_stop_str_in_output``.
         stop_token_ids: end after one of these ids; its text is not part of the output.
         ignore_eos: go on after the model's end-of-sequence ids.

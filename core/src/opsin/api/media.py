@@ -193,7 +193,7 @@ class Placeholder:
         tokenizes_whole: with ``token_id`` None: ``mm_processor_kwargs`` (the engine's merged with the
             request's) -> whether the prompt is tokenized as a whole after all, and the placeholders are found
             by the ids their texts become. None: never. A ValueError is shown to the user.
-        option_names: the ``mm_processor_kwargs`` it reads, accepted beside the input mapper's.
+        option_names: the ``mm_processor_kwargs`` it reads, accepted besides the input mapper's.
     """
 
     text: Callable[[int], str]
