@@ -144,15 +144,21 @@ class InputContext:
 
     Attributes:
         config: the checkpoint's config.json.
-        preprocessor: its preprocessor_config.json (empty if it has none).
+        preprocessor: its settings for images: of processor_config.json, or preprocessor_config.json (empty if
+            it has neither).
         tokenizer: its tokenizer.
         options: the user's ``mm_processor_kwargs`` for the whole engine.
+        video_preprocessor: its settings for videos: of processor_config.json, or
+            video_preprocessor_config.json, or those for images. Since 1.1.
+        read_json: name -> another JSON file of its folder; empty if there is no such file. Since 1.1.
     """
 
     config: Mapping[str, Any]
     preprocessor: Mapping[str, Any]
     tokenizer: Tokenizer
     options: Mapping[str, Any] = field(default_factory=dict)
+    video_preprocessor: Mapping[str, Any] = field(default_factory=dict)
+    read_json: Callable[[str], Mapping[str, Any]] = lambda name: {}  # noqa: ARG005 (its name is the protocol's)
 
 
 class InputMapper(Protocol):

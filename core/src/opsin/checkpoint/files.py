@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from opsin.checkpoint.hub import locate
 from opsin.errors import CheckpointError
+from opsin.plugins.claims import reason_of
 
 _UNSAFE_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt")
 _INDEX = "model.safetensors.index.json"
@@ -30,11 +32,13 @@ class Checkpoint:
         architecture: first of config.json's ``architectures``.
         config: config.json.
         generation_config: generation_config.json, empty if there is none.
-        preprocessor: preprocessor_config.json, or what processor_config.json has of it (as transformers 5
-            writes it); empty if there is neither.
+        preprocessor: what processor_config.json has for images (as transformers 5 writes it), or
+            preprocessor_config.json; empty if there is neither.
+        video_preprocessor: the same for videos: of processor_config.json, or video_preprocessor_config.json, or
+            that for images.
         dtype: element type of the weights as config.json names it, ``"float32"`` if it does not.
-        eos_token_ids: ids that end a text.
-        chat_template: Jinja source, or None.
+        eos_token_ids: ids that end a text: those of generation_config.json and of config.json together.
+        chat_templates: name -> Jinja source; the usual one is named "default".
         revision_key: hex digest of what is in the folder (names, sizes, times, config.json): two checkpoints
             with different keys must not share cached keys and values.
     """
@@ -44,10 +48,16 @@ class Checkpoint:
     config: Mapping[str, Any]
     generation_config: Mapping[str, Any] = field(default_factory=dict)
     preprocessor: Mapping[str, Any] = field(default_factory=dict)
+    video_preprocessor: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     eos_token_ids: tuple[int, ...] = ()
-    chat_template: str | None = None
+    chat_templates: Mapping[str, str] = field(default_factory=dict)
     revision_key: str = ""
+
+    @property
+    def chat_template(self) -> str | None:
+        """The usual chat template."""
+        return self.chat_templates.get("default")
 
     def weight_files(self) -> list[Path]:
         """The safetensors files, sorted.
@@ -57,7 +67,7 @@ class Checkpoint:
         """
         index = self.path / _INDEX
         if index.is_file():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+            names = sorted(set(self.weight_map().values()))
             if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in names):
                 raise CheckpointError(f"{index} names files outside of its folder")
             files = [self.path / name for name in names]
@@ -69,6 +79,36 @@ class Checkpoint:
         if not files:
             raise CheckpointError(_no_weights(self.path))
         return files
+
+    def weight_map(self) -> Mapping[str, str]:
+        """Key -> name of the file whose copy of the tensor counts; empty without an index.
+
+        Raises:
+            CheckpointError: the index cannot be read.
+        """
+        weight_map = read_json(self.path / _INDEX, needed=False).get("weight_map", {})
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError(f"{self.path / _INDEX}: weight_map must be an object of file names")
+        return weight_map
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Another JSON file of the folder; empty if there is none.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        return read_json(self.path / PurePosixPath(name).name, needed=False)
+
+    def check_not_quantised(self) -> None:
+        """Raise `CheckpointError` where config.json says that the weights are quantised."""
+        for source in (self.config, self.config.get("text_config") or {}):
+            quantised = source.get("quantization_config") or source.get("compression_config")
+            if quantised:
+                method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+                raise CheckpointError(
+                    f"{self.path} is quantised (quantization_config, quant_method {method!r}), which is not "
+                    "supported; take the checkpoint it was made from"
+                )
 
 
 def load(model: str, revision: str | None = None) -> Checkpoint:
@@ -83,6 +123,7 @@ def load(model: str, revision: str | None = None) -> Checkpoint:
         MissingPluginError: the checkpoint comes in a package that is not installed.
     """
     path = locate(model, revision=revision)
+    _check_kind(path)
     config = read_json(path / "config.json")
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or not architectures:
@@ -96,10 +137,13 @@ def load(model: str, revision: str | None = None) -> Checkpoint:
         architecture=str(architectures[0]),
         config=config,
         generation_config=generation_config,
-        preprocessor=_preprocessor(path),
-        dtype=_dtype(config),
-        eos_token_ids=_eos_token_ids(generation_config, config),
-        chat_template=_chat_template(path),
+        preprocessor=_processor_settings(path, "image_processor", "preprocessor_config.json"),
+        video_preprocessor=_processor_settings(
+            path, "video_processor", "video_preprocessor_config.json", "preprocessor_config.json"
+        ),
+        dtype=_dtype(config, path),
+        eos_token_ids=_eos_token_ids(path, generation_config, config),
+        chat_templates=_chat_templates(path),
         revision_key=_revision_key(path),
     )
 
@@ -118,41 +162,73 @@ def read_json(path: Path, *, needed: bool = True) -> dict[str, Any]:
     return data
 
 
-def _preprocessor(path: Path) -> dict[str, Any]:
-    settings = read_json(path / "preprocessor_config.json", needed=False)
-    if not settings:
-        settings = read_json(path / "processor_config.json", needed=False).get("image_processor") or {}
-    return settings
+def _check_kind(path: Path) -> None:
+    """Refuse, by what it is, a folder that is no model."""
+    adapter = read_json(path / "adapter_config.json", needed=False)
+    if adapter:
+        raise CheckpointError(
+            f"{path} is an adapter ({adapter.get('peft_type', 'LoRA')}) for "
+            f"{adapter.get('base_model_name_or_path')!r}, and adapters are not supported; merge it into that model "
+            "(peft: merge_and_unload, save_pretrained), or remove adapter_config.json from a merged one"
+        )
+    if not (path / "config.json").is_file() and (found := sorted(path.glob("*.gguf"))):
+        raise CheckpointError(
+            f"{path} holds GGUF files ({found[0].name}), which llama.cpp reads; take the original checkpoint, with "
+            "config.json and safetensors"
+        )
 
 
-def _dtype(config: Mapping[str, Any]) -> str:
+def _processor_settings(path: Path, section: str, *names: str) -> dict[str, Any]:
+    """As transformers 5 looks for them: in processor_config.json, then in files of their own."""
+    for settings in (
+        read_json(path / "processor_config.json", needed=False).get(section),
+        *(read_json(path / name, needed=False) for name in names),
+    ):
+        if isinstance(settings, dict) and settings:
+            return settings
+    return {}
+
+
+def _dtype(config: Mapping[str, Any], path: Path) -> str:
     text = config.get("text_config") or {}
     found = (source.get(name) for source in (config, text) for name in ("dtype", "torch_dtype"))
-    dtype = next((str(value) for value in found if value), "float32")
+    dtype = next((value for value in found if value), "float32")
+    if not isinstance(dtype, str):
+        raise CheckpointError(f"{path / 'config.json'}: dtype is {dtype!r}; expected a name such as 'bfloat16'")
     return dtype.removeprefix("torch.")
 
 
-def _eos_token_ids(*sources: Mapping[str, Any]) -> tuple[int, ...]:
-    """From generation_config, else config, else its text_config: the first that has any."""
-    nested = [source["text_config"] for source in sources if source.get("text_config")]
-    for source in (*sources, *nested):
-        ids = source.get("eos_token_id")
-        if ids is not None:
-            return tuple(int(i) for i in ids) if isinstance(ids, list) else (int(ids),)
-    return ()
+def _eos_token_ids(path: Path, *sources: Mapping[str, Any]) -> tuple[int, ...]:
+    """From generation_config, config and its text_config."""
+    ids: set[int] = set()
+    for source in (*sources, *(source["text_config"] for source in sources if source.get("text_config"))):
+        found = source.get("eos_token_id")
+        found = [] if found is None else found if isinstance(found, list) else [found]
+        if not all(type(token) is int for token in found):
+            raise CheckpointError(f"{path}: eos_token_id is {found!r}; expected an integer or a list of them")
+        ids.update(found)
+    return tuple(sorted(ids))
 
 
-def _chat_template(path: Path) -> str | None:
+def _chat_templates(path: Path) -> dict[str, str]:
+    """Name -> Jinja source; the first file that has any counts, as in transformers."""
+    found = {file.stem: file for file in (path / "additional_chat_templates").glob("*.jinja")}
     jinja = path / "chat_template.jinja"
     if jinja.is_file():
-        return jinja.read_text(encoding="utf-8")
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        template = read_json(path / name, needed=False).get("chat_template")
-        if isinstance(template, list):  # several named ones
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        if template is not None:
-            return str(template)
-    return None
+        found["default"] = jinja
+        return {name: file.read_text(encoding="utf-8") for name, file in found.items()}
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        templates = read_json(path / name, needed=False).get("chat_template")
+        if isinstance(templates, str):
+            return {"default": templates}
+        try:
+            if isinstance(templates, list):
+                return {str(entry["name"]): str(entry["template"]) for entry in templates}
+            if templates is not None:
+                return {str(name): str(template) for name, template in templates.items()}
+        except (AttributeError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path / name}: chat_template has no names and templates") from error
+    return {}
 
 
 def _revision_key(path: Path) -> str:
@@ -184,10 +260,38 @@ def _check_complete(path: Path, missing: Sequence[Path]) -> None:
         )
 
 
+@contextmanager
+def settings_explained(path: Path, builder: Callable[..., Any]) -> Iterator[None]:
+    """Whatever a plugin's builder makes of settings it cannot follow becomes a `CheckpointError`.
+
+    Args:
+        path: the checkpoint's folder.
+        builder: the plugin's function, which is called inside the block.
+
+    Raises:
+        CheckpointError: the builder has failed.
+    """
+    where = getattr(builder, "__module__", type(builder).__name__)
+    try:
+        yield
+    except ValueError as error:  # what a builder says itself
+        raise CheckpointError(f"the settings in {path}: {error}") from error
+    except KeyError as error:
+        raise CheckpointError(
+            f"the settings in {path}: {where} needs the field {error}, which is not there"
+        ) from error
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError) as error:
+        raise CheckpointError(
+            f"the settings in {path}: {where} cannot follow them: {reason_of(error)}"
+        ) from error
+
+
 def _no_weights(path: Path) -> str:
     unsafe = sorted(file.name for file in path.iterdir() if file.suffix in _UNSAFE_WEIGHTS)
     if not unsafe:
-        return f"{path} has no weights: expected *.safetensors"
+        gguf = sorted(file.name for file in path.glob("*.gguf"))
+        found = f", found only {gguf[0]}, which llama.cpp reads" if gguf else ""
+        return f"{path} has no weights: expected *.safetensors{found}"
     return (
         f"{path} has no *.safetensors, only {', '.join(unsafe[:4])}: a format that can run code when it is "
         "read. Convert the weights to safetensors (safetensors.torch.save_file), where you trust them"

@@ -23,14 +23,14 @@ from opsin.api import (
     KVLayer,
     ModelSpec,
 )
-from opsin.checkpoint.files import Checkpoint
+from opsin.checkpoint.files import Checkpoint, settings_explained
 from opsin.checkpoint.weights import load_weights, read_safetensors, torch_dtype
 from opsin.config import EngineConfig
 from opsin.engine.cache import EncoderCache
 from opsin.engine.runner import Runner, StepTokens
 from opsin.engine.scheduler import Step
 from opsin.engine.sizing import Resolved, resolve, resolve_dtype
-from opsin.errors import CheckpointError, ConfigError
+from opsin.errors import ConfigError, PluginError
 from opsin.kernels import Kernels
 
 logger = logging.getLogger(__name__)
@@ -66,13 +66,22 @@ class LocalExecutor:
         context = BuildContext(
             config=checkpoint.config, kernels=self.kernels, dtype=dtype, device=self.device.torch_device
         )
-        try:
+        if model_spec.load_checkpoint is None:
+            checkpoint.check_not_quantised()
+        with settings_explained(checkpoint.path, model_spec.build):
             self.model = model_spec.build(context)
-        except ValueError as error:  # a config.json the family cannot follow
-            raise CheckpointError(f"{checkpoint.path / 'config.json'}: {error}") from error
-        stream = model_spec.load_checkpoint or (lambda path: read_safetensors(checkpoint.weight_files()))
+        if not isinstance(self.model, torch.nn.Module):
+            raise PluginError(
+                f"{model_spec.build.__module__} built {self.model!r:.80} for {model_spec.architecture}, expected a "
+                "torch.nn.Module with the methods of opsin.api.Model"
+            )
         with _out_of_memory_explained(self.device, "weights", 'pass a smaller checkpoint or dtype="float16"'):
-            self.weights = load_weights(self.model, stream(checkpoint.path))
+            tensors = (
+                read_safetensors(checkpoint.weight_files(), checkpoint.weight_map())
+                if model_spec.load_checkpoint is None
+                else model_spec.load_checkpoint(checkpoint.path)
+            )
+            self.weights = load_weights(self.model, tensors, needs_head=config.task != "embed")
         self.weights.check()
         geometry = self.model.kv_geometry
         row_elements = _kv_row_elements(self.device, geometry)
@@ -167,7 +176,8 @@ def _kv_row_elements(device: Device, geometry: KVGeometry) -> int:
 
 def _max_len(spec: ModelSpec, checkpoint: Checkpoint) -> int:
     if spec.max_len is not None:
-        return spec.max_len(checkpoint.config)
+        with settings_explained(checkpoint.path, spec.max_len):
+            return spec.max_len(checkpoint.config)
     text = checkpoint.config.get("text_config") or {}
     return int(
         checkpoint.config.get("max_position_embeddings") or text.get("max_position_embeddings") or 4096

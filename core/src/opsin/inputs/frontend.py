@@ -8,11 +8,10 @@ from typing import Any
 
 from opsin.api import InputContext, ModelSpec, ProcessedPrompt, Tokenizer, ToolFormat
 from opsin.api.hermes import HermesTools
-from opsin.checkpoint.files import Checkpoint
+from opsin.checkpoint.files import Checkpoint, settings_explained
 from opsin.checkpoint.hub import locate
 from opsin.checkpoint.tokenizer import ChatTokenizer, load_tokenizer
 from opsin.config import EngineConfig
-from opsin.errors import CheckpointError
 from opsin.inputs.chat import ChatOptions, ChatRenderer
 from opsin.inputs.conversation import Conversation
 from opsin.inputs.grammar import GrammarCompiler
@@ -91,20 +90,11 @@ def build_frontend(
         preprocessor=checkpoint.preprocessor,
         tokenizer=tokenizer,
         options=config.mm_processor_kwargs,
+        video_preprocessor=checkpoint.video_preprocessor,
+        read_json=checkpoint.read_json,
     )
-    try:
-        mappers = {
-            modality: mapper
-            for modality, mapper_spec in plugins.input_mappers(architecture).items()
-            if (mapper := mapper_spec.build(context)) is not None
-        }
-        placeholders = {
-            modality: placeholder
-            for modality, placeholder_spec in plugins.placeholders(architecture).items()
-            if (placeholder := placeholder_spec.build(context)) is not None
-        }
-    except ValueError as error:  # settings the family cannot follow
-        raise CheckpointError(f"the settings in {checkpoint.path}: {error}") from error
+    mappers = _built(plugins.input_mappers(architecture), context, checkpoint)
+    placeholders = _built(plugins.placeholders(architecture), context, checkpoint)
     processor = PromptProcessor(
         model_spec=spec,
         mappers=mappers,
@@ -124,9 +114,9 @@ def build_frontend(
     renderer = ChatRenderer(
         tokenizer=tokenizer,
         chat_template=resolve_chat_template(
-            config.chat_template,
+            checkpoint.chat_templates.get(config.chat_template or "", config.chat_template),
             own=checkpoint.chat_template,
-            default=_default_chat_template(spec, checkpoint.config),
+            default=_default_chat_template(spec, checkpoint),
         ),
         placeholders=placeholders,
         content_format=None if content_format == "auto" else content_format,
@@ -146,20 +136,39 @@ def build_frontend(
     )
 
 
+def _built(
+    specs: Mapping[str, Any], context: InputContext, checkpoint: Checkpoint
+) -> dict[str, Any]:
+    """Modality -> what its spec builds for this checkpoint, where it takes the modality."""
+    built = {}
+    for modality, spec in specs.items():
+        with settings_explained(checkpoint.path, spec.build):
+            part = spec.build(context)
+        if part is not None:
+            built[modality] = part
+    return built
+
+
 def _tool_format(config: EngineConfig, checkpoint: Checkpoint, spec: ModelSpec) -> ToolFormat | None:
     if config.tool_call_parser == "hermes":
         return HermesTools()
     return spec.tool_format and spec.tool_format(checkpoint.config)
 
 
-def _default_chat_template(spec: ModelSpec, config: Mapping[str, Any]) -> str | None:
+def _default_chat_template(spec: ModelSpec, checkpoint: Checkpoint) -> str | None:
     template = spec.default_chat_template
-    return template(config) if callable(template) else template
+    if not callable(template):
+        return template
+    with settings_explained(checkpoint.path, template):
+        return template(checkpoint.config)
 
 
 def _eos_token_ids(checkpoint: Checkpoint, spec: ModelSpec, tokenizer: Tokenizer) -> frozenset[int]:
-    """Ids that end a text: the checkpoint's, and the family's so far as the tokenizer has them."""
-    ids = set(checkpoint.eos_token_ids)
+    """Ids that end a text: the checkpoint's, its tokenizer's, and the family's that the tokenizer has."""
+    ids = {*checkpoint.eos_token_ids}
+    own = getattr(tokenizer, "eos_token_id", None)
+    if own is not None:
+        ids.add(own)
     for text in spec.stop_tokens:
         token = tokenizer.convert_tokens_to_ids(text)
         # A text that is no token is given the id of the unknown one, or None.

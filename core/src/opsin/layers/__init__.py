@@ -19,12 +19,12 @@ from opsin.layers.decoder import (
     output_head,
 )
 from opsin.layers.embeds import split_image_embeds
-from opsin.layers.linear import Embedding, Linear, dtype_name
+from opsin.layers.linear import Embedding, Linear, activation, dtype_name
 from opsin.layers.module import Layer, Module, Slot
 from opsin.layers.norm import LayerNorm, RMSNorm
 from opsin.layers.pixels import CLIP_MEAN, CLIP_STD, pixel_levels, pixel_values
 from opsin.layers.rotary import RotaryTable, inverse_frequencies
-from opsin.layers.text import context_length, text_config
+from opsin.layers.text import context_length, fields, sequential_positions, switch_lengths, text_config
 from opsin.layers.vision import (
     MLP,
     TIMM_RENAMES,
@@ -60,14 +60,18 @@ __all__ = [
     "VisionEncoder",
     "VisionMLP",
     "VisionTransformer",
+    "activation",
     "context_length",
     "dtype_name",
+    "fields",
     "flatten_patches",
     "inverse_frequencies",
     "kv_geometry",
     "output_head",
     "pixel_levels",
     "pixel_values",
+    "sequential_positions",
     "split_image_embeds",
+    "switch_lengths",
     "text_config",
 ]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from opsin.api import (
@@ -20,11 +21,26 @@ from opsin.api import (
     MappedMedia,
     Modality,
 )
-from opsin.layers.linear import Embedding, Linear, dtype_name
-from opsin.layers.module import Module
+from opsin.layers.linear import Embedding, Linear, activation, dtype_name
+from opsin.layers.module import Module, Slot, owned
 from opsin.layers.norm import RMSNorm
+from opsin.layers.text import fields
 
-_CONSTANTS = (r"\.rotary_emb\.inv_freq$", r"\.position_ids$")
+_DECODER_FIELDS: Mapping[str, Any] = {
+    "num_key_value_heads": int | None,
+    "head_dim": int | None,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "tie_word_embeddings": bool | None,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+
+
+def _positive(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}; expected a positive integer")
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,19 +73,33 @@ class DecoderConfig:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **changes: Any) -> DecoderConfig:
-        """From the fields of a `text_config`; ``changes`` are attributes that the family knows better."""
-        heads = config["num_attention_heads"]
+        """From the fields of a `text_config`; ``changes`` are attributes that the family knows better.
+
+        Raises:
+            ValueError: a field cannot be used; the message names it.
+        """
+        given = fields(config, _DECODER_FIELDS)
+        for name in ("attention_bias", "mlp_bias"):
+            if given[name]:
+                raise ValueError(f"{name} is true; expected false: these decoders have no such biases")
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        vocab_size, hidden_size, intermediate_size, num_layers, heads = (
+            _positive(name, given.get(name)) for name in sizes
+        )
+        kv_heads = _positive("num_key_value_heads", given["num_key_value_heads"] or heads)
+        if heads % kv_heads:
+            raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
         found = {
-            "vocab_size": config["vocab_size"],
-            "hidden_size": config["hidden_size"],
-            "intermediate_size": config["intermediate_size"],
-            "num_layers": config["num_hidden_layers"],
+            "vocab_size": vocab_size,
+            "hidden_size": hidden_size,
+            "intermediate_size": intermediate_size,
+            "num_layers": num_layers,
             "num_heads": heads,
-            "num_kv_heads": config.get("num_key_value_heads") or heads,
-            "head_size": config.get("head_dim") or config["hidden_size"] // heads,
-            "eps": config.get("rms_norm_eps", 1e-6),
-            "activation": config.get("hidden_act", "silu"),
-            "tied": bool(config.get("tie_word_embeddings", False)),
+            "num_kv_heads": kv_heads,
+            "head_size": _positive("head_dim", given["head_dim"] or hidden_size // heads),
+            "eps": given["rms_norm_eps"],
+            "activation": activation(given["hidden_act"]),
+            "tied": bool(given["tie_word_embeddings"]),
         }
         return cls(**{**found, **changes})
 
@@ -201,11 +231,42 @@ def kv_geometry(config: DecoderConfig, world_size: int) -> KVGeometry:
 
 
 class OutputHead(Linear):
-    """hidden -> vocabulary; every rank has it whole."""
+    """hidden -> vocabulary; every rank has it whole.
+
+    A tied head is stored all the same in some checkpoints. One that differs from the embeddings is used, whatever
+    ``tie_word_embeddings`` says, as in transformers 5.
+    """
 
     def __init__(self, context: BuildContext, config: DecoderConfig) -> None:
         super().__init__(context, config.hidden_size, config.vocab_size, bias=False, few_rows=True)
         self._scale = config.logit_scale
+        self._stored: Tensor | None = None
+        self._table: Tensor | None = None
+
+    def slots(self) -> Iterator[Slot]:
+        """The weight (V, H), optional for a tied head."""
+        yield Slot("weight", (self.out_features, self.in_features), self._put, optional=self.tied)
+
+    def adopt(self, weight: Tensor) -> None:
+        """See `Linear.adopt`."""
+        self._table = weight
+        self._settle()
+
+    def _put(self, weight: Tensor) -> None:
+        self._stored = weight
+        if not self.tied or self._table is not None:
+            self._settle()
+
+    def _settle(self) -> None:
+        stored, table = self._stored, self._table
+        self._stored = None
+        if stored is not None and table is not None and torch.equal(stored.to(table), table):
+            stored = None
+        if stored is not None:
+            self._weight = owned(stored, self._device, self._dtype)
+            self._finish(keep_weight=False)
+        elif table is not None and self._run is None:
+            super().adopt(table)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, H) -> logits (B, V)."""
@@ -240,14 +301,14 @@ class LanguageModel(Module):
         unused: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        self._renames, self._unused = renames or {}, (*unused, *_CONSTANTS)
+        self._renames, self._unused = renames or {}, tuple(unused)
         self.hidden_size, self.vocab_size = config.hidden_size, config.vocab_size
         self.kv_geometry = kv_geometry(config, context.parallel.world_size)
         self.lm_head = output_head(context, config)
         self.model = Decoder(context, config, rotary=rotary, head=self.lm_head)
 
     def weight_name(self, key: str) -> str | None:
-        """See `opsin.api.Model.weight_name`; constants that some exports store are not used either."""
+        """See `opsin.api.Model.weight_name`."""
         for pattern, replacement in self._renames.items():
             key = re.sub(pattern, replacement, key)
         return None if any(re.search(pattern, key) for pattern in self._unused) else key

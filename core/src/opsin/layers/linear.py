@@ -14,6 +14,27 @@ from opsin.layers.module import Layer, Slot, owned
 Split = Literal["column", "row"]
 
 
+_ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "quick_gelu": "quick_gelu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+
+
+def activation(name: str, field: str = "hidden_act") -> Activation:
+    """The activation that config.json names.
+
+    Raises:
+        ValueError: there is no such one; the message names ``field``.
+    """
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"{field} is {name!r}; expected one of {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """``torch.float32`` -> ``"float32"``."""
     return str(dtype).removeprefix("torch.")

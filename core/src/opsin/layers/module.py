@@ -34,12 +34,14 @@ class Slot:
         shape: full shape in the checkpoint.
         put: takes the tensor (any dtype, host memory); called once.
         beside: whether the name is relative to the layer's parent.
+        optional: whether a checkpoint may go without.
     """
 
     name: str
     shape: tuple[int, ...]
     put: Callable[[Tensor], None]
     beside: bool = False
+    optional: bool = False
 
 
 class Layer(Module):

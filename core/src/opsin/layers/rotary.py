@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,24 @@ import torch
 from torch import Tensor
 
 from opsin.layers.module import Module
+from opsin.layers.text import original_length
+
+_FIELDS: Mapping[str, frozenset[str]] = {
+    "default": frozenset(),
+    "linear": frozenset({"factor"}),
+    "dynamic": frozenset({"factor"}),
+    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+    "longrope": frozenset(
+        {"factor", "attention_factor", "short_factor", "long_factor", "original_max_position_embeddings"}
+    ),
+    "yarn": frozenset(
+        {"factor", "attention_factor", "original_max_position_embeddings"}
+        | {"beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}
+    ),
+}
+"""Types of rotary positions, and what ``rope_parameters`` has for each besides `_COMMON`."""
+
+_COMMON = frozenset({"rope_type", "rope_theta", "mrope_section", "partial_rotary_factor"})
 
 
 def inverse_frequencies(width: int, theta: float) -> Tensor:
@@ -23,13 +42,16 @@ class RotaryTable(Module):
         head_size: D.
         theta: base of the frequencies.
         sections: number of the D/2 frequencies that follow each axis (M-RoPE); None: one axis.
+        device: torch device.
     """
 
     def __init__(
         self, head_size: int, theta: float, *, sections: Sequence[int] | None = None, device: str = "cpu"
     ) -> None:
         super().__init__()
-        self._inverse = inverse_frequencies(head_size, theta).to(device)
+        self._inverse = inverse_frequencies(head_size, theta)[None].to(device)
+        self._factor = 1.0
+        self._num_axes = 1 if sections is None else len(sections)
         self._axis: Tensor | None = None
         if sections is not None:
             assert sum(sections) == head_size // 2, (sections, head_size)
@@ -42,25 +64,141 @@ class RotaryTable(Module):
     ) -> RotaryTable:
         """From a `text_config`; ``mrope``: whether the family's positions have several axes.
 
+        A family whose checkpoints may be of type "longrope" gives `switch_lengths` with its positions.
+
         Raises:
             ValueError: ``rope_parameters`` describe another kind of rotary positions.
         """
         rope = text["rope_parameters"]
-        kind, sections = rope["rope_type"], rope.get("mrope_section")
-        kinds = ("default", "mrope") if mrope else ("default",)
-        if kind not in kinds or (sections is None) == mrope:
+        sections = rope.get("mrope_section")
+        if (sections is None) == mrope:
             raise ValueError(
-                f"rope_scaling (or rope_parameters) of type {kind!r} with mrope_section {sections}: expected "
-                f"type {' or '.join(map(repr, kinds))} {'with' if mrope else 'without'} an mrope_section"
+                f"rope_scaling (or rope_parameters) has mrope_section {sections}: expected "
+                f"{'one' if mrope else 'none'} in this family"
             )
-        return cls(head_size, rope["rope_theta"], sections=sections, device=device)
+        if mrope and (not _integers(sections) or sum(sections) != head_size // 2):
+            raise ValueError(f"mrope_section is {sections!r}; expected integers whose sum is {head_size // 2}")
+        table = cls(head_size, rope["rope_theta"], sections=sections, device=device)
+        inverse, table._factor = _scaled(text, head_size)
+        table._inverse = inverse.to(device)
+        return table
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """int64 (A, T) -> cos, sin, float32 (T, D), both halves equal."""
+        """int64 (A, T) -> cos, sin, float32 (T, D), both halves equal.
+
+        With frequencies of several variants, (A + 1, T): the variant of each token is the last row.
+        """
+        inverse = self._inverse[0]
+        if len(self._inverse) > 1:
+            if len(positions) == self._num_axes:
+                raise ValueError("positions have no row of variants: the family gives no switch_lengths")
+            inverse = self._inverse.index_select(0, positions[-1])
         if self._axis is None:
-            angles = positions[0].float().unsqueeze(1) * self._inverse
+            angles = positions[0].float().unsqueeze(1) * inverse
         else:
             # Frequency i turns with its axis' position (M-RoPE; Wang et al. 2024, section 2.1).
-            angles = positions.float().index_select(0, self._axis).t() * self._inverse
+            angles = positions.float().index_select(0, self._axis).t() * inverse
         angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos(), angles.sin()
+        return angles.cos() * self._factor, angles.sin() * self._factor
+
+
+def _integers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _scaled(text: Mapping[str, Any], width: int) -> tuple[Tensor, float]:
+    """Frequencies of each variant, float32 (variants, D/2), and a factor of cosines and sines.
+
+    The formulas are those of transformers (``modeling_rope_utils.py``), which names their sources.
+
+    Raises:
+        ValueError: the type is unknown, or a field is, or it cannot be used.
+    """
+    rope = text["rope_parameters"]
+    kind = rope["rope_type"]
+    if kind not in _FIELDS:
+        raise ValueError(
+            f"rope_scaling (or rope_parameters) is of type {kind!r}; expected one of {', '.join(_FIELDS)}"
+        )
+    if unknown := rope.keys() - _FIELDS[kind] - _COMMON:
+        raise ValueError(
+            f"rope_scaling (or rope_parameters) has {', '.join(sorted(unknown))}, which its type {kind!r} "
+            "does not use; take it out, or name the type that does"
+        )
+
+    if _number(rope, "partial_rotary_factor", 1.0) != 1:
+        raise ValueError(f"partial_rotary_factor is {rope['partial_rotary_factor']}; only 1 is supported")
+    theta = _number(rope, "rope_theta")
+    inverse = inverse_frequencies(width, theta)
+    # "dynamic" begins beyond max_position_embeddings, which `context_length` keeps to.
+    if kind == "linear":
+        inverse = inverse / _number(rope, "factor")
+    elif kind == "llama3":
+        low, high = _number(rope, "low_freq_factor"), _number(rope, "high_freq_factor")
+        slow = inverse / _number(rope, "factor")
+        rotations = original_length(text) * inverse / (2 * math.pi)  # in the original context
+        share = (rotations - low) / (high - low)
+        between = (1 - share) * slow + share * inverse
+        inverse = torch.where(rotations < low, slow, torch.where(rotations > high, inverse, between))
+    elif kind == "yarn":
+        return _yarn(text, width)
+    elif kind == "longrope":
+        factors = [_numbers(rope, name, width // 2) for name in ("short_factor", "long_factor")]
+        inverse = 1.0 / (torch.tensor(factors) * theta ** (torch.arange(0, width, 2).float() / width))
+        original = original_length(text)
+        factor = _number(rope, "factor", text["max_position_embeddings"] / original)
+        attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        return inverse, _number(rope, "attention_factor", attention)
+    return inverse[None], 1.0
+
+
+def _yarn(text: Mapping[str, Any], width: int) -> tuple[Tensor, float]:
+    """As `_scaled`: slow frequencies are stretched, fast ones are not (Peng et al. 2023, YaRN)."""
+    rope, original = text["rope_parameters"], original_length(text)
+    theta = _number(rope, "rope_theta")
+    factor = _number(rope, "factor", text["max_position_embeddings"] / original)
+
+    def index(rotations: float) -> float:
+        """Of the frequency that turns so often in the original context."""
+        return width * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = index(_number(rope, "beta_fast", 32.0)), index(_number(rope, "beta_slow", 1.0))
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    ramp = (torch.arange(width // 2).float() - low) / (high - low if high != low else 0.001)
+    stretched = ramp.clamp(0, 1)
+    inverse = inverse_frequencies(width, theta)
+    inverse = inverse / factor * stretched + inverse * (1 - stretched)
+
+    def attention(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    given = attention(1.0)
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        given = attention(_number(rope, "mscale")) / attention(_number(rope, "mscale_all_dim"))
+    return inverse[None], _number(rope, "attention_factor", given)
+
+
+def _number(rope: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    value = default if rope.get(name) is None else rope[name]
+    if not _is_number(value) or value <= 0:
+        raise ValueError(
+            f"{name} of rope_scaling (or rope_parameters) is {value!r}; its type {rope['rope_type']!r} expects "
+            "a positive number"
+        )
+    return float(value)
+
+
+def _numbers(rope: Mapping[str, Any], name: str, count: int) -> list[float]:
+    values = rope.get(name)
+    if not isinstance(values, list) or len(values) != count or not all(map(_is_number, values)):
+        raise ValueError(
+            f"{name} of rope_scaling (or rope_parameters) is {values!r:.80}; its type {rope['rope_type']!r} "
+            f"expects {count} numbers, half as many as a head has elements"
+        )
+    return [float(value) for value in values]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -11,19 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from opsin.api import Activation, BuildContext, KernelQuery
-from opsin.layers.linear import Linear, dtype_name
+from opsin.layers.linear import Linear, activation, dtype_name
 from opsin.layers.module import Layer, Module, Slot, owned
 from opsin.layers.norm import LayerNorm
+from opsin.layers.text import fields
 
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines."""
-
-_ACTIVATIONS: Mapping[str, Activation] = {
-    "quick_gelu": "quick_gelu",
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-}
 
 TIMM_RENAMES: Mapping[str, str] = {
     r"\.patch_embed\.proj\.": ".patch_embed.",
@@ -33,6 +27,28 @@ TIMM_RENAMES: Mapping[str, str] = {
     r"\.norm([12])\.": r".layer_norm\1.",
 }
 """``renames`` of a `LanguageModel` whose `VisionEncoder` is stored under timm's names."""
+
+
+SIGLIP_VISION: Mapping[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 16,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+}
+"""Defaults of transformers' SiglipVisionConfig (5.23)."""
+
+CLIP_VISION: Mapping[str, Any] = {
+    **SIGLIP_VISION,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+"""Defaults of transformers' CLIPVisionConfig (5.23)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,21 +81,26 @@ class VisionConfig:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **changes: Any) -> VisionConfig:
-        """From a ``vision_config``; ``model_type`` says whether it is CLIP's."""
+        """From a ``vision_config``; ``model_type`` says whether it is CLIP's.
+
+        Raises:
+            ValueError: a field cannot be used; the message names it.
+        """
         clip = "clip" in config.get("model_type", "") and "siglip" not in config.get("model_type", "")
-        size, patch = config.get("image_size", 224), config.get("patch_size", 32 if clip else 16)
+        given = fields({"vision_config": config}, CLIP_VISION if clip else SIGLIP_VISION, "vision_config")
+        size, patch = given["image_size"], given["patch_size"]
+        if not 0 < patch <= size:
+            raise ValueError(f"vision_config.patch_size is {patch}, image_size {size}; expected a part of it")
         found = {
-            "hidden_size": config.get("hidden_size", 768),
-            "intermediate_size": config.get("intermediate_size", 3072),
-            "num_layers": config.get("num_hidden_layers", 12),
-            "num_heads": config.get("num_attention_heads", 12),
+            "hidden_size": given["hidden_size"],
+            "intermediate_size": given["intermediate_size"],
+            "num_layers": given["num_hidden_layers"],
+            "num_heads": given["num_attention_heads"],
             "patch_size": patch,
             "num_positions": (size // patch) ** 2 + clip,
-            "eps": config.get("layer_norm_eps", 1e-5 if clip else 1e-6),
-            "activation": _ACTIVATIONS[
-                config.get("hidden_act", "quick_gelu" if clip else "gelu_pytorch_tanh")
-            ],
-            "num_channels": config.get("num_channels", 3),
+            "eps": given["layer_norm_eps"],
+            "activation": activation(given["hidden_act"], "vision_config.hidden_act"),
+            "num_channels": given["num_channels"],
             "class_token": clip,
             "pre_norm": clip,
             "patch_bias": not clip,
