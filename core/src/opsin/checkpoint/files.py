@@ -34,8 +34,8 @@ class Checkpoint:
         generation_config: generation_config.json, empty if there is none.
         preprocessor: what processor_config.json has for images (as transformers 5 writes it), or
             preprocessor_config.json; empty if there is neither.
-        video_preprocessor: the same for videos: of processor_config.json, or video_preprocessor_config.json, or
-            that for images.
+        video_preprocessor: the same for videos: of processor_config.json, video_preprocessor_config.json, or
+            preprocessor_config.json.
         dtype: element type of the weights as config.json names it, ``"float32"`` if it does not.
         eos_token_ids: ids that end a text: those of generation_config.json and of config.json together.
         chat_templates: name -> Jinja source; the usual one is named "default".
@@ -168,13 +168,13 @@ def _check_kind(path: Path) -> None:
     if adapter:
         raise CheckpointError(
             f"{path} is an adapter ({adapter.get('peft_type', 'LoRA')}) for "
-            f"{adapter.get('base_model_name_or_path')!r}, and adapters are not supported; merge it into that model "
-            "(peft: merge_and_unload, save_pretrained), or remove adapter_config.json from a merged one"
+            f"{adapter.get('base_model_name_or_path')!r}, and adapters are not supported; merge it into that "
+            "model (peft: merge_and_unload, save_pretrained), or remove adapter_config.json from a merged one"
         )
     if not (path / "config.json").is_file() and (found := sorted(path.glob("*.gguf"))):
         raise CheckpointError(
-            f"{path} holds GGUF files ({found[0].name}), which llama.cpp reads; take the original checkpoint, with "
-            "config.json and safetensors"
+            f"{path} holds GGUF files ({found[0].name}), which llama.cpp reads; take the original one, "
+            "with config.json and safetensors"
         )
 
 
@@ -194,7 +194,9 @@ def _dtype(config: Mapping[str, Any], path: Path) -> str:
     found = (source.get(name) for source in (config, text) for name in ("dtype", "torch_dtype"))
     dtype = next((value for value in found if value), "float32")
     if not isinstance(dtype, str):
-        raise CheckpointError(f"{path / 'config.json'}: dtype is {dtype!r}; expected a name such as 'bfloat16'")
+        raise CheckpointError(
+            f"{path / 'config.json'}: dtype is {dtype!r}; expected a name such as 'bfloat16'"
+        )
     return dtype.removeprefix("torch.")
 
 

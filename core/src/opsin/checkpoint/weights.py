@@ -60,11 +60,12 @@ class LoadReport:
             inside = [key for key in self.unexpected if key.startswith(prefix)]
             if inside and not self.loaded:
                 raise CheckpointError(
-                    f"the keys of the checkpoint's tensors begin with {prefix!r} ({inside[0]}): they were saved "
-                    f"from inside of {wrapper}"
+                    f"the keys of the checkpoint's tensors begin with {prefix!r} ({inside[0]}): they were "
+                    f"saved from inside of {wrapper}"
                 )
         unexpected = [
-            f"{key}, renamed to {self.renamed[key]}" if key in self.renamed else key for key in self.unexpected
+            f"{key}, renamed to {self.renamed[key]}" if key in self.renamed else key
+            for key in self.unexpected
         ]
         problems = [
             f"{len(keys)} {kind} ({', '.join(keys[:_SHOWN_KEYS])}{', ...' * (len(keys) > _SHOWN_KEYS)})"
@@ -106,7 +107,8 @@ def load_weights(
     layers = dict(model.named_modules(remove_duplicate=False))
     tied = {f"{path}.weight" for path, layer in layers.items() if isinstance(layer, Linear) and layer.tied}
     taken: dict[str, str] = {}
-    unexpected, ignored = [], []
+    unexpected: list[str] = []
+    ignored: list[str] = []
     renamed: dict[str, str] = {}
     for key, tensor in tensors:
         name = model.weight_name(key)
@@ -123,8 +125,8 @@ def load_weights(
         assert name is not None
         if tensor.dtype not in _FLOATS:
             raise CheckpointError(
-                f"tensor {key} is {str(tensor.dtype).removeprefix('torch.')}, its layer expects floating point: "
-                "quantised weights, without the quantization_config that says how to read them"
+                f"tensor {key} is {str(tensor.dtype).removeprefix('torch.')}, its layer expects floating "
+                "point: quantised weights, without the quantization_config that says how to read them"
             )
         if tuple(tensor.shape) != slot.shape:
             raise CheckpointError(
@@ -174,8 +176,8 @@ def read_safetensors(
                             continue
                         if found_in.setdefault(key, file.name) != file.name:
                             raise CheckpointError(
-                                f"{found_in[key]} and {file.name} both have the tensor {key}, and no index says "
-                                "which counts"
+                                f"{found_in[key]} and {file.name} both have the tensor {key}, and no index "
+                                "says which counts"
                             )
                         tensor: Tensor = handle.get_tensor(key)
                         yield key, tensor

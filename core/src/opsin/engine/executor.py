@@ -72,8 +72,8 @@ class LocalExecutor:
             self.model = model_spec.build(context)
         if not isinstance(self.model, torch.nn.Module):
             raise PluginError(
-                f"{model_spec.build.__module__} built {self.model!r:.80} for {model_spec.architecture}, expected a "
-                "torch.nn.Module with the methods of opsin.api.Model"
+                f"{model_spec.build.__module__} built {self.model!r:.80} for {model_spec.architecture}, "
+                "expected a torch.nn.Module with the methods of opsin.api.Model"
             )
         with _out_of_memory_explained(self.device, "weights", 'pass a smaller checkpoint or dtype="float16"'):
             tensors = (

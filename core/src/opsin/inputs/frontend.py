@@ -136,9 +136,7 @@ def build_frontend(
     )
 
 
-def _built(
-    specs: Mapping[str, Any], context: InputContext, checkpoint: Checkpoint
-) -> dict[str, Any]:
+def _built(specs: Mapping[str, Any], context: InputContext, checkpoint: Checkpoint) -> dict[str, Any]:
     """Modality -> what its spec builds for this checkpoint, where it takes the modality."""
     built = {}
     for modality, spec in specs.items():

@@ -22,11 +22,13 @@ from opsin.layers.embeds import split_image_embeds
 from opsin.layers.linear import Embedding, Linear, activation, dtype_name
 from opsin.layers.module import Layer, Module, Slot
 from opsin.layers.norm import LayerNorm, RMSNorm
-from opsin.layers.pixels import CLIP_MEAN, CLIP_STD, pixel_levels, pixel_values
+from opsin.layers.pixels import CLIP_MEAN, CLIP_STD, pixel_levels, pixel_values, resampling
 from opsin.layers.rotary import RotaryTable, inverse_frequencies
 from opsin.layers.text import context_length, fields, sequential_positions, switch_lengths, text_config
 from opsin.layers.vision import (
+    CLIP_VISION,
     MLP,
+    SIGLIP_VISION,
     TIMM_RENAMES,
     Table,
     VisionConfig,
@@ -39,7 +41,9 @@ from opsin.layers.vision import (
 __all__ = [
     "CLIP_MEAN",
     "CLIP_STD",
+    "CLIP_VISION",
     "MLP",
+    "SIGLIP_VISION",
     "TIMM_RENAMES",
     "Attention",
     "Decoder",
@@ -70,6 +74,7 @@ __all__ = [
     "output_head",
     "pixel_levels",
     "pixel_values",
+    "resampling",
     "sequential_positions",
     "split_image_embeds",
     "switch_lengths",

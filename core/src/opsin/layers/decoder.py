@@ -88,7 +88,9 @@ class DecoderConfig:
         )
         kv_heads = _positive("num_key_value_heads", given["num_key_value_heads"] or heads)
         if heads % kv_heads:
-            raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+            raise ValueError(
+                f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+            )
         found = {
             "vocab_size": vocab_size,
             "hidden_size": hidden_size,
@@ -233,8 +235,8 @@ def kv_geometry(config: DecoderConfig, world_size: int) -> KVGeometry:
 class OutputHead(Linear):
     """hidden -> vocabulary; every rank has it whole.
 
-    A tied head is stored all the same in some checkpoints. One that differs from the embeddings is used, whatever
-    ``tie_word_embeddings`` says, as in transformers 5.
+    A tied head is stored all the same in some checkpoints. One that differs from the embeddings is used,
+    whatever ``tie_word_embeddings`` says, as in transformers 5.
     """
 
     def __init__(self, context: BuildContext, config: DecoderConfig) -> None:

@@ -7,12 +7,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+
+from opsin.layers.text import fields
 
 Array = np.ndarray[Any, Any]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+_FIELDS: Mapping[str, Any] = {
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": list | None,
+    "image_std": list | None,
+}
 
 
 def pixel_levels(
@@ -31,16 +42,43 @@ def pixel_levels(
 
     Returns:
         float32 (3, 256).
+
+    Raises:
+        ValueError: a setting cannot be used; the message names it.
     """
+    given = fields(settings, _FIELDS)
     levels: Array = np.arange(256, dtype=np.float64)
-    if settings.get("do_rescale", True):
-        levels = levels * float(settings.get("rescale_factor", 1 / 255))
-    table = np.broadcast_to(levels.astype(np.float32), (3, 256))
-    if settings.get("do_normalize", True):
-        means = np.asarray(settings.get("image_mean") or mean, np.float32)[:, None]
-        stds = np.asarray(settings.get("image_std") or std, np.float32)[:, None]
+    if given["do_rescale"]:
+        levels = levels * float(given["rescale_factor"])
+    table: Array = np.broadcast_to(levels.astype(np.float32), (3, 256))
+    if given["do_normalize"]:
+        means, stds = (
+            _channels(name, given[name] or default)
+            for name, default in (("image_mean", mean), ("image_std", std))
+        )
         table = (table - means) / stds
     return np.ascontiguousarray(table)
+
+
+def _channels(name: str, values: Sequence[Any]) -> Array:
+    numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    if len(numbers) != len(values) or len(values) != 3 or (name == "image_std" and 0 in numbers):
+        raise ValueError(f"{name} is {values!r:.80}; expected three numbers")
+    return np.asarray(numbers, np.float32)[:, None]
+
+
+def resampling(
+    settings: Mapping[str, Any], default: Image.Resampling = Image.Resampling.BICUBIC
+) -> Image.Resampling:
+    """PIL's filter that preprocessor_config.json names by number as ``resample``.
+
+    Raises:
+        ValueError: there is no such filter.
+    """
+    number = fields(settings, {"resample": int(default)})["resample"]
+    if number not in list(Image.Resampling):
+        raise ValueError(f"resample is {number}; expected the number of one of PIL's filters, such as 3")
+    return Image.Resampling(number)
 
 
 def pixel_values(pixels: Array, levels: Array) -> Tensor:

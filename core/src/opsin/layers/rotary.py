@@ -16,7 +16,9 @@ _FIELDS: Mapping[str, frozenset[str]] = {
     "default": frozenset(),
     "linear": frozenset({"factor"}),
     "dynamic": frozenset({"factor"}),
-    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+    "llama3": frozenset(
+        {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+    ),
     "longrope": frozenset(
         {"factor", "attention_factor", "short_factor", "long_factor", "original_max_position_embeddings"}
     ),
@@ -77,7 +79,9 @@ class RotaryTable(Module):
                 f"{'one' if mrope else 'none'} in this family"
             )
         if mrope and (not _integers(sections) or sum(sections) != head_size // 2):
-            raise ValueError(f"mrope_section is {sections!r}; expected integers whose sum is {head_size // 2}")
+            raise ValueError(
+                f"mrope_section is {sections!r}; expected integers whose sum is {head_size // 2}"
+            )
         table = cls(head_size, rope["rope_theta"], sections=sections, device=device)
         inverse, table._factor = _scaled(text, head_size)
         table._inverse = inverse.to(device)
@@ -181,11 +185,11 @@ def _yarn(text: Mapping[str, Any], width: int) -> tuple[Tensor, float]:
 
 
 def _number(rope: Mapping[str, Any], name: str, default: float | None = None) -> float:
-    value = default if rope.get(name) is None else rope[name]
+    value: Any = default if rope.get(name) is None else rope[name]
     if not _is_number(value) or value <= 0:
         raise ValueError(
-            f"{name} of rope_scaling (or rope_parameters) is {value!r}; its type {rope['rope_type']!r} expects "
-            "a positive number"
+            f"{name} of rope_scaling (or rope_parameters) is {value!r}; its type {rope['rope_type']!r} "
+            "expects a positive number"
         )
     return float(value)
 

@@ -109,14 +109,18 @@ def _rope_parameters(text: Mapping[str, Any]) -> dict[str, Any]:
     rope: dict[str, Any] = {}
     types = []
     for source in sources:
-        types += [_SAME_ROPE.get(source[name], source[name]) for name in ("rope_type", "type") if name in source]
+        types += [
+            _SAME_ROPE.get(source[name], source[name]) for name in ("rope_type", "type") if name in source
+        ]
         for name, value in source.items():
             if isinstance(value, Mapping):
                 raise ValueError(f"rope_parameters.{name} is an object; kinds of layers are not told apart")
             if name not in ("rope_type", "type") and rope.setdefault(name, value) != value:
                 raise ValueError(f"{name} is {rope[name]!r} in rope_parameters and {value!r} in rope_scaling")
     if len(set(types)) > 1:
-        raise ValueError(f"rope_scaling (or rope_parameters) is of several types: {', '.join(map(str, types))}")
+        raise ValueError(
+            f"rope_scaling (or rope_parameters) is of several types: {', '.join(map(str, types))}"
+        )
     scaled = rope.keys() - {"rope_theta", "mrope_section", "partial_rotary_factor"}
     return {
         "partial_rotary_factor": text.get("partial_rotary_factor", 1.0),
@@ -132,8 +136,8 @@ def _check_layer_types(text: Mapping[str, Any]) -> None:
     windowed = bool(text["sliding_window"]) and text["use_sliding_window"] is not False
     if not kinds <= {"full_attention", *["sliding_attention"] * windowed}:
         raise ValueError(
-            f"layer_types has {', '.join(sorted(map(str, kinds)))} with sliding_window {text['sliding_window']}; "
-            "expected full_attention, or sliding_attention with a window"
+            f"layer_types has {', '.join(sorted(map(str, kinds)))} with sliding_window "
+            f"{text['sliding_window']}; expected full_attention, or sliding_attention with a window"
         )
 
 

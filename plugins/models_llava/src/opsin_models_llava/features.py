@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from opsin.layers import VisionConfig
+from opsin.layers import CLIP_VISION, VisionConfig, fields
 
-DEFAULT_TOWER = {
+DEFAULT_TOWER: Mapping[str, Any] = {
     "model_type": "clip_vision_model",
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -18,6 +18,19 @@ DEFAULT_TOWER = {
     "patch_size": 14,
 }
 """The tower of a config.json without ``vision_config``: CLIP ViT-L/14 at 336 pixels."""
+
+TOP: Mapping[str, Any] = {
+    "vision_feature_select_strategy": "default",
+    "projector_hidden_act": "gelu",
+    "multimodal_projector_bias": True,
+    "use_image_newline_parameter": True,
+    "image_grid_pinpoints": list | None,
+    "image_token_index": int | None,
+    "image_token_id": int | None,
+}
+"""Source: LlavaConfig and LlavaNextConfig of transformers 5.23."""
+
+TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +66,16 @@ class Features:
         Raises:
             ValueError: it names a layer or a strategy that does not exist.
         """
-        vision = {"model_type": DEFAULT_TOWER["model_type"], **(config.get("vision_config") or DEFAULT_TOWER)}
+        given = fields(config, TOP)
+        vision = fields(config, {"model_type": DEFAULT_TOWER["model_type"]}, "vision_config")
+        if not config.get("vision_config"):
+            vision = dict(DEFAULT_TOWER)
+        if vision["model_type"] not in TOWERS:
+            raise ValueError(
+                f"vision_config.model_type is {vision['model_type']!r}; expected {' or '.join(TOWERS)}"
+            )
         whole = VisionConfig.from_config(vision)
-        strategy = config.get("vision_feature_select_strategy", "default")
+        strategy = given["vision_feature_select_strategy"]
         if strategy not in ("default", "full"):
             raise ValueError(f'vision_feature_select_strategy is {strategy!r}; expected "default" or "full"')
         asked = config.get("vision_feature_layer", -2)
@@ -65,7 +85,7 @@ class Features:
         if not layers or not all(isinstance(n, int) and -len(states) <= n < len(states) for n in layers):
             raise ValueError(f"vision_feature_layer is {asked!r}; the tower has {whole.num_layers} layers")
         read_after = tuple(states[number] for number in layers)
-        image_size = int(vision.get("image_size", 224))
+        image_size = vision.get("image_size", CLIP_VISION["image_size"])
         return cls(
             tower=VisionConfig.from_config(vision, num_layers=max(read_after)),
             num_stored_layers=whole.num_layers,

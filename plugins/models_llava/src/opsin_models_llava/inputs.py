@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from opsin.api import InputContext, MappedMedia, MediaItem, Placeholder, repeat_token
-from opsin.layers import pixel_levels, pixel_values, split_image_embeds
-from opsin_models_llava.features import Features
+from opsin.layers import fields, pixel_levels, pixel_values, resampling, split_image_embeds
+from opsin_models_llava.features import TOP, Features
 from opsin_models_llava.grid import Grid, Size, best_resolution, fitted_size, grids_of
 
 Array = np.ndarray[Any, Any]
@@ -52,6 +52,27 @@ def squared(pixels: Array, colour: Sequence[int]) -> Array:
     return canvas
 
 
+PROCESSOR: Mapping[str, Any] = {
+    "image_processor_type": "",
+    "do_resize": True,
+    "do_center_crop": bool | None,
+    "do_pad": bool | None,
+}
+"""Source: the image processors of CLIP, SigLIP, LLaVA and LLaVA-NeXT of transformers 5.23."""
+
+
+def _size(settings: Mapping[str, Any], name: str, default: Mapping[str, int]) -> Mapping[str, int]:
+    """A size as {"shortest_edge"} or {"height", "width"}; older files have a number for the former."""
+    given = settings.get(name) or default
+    size = given if isinstance(given, Mapping) else {"shortest_edge": given}
+    sides = {side: value for side, value in size.items() if side in ("shortest_edge", "height", "width")}
+    if set(sides) not in ({"shortest_edge"}, {"height", "width"}) or not all(
+        type(value) is int and value > 0 for value in sides.values()
+    ):
+        raise ValueError(f"{name} is {given!r:.80}; expected shortest_edge, or height and width, in pixels")
+    return sides
+
+
 class SquareProcessing:
     """preprocessor_config.json of a CLIP or SigLIP processor: any picture -> the tower's square.
 
@@ -60,28 +81,32 @@ class SquareProcessing:
     """
 
     def __init__(self, settings: Mapping[str, Any], image_size: int) -> None:
-        kind = str(settings.get("image_processor_type", ""))
-        siglip = "Siglip" in kind
+        given = fields(settings, PROCESSOR)
+        siglip = "Siglip" in given["image_processor_type"]
         half = (0.5, 0.5, 0.5)
         self.levels = pixel_levels(settings, **({"mean": half, "std": half} if siglip else {}))
-        self.resample = Image.Resampling(settings.get("resample", Image.Resampling.BICUBIC))
+        self.resample = resampling(settings)
         square = {"height": image_size, "width": image_size}
-        size = settings.get("size") or (square if siglip else {"shortest_edge": image_size})
-        size = size if isinstance(size, Mapping) else {"shortest_edge": size}
-        self._size = size if settings.get("do_resize", True) else {}
-        crop = settings.get("crop_size") or square
-        crop = crop if isinstance(crop, Mapping) else {"height": crop, "width": crop}
+        self._size = _size(settings, "size", square if siglip else {"shortest_edge": image_size})
+        if not given["do_resize"]:
+            self._size = {}
         self._crop: Size | None = None
-        if settings.get("do_center_crop", not siglip):
-            self._crop = int(crop["height"]), int(crop["width"])
+        if given["do_center_crop"] if given["do_center_crop"] is not None else not siglip:
+            crop = _size(settings, "crop_size", square)
+            crop = (
+                crop
+                if "height" in crop
+                else {"height": crop["shortest_edge"], "width": crop["shortest_edge"]}
+            )
+            self._crop = crop["height"], crop["width"]
         # "do_pad" of LLaVA-NeXT's processor means something else.
         self._background: tuple[int, ...] | None = None
-        if kind.startswith("LlavaImageProcessor") and settings.get("do_pad", False):
+        if given["image_processor_type"].startswith("LlavaImageProcessor") and given["do_pad"]:
             self._background = tuple(int(mean * 255) for mean in settings["image_mean"])
-        given = self._crop or (self._size.get("height"), self._size.get("width"))
-        if given != (image_size, image_size):
+        got = self._crop or (self._size.get("height"), self._size.get("width"))
+        if got != (image_size, image_size):
             raise ValueError(
-                f"preprocessor_config.json makes pictures of {given[1]}x{given[0]}, the vision tower takes "
+                f"preprocessor_config.json makes pictures of {got[1]}x{got[0]}, the vision tower takes "
                 f"{image_size}x{image_size}; they are not of one checkpoint"
             )
 
@@ -138,17 +163,21 @@ class GridMapper:
         # Checks the sizes; of the processor's own steps none changes a crop that has the tower's size.
         processing = SquareProcessing(settings, features.image_size)
         self._levels, self._resample = processing.levels, processing.resample
-        pinpoints = (
-            settings.get("image_grid_pinpoints")
-            or context.config.get("image_grid_pinpoints")
-            or DEFAULT_PINPOINTS
-        )
-        self._canvases = [(int(height), int(width)) for height, width in pinpoints]
-        if any(side < 1 or side % self._crop for canvas in self._canvases for side in canvas):
+        given = [fields(source, TOP)["image_grid_pinpoints"] for source in (settings, context.config)]
+        pinpoints = given[0] or given[1] or DEFAULT_PINPOINTS
+        if None not in given and given[0] != given[1]:
             raise ValueError(
-                f"image_grid_pinpoints {self._canvases}: expected multiples of {self._crop}, the side of the "
-                "tower's pictures"
+                f"image_grid_pinpoints are {given[0]} in preprocessor_config.json, {given[1]} in config.json"
             )
+        for canvas in pinpoints:
+            if len(canvas) != 2 or any(
+                type(side) is not int or side < 1 or side % self._crop for side in canvas
+            ):
+                raise ValueError(
+                    f"image_grid_pinpoints has {canvas!r}: expected pairs of multiples of {self._crop}, the "
+                    "side of the tower's pictures"
+                )
+        self._canvases = [(height, width) for height, width in pinpoints]
         self._counts = frozenset(
             self._num_rows + grid.num_rows
             for canvas in self._canvases
@@ -202,7 +231,9 @@ class GridMapper:
 
 def placeholder(context: InputContext) -> Placeholder:
     """One image token in the text becomes one per embedding."""
-    config = context.config
-    given = config.get("image_token_index", config.get("image_token_id"))
-    token_id = context.tokenizer.convert_tokens_to_ids(IMAGE_TEXT) if given is None else int(given)
+    top = fields(context.config, TOP)
+    given = {top[name] for name in ("image_token_index", "image_token_id")} - {None}
+    if len(given) > 1:
+        raise ValueError(f"image_token_index and image_token_id differ: {sorted(given)}")
+    token_id = given.pop() if given else context.tokenizer.convert_tokens_to_ids(IMAGE_TEXT)
     return Placeholder(text=lambda number: IMAGE_TEXT, expand=repeat_token(token_id), token_id=token_id)

@@ -15,9 +15,11 @@ from opsin.layers import (
     RotaryTable,
     Table,
     VisionTransformer,
+    activation,
+    fields,
     flatten_patches,
 )
-from opsin_models_llava.features import Features
+from opsin_models_llava.features import TOP, Features
 from opsin_models_llava.grid import Grid
 from opsin_models_llava.text import language_config
 
@@ -51,16 +53,14 @@ class Llava(LanguageModel):
         )
         self.features = features
         self.vision_tower = VisionTransformer(context, tower, post_norm=False, read_after=features.read_after)
-        activation = config.get("projector_hidden_act", "gelu")
-        if activation not in ("gelu", "silu", "quick_gelu"):
-            raise ValueError(f"projector_hidden_act is {activation!r}; expected gelu, silu or quick_gelu")
+        top = fields(config, TOP)
         self.multi_modal_projector = MLP(
             context,
             tower.hidden_size * len(features.read_after),
             decoder.hidden_size,
             decoder.hidden_size,
-            activation,
-            bias=config.get("multimodal_projector_bias", True),
+            activation(top["projector_hidden_act"], "projector_hidden_act"),
+            bias=top["multimodal_projector_bias"],
             names=("linear_1", "linear_2"),
         )
 
@@ -83,6 +83,10 @@ class LlavaNext(Llava):
 
     def __init__(self, context: BuildContext) -> None:
         super().__init__(context)
+        if not fields(context.config, TOP)["use_image_newline_parameter"]:
+            raise ValueError(
+                "use_image_newline_parameter is false; expected true, as all published models have it"
+            )
         side, num_rows = self.features.side, self.features.num_rows
         if num_rows != side**2:
             raise ValueError(

@@ -13,8 +13,10 @@ from opsin.api import (
     InputMapperSpec,
     Model,
     ModelSpec,
+    PlacedMedia,
     Placeholder,
     PlaceholderSpec,
+    Positions,
 )
 
 LLAVA = "LlavaForConditionalGeneration"
@@ -37,6 +39,13 @@ def _max_len(config: Mapping[str, Any]) -> int:
     from opsin_models_llava.text import max_len
 
     return max_len(config)
+
+
+def _positions(config: Mapping[str, Any], ids: Sequence[int], media: Sequence[PlacedMedia]) -> Positions:
+    from opsin.layers import sequential_positions
+    from opsin_models_llava.text import language_config
+
+    return sequential_positions(language_config(config), len(ids))
 
 
 def _square_mapper(context: InputContext) -> InputMapper:
@@ -108,6 +117,7 @@ def opsin_register_models() -> Sequence[ModelSpec]:
         ModelSpec(
             architecture=architecture,
             build=build,
+            positions=_positions,
             default_chat_template=chat_template,
             tasks=("generate", "embed"),
             max_len=_max_len,

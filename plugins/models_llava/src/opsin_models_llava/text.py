@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from opsin.layers import context_length, text_config
+from opsin.layers import context_length, fields, text_config
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "llama": {
@@ -15,6 +15,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
         "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
         "use_sliding_window": False,
     },
     "mistral": {
@@ -25,6 +27,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
         "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
         "sliding_window": 4096,
     },
     "qwen2": {
@@ -35,25 +39,23 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 32,
         "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
         "use_sliding_window": False,
     },
 }
-"""By ``model_type``. Source: LlamaConfig, MistralConfig and Qwen2Config of transformers."""
+"""By ``model_type``. Source: LlamaConfig, MistralConfig and Qwen2Config of transformers 5.23."""
 
 
 def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """See `opsin.layers.text_config`.
 
     Raises:
-        ValueError: a language model that is not one of `DEFAULTS`, or has parts that these decoders lack.
+        ValueError: a language model that is not one of `DEFAULTS`, or a field cannot be used.
     """
-    given = config.get("text_config") or {}
-    kind = given.get("model_type", "llama")
+    kind = fields(config, {"model_type": "llama"}, "text_config")["model_type"]
     if kind not in DEFAULTS:
         raise ValueError(f"text_config.model_type is {kind!r}; expected one of {', '.join(DEFAULTS)}")
-    unknown = [name for name in ("attention_bias", "mlp_bias", "use_sliding_window") if given.get(name)]
-    if unknown:
-        raise ValueError(f"text_config has {' and '.join(unknown)} set, which this plugin does not support")
     return text_config(config, {"model_type": kind, **DEFAULTS[kind]})
 
 

@@ -16,13 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 from opsin.api import Expansion, InputContext, MappedMedia, MediaItem, Modality, Placeholder
-from opsin.layers import flatten_patches, pixel_levels, pixel_values
+from opsin.layers import fields, flatten_patches, pixel_levels, pixel_values
+from opsin_models_minicpmv.config import top_config, vision_config
 from opsin_models_minicpmv.slicing import Grid, Size, Slicer
 from opsin_models_minicpmv.versions import version_of
 
 Array = np.ndarray[Any, Any]
 
-HALF = (0.5, 0.5, 0.5)
+HALF = [0.5, 0.5, 0.5]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,16 +44,54 @@ class Slices:
     numbered: bool
 
 
-def _setting(context: InputContext, name: str, default: Any) -> Any:
-    """Where the versions keep it: preprocessor_config.json, or config.json's slice_config or top level."""
-    for source in (context.preprocessor, context.config.get("slice_config") or {}, context.config):
-        if source.get(name) is not None:
-            return source[name]
-    return default
+SETTINGS: Mapping[str, Any] = {
+    "scale_resolution": 448,
+    "patch_size": 14,
+    "max_slice_nums": 9,
+    "slice_mode": True,
+    "use_image_id": True,
+    "norm_mean": HALF,
+    "norm_std": HALF,
+}
+"""Source: MiniCPMVImageProcessor of the three repositories."""
+
+_MARKS: Mapping[str, str] = {
+    "im_start": "<image>",
+    "im_end": "</image>",
+    "slice_start": "<slice>",
+    "slice_end": "</slice>",
+    "unk": "<unk>",
+    "im_id_start": "<image_id>",
+    "im_id_end": "</image_id>",
+}
 
 
-def _slicer(context: InputContext) -> Slicer:
-    return Slicer(_setting(context, "scale_resolution", 448), _setting(context, "patch_size", 14))
+def settings_of(context: InputContext) -> Mapping[str, Any]:
+    """Where the versions keep them: preprocessor_config.json, or config.json's slice_config or top level.
+
+    Raises:
+        ValueError: a setting cannot be used, or does not go with the model.
+    """
+    nullable = {name: type(value) | None for name, value in SETTINGS.items()}
+    found = dict(SETTINGS)
+    for source, section in (
+        (context.config, ""),
+        (context.config, "slice_config"),
+        (context.preprocessor, ""),
+    ):
+        given = fields(source, nullable, section)
+        found.update({name: given[name] for name in SETTINGS if given[name] is not None})
+    for name in ("scale_resolution", "patch_size", "max_slice_nums"):
+        if found[name] < 1:
+            raise ValueError(f"{name} is {found[name]}; expected a positive integer")
+    patch, queries = vision_config(context.config).patch_size, top_config(context.config)["query_num"]
+    per_slice = fields(context.preprocessor, {"image_feature_size": queries})["image_feature_size"]
+    if found["patch_size"] != patch or per_slice != queries:
+        raise ValueError(
+            f"patch_size is {found['patch_size']} and image_feature_size {per_slice}; the model has patches "
+            f"of {patch} pixels and query_num {queries}"
+        )
+    return found
 
 
 class _Mapper:
@@ -61,20 +100,17 @@ class _Mapper:
     modality: Modality
     size_names: tuple[str, ...]
 
-    def __init__(self, context: InputContext, *, max_slices: int, numbered: bool) -> None:
+    def __init__(
+        self, context: InputContext, settings: Mapping[str, Any], *, max_slices: int, numbered: bool
+    ) -> None:
         numbers = version_of(context.config) == "2.6"
         self.option_names = frozenset({"max_slice_nums", "use_image_id"} if numbers else {"max_slice_nums"})
-        self._num_queries = int(context.config["query_num"])
-        self._slicer = _slicer(context)
-        self._levels = pixel_levels(
-            {
-                "image_mean": _setting(context, "norm_mean", HALF),
-                "image_std": _setting(context, "norm_std", HALF),
-            }
-        )
+        self._num_queries = top_config(context.config)["query_num"]
+        self._slicer = Slicer(settings["scale_resolution"], settings["patch_size"])
+        self._levels = pixel_levels({"image_mean": settings["norm_mean"], "image_std": settings["norm_std"]})
         self._defaults = {
             # A checkpoint that does not slice sees every picture whole.
-            "max_slice_nums": max_slices if _setting(context, "slice_mode", True) else 1,
+            "max_slice_nums": max_slices if settings["slice_mode"] else 1,
             "use_image_id": numbered and numbers,
         }
         self._engine_options = context.options
@@ -198,11 +234,9 @@ class ImageMapper(_Mapper):
     size_names = ("image_sizes", "image_size_list")
 
     def __init__(self, context: InputContext) -> None:
-        super().__init__(
-            context,
-            max_slices=int(_setting(context, "max_slice_nums", 9)),
-            numbered=bool(_setting(context, "use_image_id", True)),
-        )
+        settings = settings_of(context)
+        numbered = settings["use_image_id"]
+        super().__init__(context, settings, max_slices=settings["max_slice_nums"], numbered=numbered)
 
     def split_embeds(self, data: Any) -> Sequence[Mapping[str, Tensor]]:
         """``{"image_embeds": ..., "image_sizes": [(width, height), ...]}`` -> one item per size.
@@ -241,7 +275,7 @@ class VideoMapper(_Mapper):
     size_names = ("video_image_sizes", "image_sizes", "image_size_list")
 
     def __init__(self, context: InputContext) -> None:
-        super().__init__(context, max_slices=2, numbered=False)
+        super().__init__(context, settings_of(context), max_slices=2, numbered=False)
 
     def split_embeds(self, data: Any) -> Sequence[Mapping[str, Tensor]]:
         """``{"video_embeds": (slices, queries, hidden), "video_image_sizes": [(width, height), ...]}``.
@@ -258,16 +292,8 @@ def _resized(picture: Image.Image, size: Size) -> Array:
 
 def placeholder(context: InputContext, text: str) -> Placeholder:
     """One mark in the text becomes, for each slice, marks around one token per embedding."""
-    names = {
-        "im_start": "<image>",
-        "im_end": "</image>",
-        "slice_start": "<slice>",
-        "slice_end": "</slice>",
-        "unk": "<unk>",
-        "im_id_start": "<image_id>",
-        "im_id_end": "</image_id>",
-    }
-    marks = {name: str(context.preprocessor.get(name) or mark) for name, mark in names.items()}
+    given = fields(context.preprocessor, dict.fromkeys(_MARKS, str | None))
+    marks = {name: given[name] or mark for name, mark in _MARKS.items()}
     picture = marks["im_start"] + marks["im_end"]
     bare = marks["slice_start"] + marks["slice_end"]
     nested = version_of(context.config) != "2.6"
@@ -276,7 +302,7 @@ def placeholder(context: InputContext, text: str) -> Placeholder:
     openers = {tokenizer.convert_tokens_to_ids(marks["im_start"])}
     if not nested:
         openers.add(tokenizer.convert_tokens_to_ids(marks["slice_start"]))
-    num_queries = int(context.config["query_num"])
+    num_queries = top_config(context.config)["query_num"]
 
     def of_picture(grid: Grid | None) -> str:
         if grid is None:

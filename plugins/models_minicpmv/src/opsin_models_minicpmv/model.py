@@ -10,20 +10,21 @@ import torch
 from torch import Tensor
 
 from opsin.api import BuildContext, MappedMedia, Modality
-from opsin.layers import TIMM_RENAMES, DecoderConfig, LanguageModel, RotaryTable, text_config
+from opsin.layers import TIMM_RENAMES, DecoderConfig, LanguageModel, RotaryTable
+from opsin_models_minicpmv.config import language_config, top_config, vision_config
 from opsin_models_minicpmv.resampler import Resampler
 from opsin_models_minicpmv.versions import Version, version_of
-from opsin_models_minicpmv.vision import ResampledTower, SliceTower, vision_config
+from opsin_models_minicpmv.vision import ResampledTower, SliceTower
 
 
-def scales(config: Mapping[str, Any], version: Version) -> Mapping[str, float]:
+def scales(text: Mapping[str, Any], version: Version) -> Mapping[str, float]:
     """MiniCPM (2.0) carries hyperparameters over between widths by scales (Hu et al. 2024, section 3.1)."""
     if version != "2.0":
         return {}
     return {
-        "embed_scale": config["scale_emb"],
-        "residual_scale": config["scale_depth"] / math.sqrt(config["num_hidden_layers"]),
-        "logit_scale": config["dim_model_base"] / config["hidden_size"],
+        "embed_scale": text["scale_emb"],
+        "residual_scale": text["scale_depth"] / math.sqrt(text["num_hidden_layers"]),
+        "logit_scale": text["dim_model_base"] / text["hidden_size"],
     }
 
 
@@ -34,8 +35,8 @@ class MiniCPMV(LanguageModel):
         config = context.config
         version = version_of(config)
         timm = version == "2.0"
-        text, vision = text_config(config), vision_config(config)
-        decoder = DecoderConfig.from_config(text, qkv_bias=version == "2.6", **scales(config, version))
+        text, vision = language_config(config), vision_config(config)
+        decoder = DecoderConfig.from_config(text, qkv_bias=version == "2.6", **scales(text, version))
         super().__init__(
             context,
             decoder,
@@ -47,7 +48,7 @@ class MiniCPMV(LanguageModel):
         )
         self.resampler = Resampler(
             context,
-            num_queries=config["query_num"],
+            num_queries=top_config(config)["query_num"],
             width=decoder.hidden_size,
             vision_width=vision.hidden_size,
             query_positions=timm,

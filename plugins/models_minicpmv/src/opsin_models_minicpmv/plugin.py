@@ -13,8 +13,10 @@ from opsin.api import (
     InputMapperSpec,
     Model,
     ModelSpec,
+    PlacedMedia,
     Placeholder,
     PlaceholderSpec,
+    Positions,
     ToolFormat,
 )
 from opsin_models_minicpmv.versions import default_chat_template, version_of
@@ -26,6 +28,20 @@ def _build_model(context: BuildContext) -> Model:
     from opsin_models_minicpmv.model import MiniCPMV
 
     return MiniCPMV(context)
+
+
+def _max_len(config: Mapping[str, Any]) -> int:
+    from opsin.layers import context_length
+    from opsin_models_minicpmv.config import language_config
+
+    return context_length(language_config(config))
+
+
+def _positions(config: Mapping[str, Any], ids: Sequence[int], media: Sequence[PlacedMedia]) -> Positions:
+    from opsin.layers import sequential_positions
+    from opsin_models_minicpmv.config import language_config
+
+    return sequential_positions(language_config(config), len(ids))
 
 
 def _image_mapper(context: InputContext) -> InputMapper:
@@ -65,6 +81,8 @@ def opsin_register_models() -> Sequence[ModelSpec]:
         ModelSpec(
             architecture=ARCHITECTURE,
             build=_build_model,
+            positions=_positions,
+            max_len=_max_len,
             default_chat_template=default_chat_template,
             tool_format=_tool_format,
             # The published generation_config of 2.5 leaves out the end of a turn.

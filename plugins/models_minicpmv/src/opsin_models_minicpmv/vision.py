@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,21 +11,9 @@ from torch import Tensor
 
 from opsin.api import BuildContext
 from opsin.layers import LayerNorm, Linear, Module, Table, VisionConfig, VisionEncoder, VisionTransformer
-from opsin_models_minicpmv.versions import version_of
 
 Shape = tuple[int, int]
 """(rows, columns) of patches of one slice."""
-
-SO400M_384: Mapping[str, Any] = {
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 16,
-    "image_size": 384,
-    "patch_size": 14,
-    "hidden_act": "gelu",
-}
-"""timm's ``vit_so400m_patch14_siglip_384``, which configs of 2.0 name and do not describe."""
 
 
 @lru_cache(maxsize=1024)
@@ -100,23 +87,3 @@ class ResampledTower(Module):
         x = x + torch.cat([self._resampled(shape) for shape in shapes])
         x = self.encoder(x, [rows * columns for rows, columns in shapes])
         return self.norm(x)
-
-
-def vision_config(config: Mapping[str, Any]) -> VisionConfig:
-    """The tower's shape; 2.0 names a timm model instead of a ``vision_config``.
-
-    Raises:
-        ValueError: 2.0 names another timm model.
-    """
-    given = config.get("vision_config")
-    timm = version_of(config) == "2.0"
-    if given is None:
-        name = str(config.get("vision_encoder"))
-        if not timm or not name.startswith("vit_so400m_patch14_siglip_384"):
-            raise ValueError(
-                f"no vision_config, and vision_encoder is {name!r}; expected vit_so400m_patch14_siglip_384"
-            )
-        given = SO400M_384
-    # Nothing reads the last layer of such a tower, and it is not stored.
-    num_layers = given["num_hidden_layers"] - bool(config.get("drop_vision_last_layer"))
-    return VisionConfig.from_config(given, num_layers=num_layers, fused=timm)

@@ -17,17 +17,12 @@ from PIL import Image
 from torch import Tensor
 
 from opsin.api import InputContext, MappedMedia, MediaItem, Placeholder, repeat_token
-from opsin.layers import pixel_levels, pixel_values, split_image_embeds
+from opsin.layers import fields, pixel_levels, pixel_values, split_image_embeds
+from opsin_models_phi3v.config import CROP, TOKENS, crop_side
 
 Array = np.ndarray[Any, Any]
 Grid = tuple[int, int]
 """Rows and columns of crops."""
-
-CROP = 336
-"""Side of a crop, in pixels."""
-
-TOKENS = 12
-"""Side of a crop in embeddings, in every published checkpoint."""
 
 MAX_CROPS = 64
 """Most that ``num_crops`` may be; the published checkpoints use 4 and 16."""
@@ -90,21 +85,6 @@ def hd_transform(pixels: Array, num_crops: int) -> Array:
     return canvas.swapaxes(0, 1) if tall else canvas
 
 
-def crop_side(config: Mapping[str, Any]) -> int:
-    """Side of a crop in embeddings, by ``img_processor.num_img_tokens`` of config.json.
-
-    Raises:
-        ValueError: that is not a square number.
-    """
-    count = config.get("img_processor", {}).get("num_img_tokens", TOKENS**2)
-    side = math.isqrt(count)
-    if side < 1 or side**2 != count:
-        raise ValueError(
-            f"img_processor.num_img_tokens is {count!r}; expected a square number, e.g. {TOKENS**2}"
-        )
-    return side
-
-
 def num_embeds(grid: Grid, side: int = TOKENS) -> int:
     """Embeddings of a picture: its crops with a newline after each row, a separator, the global view.
 
@@ -133,10 +113,17 @@ class ImageMapper:
     option_names = frozenset({"num_crops"})
 
     def __init__(self, context: InputContext) -> None:
-        # Every published checkpoint says num_crops; 1 is the default of the hub's class.
-        self._num_crops = context.preprocessor.get("num_crops", 1)
-        self._levels = pixel_levels(context.preprocessor)
         self._side = crop_side(context.config)
+        # Every published checkpoint says num_crops; 1 is the default of the hub's class.
+        given = fields(context.preprocessor, {"num_crops": 1, "num_img_tokens": self._side**2})
+        if given["num_img_tokens"] != self._side**2:
+            raise ValueError(
+                f"num_img_tokens is {given['num_img_tokens']} in preprocessor_config.json and "
+                f"{self._side**2} in config.json"
+            )
+        self._num_crops = given["num_crops"]
+        self._crops_asked({})
+        self._levels = pixel_levels(context.preprocessor)
 
     def map(self, item: MediaItem, options: Mapping[str, Any]) -> MappedMedia:
         """See `opsin.api.InputMapper.map`.

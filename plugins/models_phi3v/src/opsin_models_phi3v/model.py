@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from opsin.api import BuildContext, MappedMedia, Modality
-from opsin.layers import DecoderConfig, LanguageModel, text_config
-from opsin_models_phi3v.positions import rotary_table
-from opsin_models_phi3v.vision import VisionEmbedding, layer_counts
+from opsin.layers import DecoderConfig, LanguageModel, RotaryTable
+from opsin_models_phi3v.config import language_config, layer_counts
+from opsin_models_phi3v.vision import VisionEmbedding
 
 RENAMES = {
     r"^model\.vision_embed_tokens\.": "vision_embed_tokens.",
@@ -22,12 +22,13 @@ class Phi3V(LanguageModel):
 
     def __init__(self, context: BuildContext) -> None:
         config = context.config
-        decoder = DecoderConfig.from_config(text_config(config), fused=True)
+        text = language_config(config)
+        decoder = DecoderConfig.from_config(text, fused=True)
         unread = "|".join(map(str, range(*layer_counts(config))))
         super().__init__(
             context,
             decoder,
-            rotary=rotary_table(config, decoder.head_size, context.device),
+            rotary=RotaryTable.from_config(text, decoder.head_size, context.device),
             renames=RENAMES,
             # What comes after the state that is read, and the token embeddings under a second name.
             unused=(rf"\.tower\.(encoder\.layers\.({unread})|post_layernorm)\.", r"\.wte\.weight$"),

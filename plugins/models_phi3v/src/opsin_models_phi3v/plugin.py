@@ -40,15 +40,17 @@ def _build_model(context: BuildContext) -> Model:
 
 
 def _positions(config: Mapping[str, Any], ids: Sequence[int], media: Sequence[PlacedMedia]) -> Positions:
-    from opsin_models_phi3v.positions import positions
+    from opsin.layers import sequential_positions
+    from opsin_models_phi3v.config import language_config
 
-    return positions(config, ids, media)
+    return sequential_positions(language_config(config), len(ids))
 
 
 def _max_len(config: Mapping[str, Any]) -> int:
-    from opsin.layers import context_length, text_config
+    from opsin.layers import context_length
+    from opsin_models_phi3v.config import language_config
 
-    return context_length(text_config(config))
+    return context_length(language_config(config))
 
 
 def _image_mapper(context: InputContext) -> InputMapper:

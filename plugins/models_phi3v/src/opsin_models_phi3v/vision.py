@@ -13,42 +13,11 @@ from torch import Tensor
 
 from opsin.api import BuildContext, MappedMedia
 from opsin.layers import MLP, Module, Table, VisionConfig, VisionTransformer, flatten_patches
-from opsin_models_phi3v.inputs import CROP, crop_side
-
-CLIP = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": CROP,
-    "patch_size": 14,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-}
-"""openai/clip-vit-large-patch14-336, which the published config.json names but does not describe."""
-
-SETTINGS: Mapping[tuple[str, str], Any] = {
-    ("embd_layer", "hd_transform_order"): "sub_glb",
-    ("embd_layer", "projection_cls"): "mlp",
-    ("embd_layer", "use_hd_transform"): True,
-    ("embd_layer", "with_learnable_separator"): True,
-    ("img_processor", "type_feature"): "patch",
-}
-"""Settings of config.json for which the hub's code has alternatives that no published checkpoint uses."""
-
-
-def layer_counts(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Layers of the tower up to the state that is read, and all that the checkpoint has."""
-    stored = int({**CLIP, **config.get("vision_config", {})}["num_hidden_layers"])
-    read = int(config.get("img_processor", {}).get("layer_idx", -2))
-    return (stored + 1 + read if read < 0 else read), stored
+from opsin_models_phi3v.config import CROP, crop_side, layer_counts, vision_config
 
 
 class VisionEmbedding(Module):
     """The part of a checkpoint below ``model.vision_embed_tokens``.
-
-    A ``vision_config`` in config.json overrides `CLIP`, e.g. for a smaller tower.
 
     Raises:
         ValueError: config.json asks for another arrangement, or a tower that does not fit the number of
@@ -57,14 +26,7 @@ class VisionEmbedding(Module):
 
     def __init__(self, context: BuildContext, config: Mapping[str, Any], out: int) -> None:
         super().__init__()
-        for (section, name), supported in SETTINGS.items():
-            asked = config.get(section, {}).get(name, supported)
-            if asked != supported:
-                raise ValueError(f"{section}.{name} is {asked!r}; only {supported!r} is supported")
-        tower = VisionConfig.from_config(
-            {**CLIP, **config.get("vision_config", {}), "model_type": CLIP["model_type"]},
-            num_layers=layer_counts(config)[0],
-        )
+        tower = VisionConfig.from_config(vision_config(config), num_layers=layer_counts(config)[0])
         self._patch = tower.patch_size
         self._patches = (CROP // self._patch) ** 2
         self._side = side = crop_side(config)

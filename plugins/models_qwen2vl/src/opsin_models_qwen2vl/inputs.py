@@ -17,11 +17,22 @@ from PIL import Image
 from torch import Tensor
 
 from opsin.api import InputContext, MappedMedia, MediaItem, Modality, Placeholder, repeat_token
-from opsin.layers import pixel_levels
+from opsin.layers import fields, pixel_levels, resampling
+from opsin_models_qwen2vl.config import read_config
 
 Array = np.ndarray[Any, Any]
 
 MAX_ASPECT_RATIO = 200
+
+PROCESSOR: Mapping[str, Any] = {
+    "patch_size": 14,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+    "min_pixels": int | None,
+    "max_pixels": int | None,
+    "do_resize": True,
+}
+"""Source: Qwen2VLImageProcessor and Qwen2VLVideoProcessor of transformers 5.23."""
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -65,6 +76,7 @@ class Patching:
     Attributes:
         patch_size, merge_size, temporal_patch_size: in pixels, patches, frames.
         min_pixels, max_pixels: bounds of a resized frame's area.
+        resample: PIL's filter.
         levels: float32 (3, 256), the normalised value of each 8-bit level of each channel.
     """
 
@@ -73,20 +85,57 @@ class Patching:
     temporal_patch_size: int
     min_pixels: int
     max_pixels: int
+    resample: Image.Resampling
     levels: Array
 
     @classmethod
-    def from_config(cls, settings: Mapping[str, Any]) -> Patching:
-        """From preprocessor_config.json; what is absent takes the family's defaults."""
-        size = settings.get("size") or {}
-        return cls(
-            patch_size=settings.get("patch_size", 14),
-            merge_size=settings.get("merge_size", 2),
-            temporal_patch_size=settings.get("temporal_patch_size", 2),
-            min_pixels=settings.get("min_pixels") or size.get("shortest_edge") or 56 * 56,
-            max_pixels=settings.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280,
-            levels=pixel_levels(settings),
+    def from_config(
+        cls, settings: Mapping[str, Any], vision: Mapping[str, Any], bounds: tuple[int, int]
+    ) -> Patching:
+        """From a processor's settings; what is absent takes the family's defaults.
+
+        Args:
+            settings: preprocessor_config.json, or that for videos.
+            vision: the vision tower's fields of config.json.
+            bounds: (min_pixels, max_pixels) where the settings do not say them.
+
+        Raises:
+            ValueError: a setting cannot be used, or the tower cuts pictures otherwise.
+        """
+        settings = fields(settings, PROCESSOR)
+        # transformers 5 writes the bounds as a size whose "edges" are areas.
+        size = fields(settings, {"shortest_edge": int | None, "longest_edge": int | None}, "size")
+        least, most = (
+            next(value for value in (settings[name], size[edge], default) if value is not None)
+            for name, edge, default in zip(
+                ("min_pixels", "max_pixels"), ("shortest_edge", "longest_edge"), bounds
+            )
         )
+        for name, of_tower in (
+            ("patch_size", "patch_size"),
+            ("merge_size", "spatial_merge_size"),
+            ("temporal_patch_size", "temporal_patch_size"),
+        ):
+            if settings[name] != vision[of_tower]:
+                raise ValueError(
+                    f"{name} of the processor is {settings[name]}, vision_config.{of_tower} "
+                    f"{vision[of_tower]}; expected the same"
+                )
+        if not settings["do_resize"]:
+            raise ValueError(
+                "do_resize of the processor is false; pictures are always resized to whole patches"
+            )
+        patching = cls(
+            patch_size=settings["patch_size"],
+            merge_size=settings["merge_size"],
+            temporal_patch_size=settings["temporal_patch_size"],
+            resample=resampling(settings),
+            levels=pixel_levels(settings),
+            min_pixels=least,
+            max_pixels=most,
+        )
+        patching.bounds({})
+        return patching
 
     @property
     def factor(self) -> int:
@@ -117,7 +166,7 @@ class Patching:
         _, height, width, _ = frames.shape
         height, width = smart_resize(height, width, self.factor, *self.bounds(options))
         resized = np.stack(
-            [np.asarray(Image.fromarray(f).resize((width, height), Image.Resampling.BICUBIC)) for f in frames]
+            [np.asarray(Image.fromarray(f).resize((width, height), self.resample)) for f in frames]
         )
         span = self.temporal_patch_size
         if short := -len(resized) % span:
@@ -139,9 +188,12 @@ class _Mapper:
 
     option_names = frozenset({"min_pixels", "max_pixels"})
     modality: Modality
+    bounds: tuple[int, int]
 
     def __init__(self, context: InputContext) -> None:
-        self._patching = Patching.from_config(context.preprocessor)
+        settings = context.video_preprocessor if self.modality == "video" else context.preprocessor
+        _, vision = read_config(context.config)
+        self._patching = Patching.from_config(settings, vision, self.bounds)
 
     def map(self, item: MediaItem, options: Mapping[str, Any]) -> MappedMedia:
         """See `opsin.api.InputMapper.map`; the geometry is the grid (t, h, w) in patches."""
@@ -194,17 +246,18 @@ class _Mapper:
 class ImageMapper(_Mapper):
     """Images: one frame, doubled to fill the temporal patch."""
 
-    modality = "image"
+    modality, bounds = "image", (56 * 56, 28 * 28 * 1280)
 
 
 class VideoMapper(_Mapper):
     """Videos: frames in pairs; an odd last frame is doubled."""
 
-    modality = "video"
+    modality, bounds = "video", (128 * 28 * 28, 28 * 28 * 768)
 
 
 def placeholder(context: InputContext, text: str, config_key: str) -> Placeholder:
     """One pad token in the text becomes one per embedding."""
-    token_id = int(context.config.get(config_key) or context.tokenizer.convert_tokens_to_ids(text))
+    given = fields(context.config, {config_key: int | None})[config_key]
+    token_id = context.tokenizer.convert_tokens_to_ids(text) if given is None else given
     wrapped = f"<|vision_start|>{text}<|vision_end|>"
     return Placeholder(text=lambda number: wrapped, expand=repeat_token(token_id), token_id=token_id)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from opsin.api import BuildContext, MappedMedia, Modality
-from opsin.layers import TIMM_RENAMES, DecoderConfig, LanguageModel, RotaryTable, text_config
+from opsin.layers import TIMM_RENAMES, DecoderConfig, LanguageModel, RotaryTable
+from opsin_models_qwen2vl.config import read_config
 from opsin_models_qwen2vl.vision import VisionTower
 
 RENAMES = {r"^model\.visual\.": "visual.", r"^model\.language_model\.": "model.", **TIMM_RENAMES}
@@ -19,11 +20,11 @@ class Qwen2VL(LanguageModel):
     """See `opsin.api.Model`. Layouts of 2B (tied), 7B and 72B (untied)."""
 
     def __init__(self, context: BuildContext) -> None:
-        text = text_config(context.config, {"rope_theta": 1e6})
+        text, vision = read_config(context.config)
         decoder = DecoderConfig.from_config(text, qkv_bias=True)
         rotary = RotaryTable.from_config(text, decoder.head_size, context.device, mrope=True)
         super().__init__(context, decoder, rotary=rotary, renames=RENAMES)
-        self.visual = VisionTower(context, context.config["vision_config"], decoder.hidden_size)
+        self.visual = VisionTower(context, vision)
 
     def encode(self, modality: Modality, items: Sequence[MappedMedia]) -> Sequence[Tensor]:
         """All items of a step in one pass; images and videos differ only in their grids."""

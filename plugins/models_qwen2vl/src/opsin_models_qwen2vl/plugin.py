@@ -35,6 +35,12 @@ def _positions(config: Mapping[str, Any], ids: Sequence[int], media: Sequence[Pl
     return mrope_positions(config, ids, media)
 
 
+def _max_len(config: Mapping[str, Any]) -> int:
+    from opsin_models_qwen2vl.config import max_len
+
+    return max_len(config)
+
+
 def _image_mapper(context: InputContext) -> InputMapper:
     from opsin_models_qwen2vl.inputs import ImageMapper
 
@@ -93,6 +99,7 @@ def opsin_register_models() -> Sequence[ModelSpec]:
             default_chat_template=CHAT_TEMPLATE,
             content_format="openai",
             tasks=("generate", "embed"),
+            max_len=_max_len,
             tool_format=_tool_format,
         )
     ]

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from opsin.api import PlacedMedia, Positions
+from opsin.layers import switch_lengths
+from opsin_models_qwen2vl.config import read_config
 
 
 def mrope_positions(
@@ -19,7 +21,8 @@ def mrope_positions(
     position so far; its tokens are at (start + frame, start + row, start + column), and the text after it
     starts one after the largest of those.
     """
-    merge = config["vision_config"].get("spatial_merge_size", 2)
+    language, vision = read_config(config)
+    merge = vision["spatial_merge_size"]
     pieces = []
     done, following = 0, 0  # tokens covered; next free position
     for item in media:
@@ -34,4 +37,7 @@ def mrope_positions(
     tail = np.arange(len(token_ids) - done) + following
     pieces.append(np.broadcast_to(tail, (3, len(tail))))
     positions = np.concatenate(pieces, axis=1).astype(np.int64)
-    return Positions(prompt=positions, delta=following + len(tail) - len(token_ids))
+    delta = following + len(tail) - len(token_ids)
+    # Positions, not tokens, decide which frequencies a long sequence has.
+    lengths = tuple(length - delta for length in switch_lengths(language))
+    return Positions(prompt=positions, delta=delta, switch_lengths=lengths)

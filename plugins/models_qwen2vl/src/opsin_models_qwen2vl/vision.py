@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from opsin.api import BuildContext
-from opsin.layers import MLP, LayerNorm, Linear, Module, VisionConfig, VisionEncoder, inverse_frequencies
+from opsin.layers import (
+    MLP,
+    LayerNorm,
+    Linear,
+    Module,
+    VisionConfig,
+    VisionEncoder,
+    activation,
+    inverse_frequencies,
+)
 
 Grid = tuple[int, int, int]
 """Frames, rows and columns, in patches."""
@@ -54,32 +63,35 @@ class PatchMerger(Module):
 class VisionTower(Module):
     """Patches of any number of frames of any size, all in one flat batch; attention is within a frame."""
 
-    def __init__(self, context: BuildContext, config: Mapping[str, Any], out: int) -> None:
+    def __init__(self, context: BuildContext, config: Mapping[str, Any]) -> None:
         super().__init__()
-        width, heads = config["embed_dim"], config["num_heads"]
-        patch, channels = config.get("patch_size", 14), config.get("in_channels", config.get("in_chans", 3))
+        width, heads, patch = config["embed_dim"], config["num_heads"], config["patch_size"]
+        if heads < 1 or width % heads or width // heads % 4:
+            raise ValueError(
+                f"vision_config.embed_dim is {width} and num_heads {heads}; expected heads of a multiple of 4"
+            )
         # The checkpoint's Conv3d, whose stride is its kernel, is a linear layer over the flattened patch.
-        kernel = (channels, config.get("temporal_patch_size", 2), patch, patch)
+        kernel = (config["in_channels"], config["temporal_patch_size"], patch, patch)
         self.patch_embed = Linear(
             context, math.prod(kernel), width, bias=False, stored_shape=(width, *kernel)
         )
         encoder = VisionConfig(
             hidden_size=width,
-            intermediate_size=int(width * config.get("mlp_ratio", 4)),
+            intermediate_size=int(width * config["mlp_ratio"]),
             num_layers=config["depth"],
             num_heads=heads,
             patch_size=patch,
             num_positions=0,
             eps=EPS,
-            activation="quick_gelu",
+            activation=activation(config["hidden_act"], "vision_config.hidden_act"),
             fused=True,
             rotary=True,
         )
         self.encoder = VisionEncoder(context, encoder, [encoder.num_layers])
-        self._merge = config.get("spatial_merge_size", 2)
+        self._merge = config["spatial_merge_size"]
         self._head_size = width // heads
         self._dtype, self._device = context.dtype, context.device
-        self.merger = PatchMerger(context, width, self._merge, out)
+        self.merger = PatchMerger(context, width, self._merge, config["hidden_size"])
 
     def forward(self, patches: Tensor, grids: Sequence[Grid]) -> list[Tensor]:
         """Patches (P, ...) of items one after another, and their grids -> embeddings (E, out) of each."""

@@ -1,0 +1,48 @@
+"""config.json of Qwen2-VL, with the defaults of its configuration classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from opsin.layers import context_length, fields, text_config
+
+TEXT: Mapping[str, Any] = {
+    "vocab_size": 152064,
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+}
+"""Source: Qwen2VLTextConfig of transformers 5.23 (Qwen2VLConfig of 4.45 has the same)."""
+
+VISION: Mapping[str, Any] = {
+    "depth": 32,
+    "embed_dim": 1280,
+    "mlp_ratio": 4.0,
+    "num_heads": 16,
+    "in_channels": 3,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "hidden_act": "quick_gelu",
+}
+"""Source: Qwen2VLVisionConfig of transformers 5.23; ``hidden_size`` is that of the language model."""
+
+
+def read_config(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """The language model's fields and the vision tower's, see `opsin.layers.text_config`."""
+    text = text_config(config, TEXT)
+    return text, fields(config, {**VISION, "hidden_size": text["hidden_size"]}, "vision_config")
+
+
+def max_len(config: Mapping[str, Any]) -> int:
+    """See `opsin.layers.context_length`."""
+    return context_length(read_config(config)[0])
