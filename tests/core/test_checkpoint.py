@@ -60,7 +60,7 @@ def test_everything_in_a_folder(tmp_path: Path) -> None:
     assert found.generation_config["temperature"] == 0.5
     assert found.preprocessor == {"size": 4}
     assert found.dtype == "bfloat16"
-    assert found.eos_token_ids == (1, 2)
+    assert found.eos_token_ids == (1, 2, 9)
     assert found.chat_template == "{{ messages }}"
 
 
@@ -73,11 +73,29 @@ def test_what_is_absent_has_a_default(tmp_path: Path) -> None:
 
 
 def test_preprocessor_inside_of_the_processors_settings(tmp_path: Path) -> None:
-    """As transformers 5 writes it. A file of its own goes first."""
+    """As transformers 5 writes it, and reads it: before a file of its own."""
     nested = {"image_processor": {"size": 7}, "processor_class": "ToyProcessor"}
     assert load(tmp_path, processor_config__json=nested).preprocessor == {"size": 7}
     found = load(tmp_path, processor_config__json=nested, preprocessor_config__json={"size": 4})
-    assert found.preprocessor == {"size": 4}
+    assert found.preprocessor == {"size": 7}
+    assert load(tmp_path, processor_config__json={"processor_class": "Toy"}).preprocessor == {"size": 4}
+
+
+def test_videos_have_settings_of_their_own(tmp_path: Path) -> None:
+    assert load(tmp_path).video_preprocessor == {}
+    found = load(tmp_path, preprocessor_config__json={"size": 4})
+    assert found.video_preprocessor == {"size": 4}, "those for images, where there are no others"
+    found = load(tmp_path, video_preprocessor_config__json={"size": 5})
+    assert (found.preprocessor, found.video_preprocessor) == ({"size": 4}, {"size": 5})
+    found = load(tmp_path, processor_config__json={"video_processor": {"size": 6}})
+    assert (found.preprocessor, found.video_preprocessor) == ({"size": 4}, {"size": 6})
+
+
+def test_plugins_read_other_files(tmp_path: Path) -> None:
+    found = load(tmp_path, adaptor__json={"a": 1})
+    assert found.read_json("adaptor.json") == {"a": 1}
+    assert found.read_json("../adaptor.json") == {"a": 1}, "never outside of the folder"
+    assert found.read_json("absent.json") == {}
 
 
 @pytest.mark.parametrize(
@@ -96,10 +114,10 @@ def test_dtype(tmp_path: Path, config: dict[str, Any], dtype: str) -> None:
 @pytest.mark.parametrize(
     ("generation", "config", "ids"),
     [
-        ({"eos_token_id": 3}, {"eos_token_id": 4}, (3,)),
-        ({}, {"eos_token_id": [4, 0]}, (4, 0)),
+        ({"eos_token_id": 3}, {"eos_token_id": 4}, (3, 4)),
+        ({}, {"eos_token_id": [4, 0]}, (0, 4)),
         ({}, {"text_config": {"eos_token_id": 0}}, (0,)),
-        ({}, {"eos_token_id": 4, "text_config": {"eos_token_id": 5}}, (4,)),
+        ({"eos_token_id": None}, {"eos_token_id": 4, "text_config": {"eos_token_id": [5]}}, (4, 5)),
     ],
 )
 def test_end_of_sequence_ids(tmp_path: Path, generation: Any, config: Any, ids: tuple[int, ...]) -> None:

@@ -121,12 +121,10 @@ def test_the_published_model_has_its_keys_and_sizes() -> None:
 def test_second_names_of_a_tensor_are_passed_over() -> None:
     model = build(recorded_config())
     assert model.weight_name("model.vision_embed_tokens.wte.weight") is None
-    embeddings = "model.vision_embed_tokens.img_processor.vision_model.embeddings"
-    assert model.weight_name(f"{embeddings}.position_ids") is None
-    assert model.weight_name(f"{embeddings}.position_embedding.weight") is not None
+    key = "model.vision_embed_tokens.img_processor.vision_model.embeddings.position_ids"
+    assert load_weights(model, [(key, torch.zeros(1))]).ignored == [key]
     tied = build({**recorded_config(), "tie_word_embeddings": True})
-    assert load_weights(tied, [("lm_head.weight", torch.zeros(1))]).ignored == ["lm_head.weight"]
-    assert "lm_head.weight" not in model_slots(tied)
+    assert "lm_head.weight" not in load_weights(tied, []).missing
 
 
 @pytest.mark.parametrize(
@@ -136,7 +134,11 @@ def test_second_names_of_a_tensor_are_passed_over() -> None:
         ({"img_processor": {"type_feature": "cls_patch"}}, "type_feature is 'cls_patch'"),
         ({"vision_config": {"image_size": 224}}, "257 positions"),
         ({"vision_config": {"patch_size": 16}}, "patches of 16 pixels"),
-        ({"rope_scaling": {"type": "linear"}}, "'su' or 'longrope'"),
+        ({"rope_scaling": {"type": "linear"}}, "factor of rope_scaling"),
+        ({"rope_scaling": {**PUBLISHED["rope_scaling"], "type": "yarn"}}, "'yarn' does not use"),
+        ({"img_processor": {"layer_idx": 25}}, "24 layers"),
+        ({"img_processor": {"image_dim_out": 768}}, "image_dim_out is 768"),
+        ({"img_processor": {"num_img_tokens": "144"}}, "num_img_tokens is '144'; expected an integer"),
     ],
 )
 def test_arrangements_that_are_not_this_familys_are_refused(changes: dict[str, Any], words: str) -> None:

@@ -102,7 +102,7 @@ def test_options_of_a_request_change_the_size_and_wrong_ones_are_refused() -> No
 
 
 def test_video_frames_come_in_pairs() -> None:
-    mapper = VideoMapper(context())
+    mapper = VideoMapper(context(min_pixels=56 * 56))
     frames = np.random.default_rng(0).integers(0, 255, (5, 56, 84, 3), dtype=np.uint8)
     item = mapper.map(MediaItem(modality="video", digest="0", pixels=frames), {})
     assert item.geometry == (3, 4, 6)

@@ -122,8 +122,9 @@ def _rope_parameters(text: Mapping[str, Any]) -> dict[str, Any]:
             f"rope_scaling (or rope_parameters) is of several types: {', '.join(map(str, types))}"
         )
     scaled = rope.keys() - {"rope_theta", "mrope_section", "partial_rotary_factor"}
+    beside = {name: text[name] for name in ("partial_rotary_factor",) if name in text}
     return {
-        "partial_rotary_factor": text.get("partial_rotary_factor", 1.0),
+        **beside,
         "rope_theta": text["rope_theta"],
         **rope,
         "rope_type": types[0] if types else None if scaled else "default",

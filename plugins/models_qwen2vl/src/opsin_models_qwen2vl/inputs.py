@@ -191,7 +191,9 @@ class _Mapper:
     bounds: tuple[int, int]
 
     def __init__(self, context: InputContext) -> None:
-        settings = context.video_preprocessor if self.modality == "video" else context.preprocessor
+        settings = context.preprocessor
+        if self.modality == "video":
+            settings = context.video_preprocessor or settings
         _, vision = read_config(context.config)
         self._patching = Patching.from_config(settings, vision, self.bounds)
 
