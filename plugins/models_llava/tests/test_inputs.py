@@ -296,7 +296,9 @@ def test_pinpoints_come_from_the_processor_then_the_model() -> None:
     settings = {**HUB_SETTINGS, "image_grid_pinpoints": [[672, 672]]}
     ours = GridMapper(context({"vision_config": CLIP_336}, **settings))
     assert ours.map(pixels, {}).geometry == Grid(2, 2, 0, 0, 24)
-    with pytest.raises(ValueError, match=r"672, 672.* in preprocessor_config.json, .*336, 336.* in config.json"):
+    with pytest.raises(
+        ValueError, match=r"672, 672.* in preprocessor_config.json, .*336, 336.* in config.json"
+    ):
         GridMapper(context({"vision_config": CLIP_336, "image_grid_pinpoints": square}, **settings))
 
 

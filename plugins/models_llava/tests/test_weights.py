@@ -209,7 +209,10 @@ def test_weights_that_do_not_belong_are_reported() -> None:
         ({"text_config": {"model_type": "gemma"}}, "llama, mistral, qwen2"),
         ({"text_config": {**VICUNA, "attention_bias": True}}, "attention_bias"),
         ({"text_config": {**VICUNA, "rope_scaling": {"type": "ntk", "factor": 2.0}}}, "'ntk'"),
-        ({"text_config": {**VICUNA, "hidden_size": "4096"}}, r"text_config\.hidden_size is '4096'; .* integer"),
+        (
+            {"text_config": {**VICUNA, "hidden_size": "4096"}},
+            r"text_config\.hidden_size is '4096'; .* integer",
+        ),
         (
             {"text_config": {**VICUNA, "rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}},
             "low_freq_factor",

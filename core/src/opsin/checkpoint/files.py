@@ -194,9 +194,7 @@ def _dtype(config: Mapping[str, Any], path: Path) -> str:
     found = (source.get(name) for source in (config, text) for name in ("dtype", "torch_dtype"))
     dtype = next((value for value in found if value), "float32")
     if not isinstance(dtype, str):
-        raise CheckpointError(
-            f"{path / 'config.json'}: dtype is {dtype!r}; expected a name such as 'bfloat16'"
-        )
+        raise CheckpointError(f"{path / 'config.json'}: dtype (or torch_dtype) is {dtype!r}; expected a name")
     return dtype.removeprefix("torch.")
 
 

@@ -34,6 +34,10 @@ def locate(model: str, *, revision: str | None = None) -> Path:
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
+    if folder.suffix == ".gguf" and folder.exists():
+        raise CheckpointError(
+            f"{model!r} is a GGUF file, which llama.cpp reads; pass a folder with safetensors"
+        )
     if folder.exists():
         raise CheckpointError(f"{model!r} is a file; pass the folder that holds config.json and the weights")
     installed = entry_points(group=CHECKPOINT_GROUP, name=model)

@@ -28,8 +28,7 @@ _CONSTANTS = re.compile(r"(^|\.)(inv_freq|(cos|sin)_cached|position_ids)$")
 _WRAPPERS = {
     "module.": "torch's DataParallel or DistributedDataParallel (save model.module)",
     "_orig_mod.": "torch.compile (save the model before it is compiled)",
-    "base_model.model.": "an adapter of peft (merge it first: merge_and_unload)",
-    "base_model.": "a wrapper for training (save the model inside of it)",
+    "base_model.": "peft or another wrapper (merge adapters first: merge_and_unload; save the model inside)",
 }
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

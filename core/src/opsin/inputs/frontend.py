@@ -12,6 +12,7 @@ from opsin.checkpoint.files import Checkpoint, settings_explained
 from opsin.checkpoint.hub import locate
 from opsin.checkpoint.tokenizer import ChatTokenizer, load_tokenizer
 from opsin.config import EngineConfig
+from opsin.errors import CheckpointError
 from opsin.inputs.chat import ChatOptions, ChatRenderer
 from opsin.inputs.conversation import Conversation
 from opsin.inputs.grammar import GrammarCompiler
@@ -116,7 +117,7 @@ def build_frontend(
         chat_template=resolve_chat_template(
             checkpoint.chat_templates.get(config.chat_template or "", config.chat_template),
             own=checkpoint.chat_template,
-            default=_default_chat_template(spec, checkpoint),
+            default=_default_chat_template(spec, checkpoint, chosen=config.chat_template is not None),
         ),
         placeholders=placeholders,
         content_format=None if content_format == "auto" else content_format,
@@ -153,8 +154,13 @@ def _tool_format(config: EngineConfig, checkpoint: Checkpoint, spec: ModelSpec) 
     return spec.tool_format and spec.tool_format(checkpoint.config)
 
 
-def _default_chat_template(spec: ModelSpec, checkpoint: Checkpoint) -> str | None:
+def _default_chat_template(spec: ModelSpec, checkpoint: Checkpoint, *, chosen: bool) -> str | None:
     template = spec.default_chat_template
+    if checkpoint.chat_templates and checkpoint.chat_template is None and not chosen:
+        raise CheckpointError(
+            f"{checkpoint.path} has chat templates named {', '.join(checkpoint.chat_templates)}, and none "
+            "named default; pass the name of one as chat_template"
+        )
     if not callable(template):
         return template
     with settings_explained(checkpoint.path, template):

@@ -160,8 +160,11 @@ class GridMapper:
         features = Features.from_config(context.config)
         self._crop, self._side, self._num_rows = features.image_size, features.side, features.num_rows
         settings = context.preprocessor
-        # Checks the sizes; of the processor's own steps none changes a crop that has the tower's size.
+        # Of the processor's own steps none changes a crop that has the tower's size.
         processing = SquareProcessing(settings, features.image_size)
+        size = _size(settings, "size", {"shortest_edge": self._crop})
+        if set(size.values()) != {self._crop}:
+            raise ValueError(f"size is {size}, crop_size {self._crop}; expected the same for crops of a grid")
         self._levels, self._resample = processing.levels, processing.resample
         given = [fields(source, TOP)["image_grid_pinpoints"] for source in (settings, context.config)]
         pinpoints = given[0] or given[1] or DEFAULT_PINPOINTS

@@ -107,7 +107,12 @@ class _Mapper:
         self.option_names = frozenset({"max_slice_nums", "use_image_id"} if numbers else {"max_slice_nums"})
         self._num_queries = top_config(context.config)["query_num"]
         self._slicer = Slicer(settings["scale_resolution"], settings["patch_size"])
-        self._levels = pixel_levels({"image_mean": settings["norm_mean"], "image_std": settings["norm_std"]})
+        try:
+            self._levels = pixel_levels(
+                {f"image_{name}": settings[f"norm_{name}"] for name in ("mean", "std")}
+            )
+        except ValueError as error:
+            raise ValueError(f"norm_mean and norm_std: {error}") from error
         self._defaults = {
             # A checkpoint that does not slice sees every picture whole.
             "max_slice_nums": max_slices if settings["slice_mode"] else 1,
@@ -298,6 +303,11 @@ def placeholder(context: InputContext, text: str) -> Placeholder:
     bare = marks["slice_start"] + marks["slice_end"]
     nested = version_of(context.config) != "2.6"
     tokenizer = context.tokenizer
+    for name, mark in marks.items():
+        if tokenizer.decode([tokenizer.convert_tokens_to_ids(mark)]) != mark and (
+            not nested or "id" not in name
+        ):
+            raise ValueError(f"{name} is {mark!r}, which is no token of the tokenizer")
     unknown = tokenizer.convert_tokens_to_ids(marks["unk"])
     openers = {tokenizer.convert_tokens_to_ids(marks["im_start"])}
     if not nested:
