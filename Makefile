@@ -16,7 +16,7 @@ SOURCES := $(patsubst %/__init__.py,%,$(wildcard core/src/*/__init__.py plugins/
 FORMATTED := $(wildcard core plugins demo tests benchmarks examples docs tools)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check format test test-full test-browser bench bench-serve docs clean
+.PHONY: help setup demo check format test test-full test-browser test-resaved bench bench-serve docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -61,7 +61,7 @@ format: $(STAMP) ## rewrite the sources as `make check` wants them
 	@$(PY) -m ruff check --fix $(FORMATTED); $(PY) -m ruff format $(FORMATTED)
 
 # torch's threads spin while they wait; on a busy machine that makes the tests several times slower.
-test test-full test-browser docs: export OMP_WAIT_POLICY := passive
+test test-full test-browser test-resaved docs: export OMP_WAIT_POLICY := passive
 
 test: $(STAMP) ## the tests, without those that take minutes
 	@$(PY) -m pytest
@@ -75,6 +75,15 @@ test-browser: $(STAMP) ## the playground page in a real browser (needs Chromium;
 	  exit 1; }
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_EXTRA) playwright
 	@CHROMIUM="$(CHROMIUM)" $(PY) -m pytest -m browser tests/server/test_browser.py
+
+test-resaved: $(STAMP) ## checkpoints saved again by older transformers (installs them into .resaved/)
+	@for version in $(notdir $(wildcard tests/checkpoints/resaved/*)); do \
+	  test -d .resaved/$$version || { $(PY) -m venv .resaved/$$version && \
+	    .resaved/$$version/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_EXTRA) \
+	      "transformers==$$version" "torch$$($(PY) -c 'import torch; print("==" + torch.__version__)')" pillow; } || \
+	    exit 1; \
+	done
+	@$(PY) -m pytest -m slow tests/checkpoints/test_resaved.py
 
 bench: $(STAMP) ## measure against transformers, write a Markdown table
 	@$(PY) benchmarks/run.py

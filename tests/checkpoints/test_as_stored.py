@@ -1,4 +1,4 @@
-"""Folders as people have them: heads, shards, constants, wrappers, quantised weights, and what is no model at all."""
+"""Folders as people have them: heads, shards, constants, wrappers, quantised weights, what is no model."""
 
 from __future__ import annotations
 
@@ -90,6 +90,7 @@ def test_embeddings_need_no_head(folder: Path) -> None:
     for model in (folder, GOLDEN / "qwen2vl" / "model"):
         with LLM(str(model), dtype="float32", task="embed", kv_cache_memory=2**22) as llm:
             [output] = llm.embed({"prompt_token_ids": PROMPT}, use_tqdm=False)
+            assert output.outputs is not None
             vectors.append(output.outputs.embedding)
     assert vectors[0] == vectors[1]
 
@@ -170,7 +171,10 @@ def test_a_tensor_of_another_shape_is_refused(
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(GOLDEN / family / "model", folder, copy_function=shutil.copyfile)
-    flipped = (lambda t: t.reshape(shape)) if shape else (lambda t: t.transpose(0, 1))
+
+    def flipped(tensor: Tensor) -> Tensor:
+        return tensor.transpose(0, 1) if shape is None else tensor.reshape(shape)
+
     rewrite(folder, lambda tensors: {**tensors, key: flipped(tensors[key])})
     with pytest.raises(CheckpointError, match=rf"tensor {key} has shape"):
         tokens(folder)

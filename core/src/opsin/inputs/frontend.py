@@ -115,8 +115,8 @@ def build_frontend(
     renderer = ChatRenderer(
         tokenizer=tokenizer,
         chat_template=resolve_chat_template(
-            checkpoint.chat_templates.get(config.chat_template or "", config.chat_template),
-            own=checkpoint.chat_template,
+            None if config.chat_template in checkpoint.chat_templates else config.chat_template,
+            own=checkpoint.chat_templates.get(config.chat_template or "default"),
             default=_default_chat_template(spec, checkpoint, chosen=config.chat_template is not None),
         ),
         placeholders=placeholders,
