@@ -1,8 +1,8 @@
 """Checkpoints saved again by several versions of transformers answer as before.
 
 The recorded folders (``resaved/VERSION/NAME``, made by ``resave.py``) hold what such a version writes; the
-weights are those of the original, under the names that it gives them. `make test-resaved` makes the folders anew,
-with each version in an environment of its own (``.resaved/VERSION``).
+weights are those of the original, under the names that it gives them. `make test-resaved` makes the folders
+anew, with each version in an environment of its own (``.resaved/VERSION``).
 """
 
 from __future__ import annotations
