@@ -10,7 +10,8 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +21,11 @@ from opsin.api import (
     Activation,
     AttentionBatch,
     DenseAttention,
+    Device,
     GatedAct,
     KernelQuery,
     KernelSpec,
+    KVGeometry,
     KVLayer,
     LayerNorm,
     LinearFn,
@@ -35,7 +38,7 @@ from opsin.api import (
     TopK,
     WriteKV,
 )
-from opsin.errors import PluginError
+from opsin.errors import ConfigError, PluginError
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +91,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 
 @dataclass(frozen=True, kw_only=True)
 class ReferencePlan:
-    """What the reference attention needs once a step.
+    """What the reference attention needs, made once per step.
 
     Attributes:
         query_lens, context_lens: per sequence, as in `AttentionBatch`.
@@ -107,16 +110,13 @@ class ReferencePlan:
 def plan_attention(batch: AttentionBatch) -> ReferencePlan:
     """Reference of `opsin.api.PlanAttention`."""
     size = batch.block_size
-    tables = [
-        torch.tensor(table[: -(-length // size)], dtype=torch.int64, device=batch.device)
-        for table, length in zip(batch.block_tables, batch.context_lens)
-    ]
-    slots = torch.tensor(batch.slots, dtype=torch.int64, device=batch.device)
+    to_tensor = partial(torch.tensor, dtype=torch.int64, device=batch.device)
+    tables = zip(batch.block_tables, batch.context_lens)
     return ReferencePlan(
         query_lens=batch.query_lens,
         context_lens=batch.context_lens,
-        block_ids=tables,
-        slots=slots,
+        block_ids=[to_tensor(table[: -(-length // size)]) for table, length in tables],
+        slots=to_tensor(batch.slots),
         block_size=size,
     )
 
@@ -133,25 +133,20 @@ def paged_attention(q: Tensor, layer: KVLayer, plan: ReferencePlan, scale: float
     outputs = []
     for chunk, length, blocks in zip(q.split(list(plan.query_lens)), plan.context_lens, plan.block_ids):
         groups = q.shape[1] // layer.k.shape[2]
-        k = layer.k[blocks].flatten(0, 1)[:length].repeat_interleave(groups, dim=1).float()
-        v = layer.v[blocks].flatten(0, 1)[:length].repeat_interleave(groups, dim=1).float()
+        k, v = (
+            cache[blocks].flatten(0, 1)[:length].repeat_interleave(groups, dim=1).float()
+            for cache in (layer.k, layer.v)
+        )
         scores = torch.einsum("qnd,knd->nqk", chunk.float(), k) * scale
-        first = length - chunk.shape[0]
-        seen = torch.arange(length, device=q.device) <= first + torch.arange(
-            chunk.shape[0], device=q.device
-        ).unsqueeze(1)
+        places = torch.arange(length, device=q.device)
+        seen = places <= places[length - len(chunk) :].unsqueeze(1)
         weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
         outputs.append(torch.einsum("nqk,knd->qnd", weights, v))
     return torch.cat(outputs).to(q.dtype)
 
 
 def dense_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_lens: Sequence[int],
-    k_lens: Sequence[int] | None,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, q_lens: Sequence[int], k_lens: Sequence[int] | None, scale: float
 ) -> Tensor:
     """Reference of `opsin.api.DenseAttention`."""
     lens = list(k_lens if k_lens is not None else q_lens)
@@ -167,8 +162,8 @@ def prepare_linear(
     bias: Tensor | None,
     activation: Activation | None,
     *,
-    keep_weight: bool,
-    few_rows: bool = False,
+    keep_weight: bool,  # noqa: ARG001 (the op's signature)
+    few_rows: bool = False,  # noqa: ARG001 (the op's signature)
 ) -> LinearFn:
     """Reference of `opsin.api.PrepareLinear`."""
     act = None if activation is None else ACTIVATIONS[activation]
@@ -182,10 +177,7 @@ def prepare_linear(
 
 def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Reference of `opsin.api.TopK`."""
-    if k == 1:
-        values, ids = x.max(-1, keepdim=True)
-    else:
-        values, ids = x.topk(k, dim=-1)
+    values, ids = x.max(-1, keepdim=True) if k == 1 else x.topk(k, dim=-1)
     return values, ids
 
 
@@ -202,7 +194,27 @@ REFERENCES: Mapping[OpName, Callable[..., Any]] = {
     "top_k": top_k,
 }
 
-_KV_OPS: frozenset[OpName] = frozenset({"plan_attention", "write_kv", "paged_attention"})
+_KV_OPS: tuple[OpName, ...] = ("plan_attention", "write_kv", "paged_attention")
+
+
+def allocate_kv(
+    device: Device, num_blocks: int, block_size: int, geometry: KVGeometry, dtype: torch.dtype
+) -> Sequence[KVLayer]:
+    """The KV cache, laid out by the device, or [num_blocks, block_size, K, D] if it has no wish.
+
+    Raises:
+        ConfigError: the device allocated another number of layers than the model has.
+    """
+    if device.allocate_kv is None:
+        shape = (num_blocks, block_size, geometry.num_kv_heads, geometry.head_size)
+        zeros = partial(torch.zeros, shape, dtype=dtype, device=device.torch_device)
+        return [KVLayer(k=zeros(), v=zeros()) for _ in range(geometry.num_layers)]
+    layers = device.allocate_kv(num_blocks, block_size, geometry, dtype)
+    if len(layers) != geometry.num_layers:
+        raise ConfigError(
+            f"device {device.name} allocated {len(layers)} KV layers, the model has {geometry.num_layers}"
+        )
+    return layers
 
 
 # --------------------------------------------------------------------------------------------------
@@ -235,45 +247,43 @@ class Kernels:
 
     def rms_norm(self, query: KernelQuery) -> RMSNorm:
         """Bind `RMSNorm`."""
-        return cast(RMSNorm, self._bind(query))
+        return self._bind(query)
 
     def layer_norm(self, query: KernelQuery) -> LayerNorm:
         """Bind `LayerNorm`."""
-        return cast(LayerNorm, self._bind(query))
+        return self._bind(query)
 
     def gated_act(self, query: KernelQuery) -> GatedAct:
         """Bind `GatedAct`."""
-        return cast(GatedAct, self._bind(query))
+        return self._bind(query)
 
     def rotary(self, query: KernelQuery) -> Rotary:
         """Bind `Rotary`."""
-        return cast(Rotary, self._bind(query))
+        return self._bind(query)
 
     def dense_attention(self, query: KernelQuery) -> DenseAttention:
         """Bind `DenseAttention`."""
-        return cast(DenseAttention, self._bind(query))
+        return self._bind(query)
 
     def prepare_linear(self, query: KernelQuery) -> PrepareLinear:
         """Bind `PrepareLinear`."""
-        return cast(PrepareLinear, self._bind(query))
+        return self._bind(query)
 
     def top_k(self, query: KernelQuery) -> TopK:
         """Bind `TopK`."""
-        return cast(TopK, self._bind(query))
+        return self._bind(query)
 
     def paged(self, query: KernelQuery) -> tuple[WriteKV, PagedAttention]:
         """Bind the ops around the KV cache. With `plan_attention` they share a plan: one provider for all."""
-        ops: tuple[OpName, ...] = ("plan_attention", "write_kv", "paged_attention")
-        queries = [replace(query, op=op) for op in ops]
-        own = all(op in self._specs and self._specs[op].supports(q) for op, q in zip(ops, queries))
-        plan, write, attend = (self._take(op, own) for op in ops)
+        own = all(op in self._specs and self._specs[op].supports(replace(query, op=op)) for op in _KV_OPS)
+        plan, write, attend = (self._take(op, own) for op in _KV_OPS)
         if self._plan not in (None, plan):
             raise PluginError(
                 f"device {self._device} supports paged attention for some layers of this model and declines "
                 f"it for {query}; all layers of a model share one plan: support all of them or none"
             )
-        self._plan = cast(PlanAttention, plan)
-        return cast(WriteKV, write), cast(PagedAttention, attend)
+        self._plan = plan
+        return write, attend
 
     @property
     def plan_attention(self) -> PlanAttention:
