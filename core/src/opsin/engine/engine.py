@@ -25,8 +25,6 @@ from opsin.inputs.frontend import build_frontend
 from opsin.plugins import Plugins, load_plugins
 from opsin.results import EngineStats, Output
 
-_NO_SAMPLING = SamplingParams()
-
 logger = logging.getLogger(__name__)
 
 
@@ -138,12 +136,7 @@ class Engine:
         length = len(prompt.token_ids)
         most = self.resolved.max_model_len - isinstance(params, SamplingParams)
         if not 0 < length <= most:
-            raise RequestError(f"the prompt has {length} tokens; 1 to {most} are possible")
-        if isinstance(params, SamplingParams) and params.priority and self.config.scheduling_policy == "fcfs":
-            raise RequestError(
-                f"priority={params.priority}: this engine serves first come, first served "
-                "(scheduling_policy, --scheduling-policy priority)"
-            )
+            raise RequestError(f"the prompt has {length} tokens; expected 1 to {most}")
         if isinstance(params, PoolingParams):
             self._add_pooling(request_id, prompt, params)
         else:
@@ -158,20 +151,24 @@ class Engine:
         width = self.info.hidden_size
         if params.dimensions is not None and params.dimensions > width:
             raise RequestError(f"dimensions={params.dimensions}: this model's embeddings have {width}")
+        request = PoolingState(request_id, prompt, time.monotonic())
         sequence = Sequence(
             seq_id=self._num_sequences,
             request_id=request_id,
             index=0,
             prompt=prompt,
-            params=_NO_SAMPLING,
+            params=SamplingParams(),
             pooling=self.pooling,
             dimensions=params.dimensions,
         )
-        request = PoolingState(request_id, prompt, time.monotonic())
-        self._requests[request_id] = request
         self._queue(request, sequence)
 
     def _add_sampling(self, request_id: str, prompt: ProcessedPrompt, params: SamplingParams) -> None:
+        if params.priority and self.config.scheduling_policy == "fcfs":
+            raise RequestError(
+                f"priority={params.priority}: this engine serves first come, first served; "
+                "set scheduling_policy (--scheduling-policy) to priority"
+            )
         wanted = params.structured
         grammars = [
             None if wanted is None else self.frontend.grammars.compile(wanted) for _ in range(params.n)
@@ -185,8 +182,7 @@ class Engine:
             max_len=self.resolved.max_model_len,
             arrival_time=time.monotonic(),
         )
-        self._requests[request_id] = request
-        for index in range(params.n):
+        for index, grammar in enumerate(grammars):
             sequence = Sequence(
                 seq_id=self._num_sequences,
                 request_id=request_id,
@@ -194,8 +190,7 @@ class Engine:
                 prompt=prompt,
                 params=params,
                 eos_token_ids=self.frontend.eos_token_ids,
-                grammar=grammars[index],
-                priority=params.priority,
+                grammar=grammar,
             )
             if not params.greedy:
                 seed = self._seeds.getrandbits(63) if params.seed is None else params.seed + index
@@ -204,18 +199,21 @@ class Engine:
 
     def _queue(self, request: RequestState | PoolingState, sequence: Sequence) -> None:
         self._num_sequences += 1
+        self._requests[request.request_id] = request
         request.sequences[sequence.index] = sequence
         self.scheduler.add(sequence)
 
     def abort(self, request_id: str) -> Output | None:
         """End a request now; returns what it has so far, None if the id is unknown (or done)."""
-        request = self._requests.get(request_id)
-        if request is None:
-            return None
+        return self._stop(request_id) if request_id in self._requests else None
+
+    def _stop(self, request_id: str, error: RequestError | None = None) -> Output:
+        """End a request with all its samples: aborted, or with an error."""
+        request = self._requests[request_id]
         for index in list(request.sequences):
-            request.finish(index, "abort")
             self._drop(request, index)
-        return self._close(request_id)
+        request.stop(error)
+        return self._output(request_id)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -241,14 +239,19 @@ class Engine:
         """Compute one batch; returns the requests that changed, each with all it has so far.
 
         Raises:
-            DeviceLostError: nothing can be computed any more.
+            DeviceLostError: nothing more can be computed.
         """
         started = time.monotonic()
         step = self.scheduler.schedule()
         tokens = self.executor.run(step)
-        failed = [self._fail(step, seq_id, error) for seq_id, error in tokens.errors.items()]
+        errors = {  # one per request, whose other samples end with it
+            chunk.sequence.request_id: tokens.errors[chunk.sequence.seq_id]
+            for chunk in step.chunks
+            if chunk.sequence.seq_id in tokens.errors
+        }
+        failed = [self._stop(request_id, error) for request_id, error in errors.items()]
         self.scheduler.commit(step, {seq_id: token.token_id for seq_id, token in tokens.sampled.items()})
-        return [output for output in failed if output is not None] + self._deliver(step, tokens, started)
+        return failed + self._deliver(step, tokens, started)
 
     def _deliver(self, step: Step, tokens: StepTokens, started: float) -> list[Output]:
         changed: dict[str, None] = {}
@@ -275,26 +278,15 @@ class Engine:
                     self._drop(request, sequence.index)
         return [self._output(request_id) for request_id in changed]
 
-    def _fail(self, step: Step, seq_id: int, error: RequestError) -> Output | None:
-        """Fail the request of one sequence, with its other samples."""
-        request_id = next(c.sequence.request_id for c in step.chunks if c.sequence.seq_id == seq_id)
-        request = self._requests.get(request_id)
-        if request is None:  # another of its samples has failed already
-            return None
-        for index in list(request.sequences):
-            self._drop(request, index)
-        request.fail(error)
-        return self._close(request_id)
-
     def _output(self, request_id: str) -> Output:
+        """A request's output; the request is forgotten with its last sample."""
         request = self._requests[request_id]
-        return request.output() if request.sequences else self._close(request_id)
+        if not request.sequences:
+            del self._requests[request_id]
+        return request.output()
 
     def _drop(self, request: RequestState | PoolingState, index: int) -> None:
         self.scheduler.remove(request.sequences.pop(index))
-
-    def _close(self, request_id: str) -> Output:
-        return self._requests.pop(request_id).output()
 
     # ---- around -------------------------------------------------------------------------------
 
@@ -304,7 +296,7 @@ class Engine:
         media = self.frontend.processor.mapped_media
         return EngineStats(
             num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting),
+            num_waiting=self.num_waiting,
             kv_blocks=blocks.num_blocks,
             kv_blocks_used=blocks.num_used,
             prefix_queries=blocks.queries,
@@ -321,7 +313,7 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Abort everything and let go of the model."""
+        """Abort everything and release the model."""
         for request_id in list(self._requests):
             self.abort(request_id)
         self.executor.close()
