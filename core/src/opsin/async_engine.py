@@ -89,6 +89,7 @@ class AsyncEngine:
     Attributes:
         frontend, info: the engine's, usable from any thread.
         engine: belongs to its thread; other threads use `frontend`, `info` and the methods here.
+        death: what ended the engine's thread; None while it runs.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -96,10 +97,10 @@ class AsyncEngine:
         self.engine = engine
         self._pool = ThreadPoolExecutor(engine.config.preprocess_threads, thread_name_prefix="opsin-media")
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
-        self._submitting = threading.Lock()  # between looking at _death and putting a command
+        self._submitting = threading.Lock()  # between looking at `death` and putting a command
         self._streams: dict[str, _Stream] = {}
         self._ids = itertools.count()
-        self._death: BaseException | None = None
+        self.death: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="opsin-engine", daemon=True)
         self._thread.start()
 
@@ -230,11 +231,6 @@ class AsyncEngine:
                 with suppress(OpsinError):  # an engine that has stopped has nothing to abort
                     await self.abort(request_id)
 
-    @property
-    def death(self) -> BaseException | None:
-        """What ended the engine's thread; None while it runs."""
-        return self._death
-
     async def abort(self, request_id: str) -> None:
         """End a request; its stream gets a last output with what there is."""
         self._submit(run=lambda: self._abort(request_id), refuse=lambda _: None)
@@ -268,8 +264,8 @@ class AsyncEngine:
             self._commands.put(_Command(run, refuse))
 
     def _check_running(self) -> None:
-        if self._death is not None:
-            raise OpsinError("the engine has stopped; restart the process") from self._death
+        if self.death is not None:
+            raise OpsinError("the engine has stopped; restart the process") from self.death
 
     def _run(self) -> None:
         try:
@@ -325,7 +321,7 @@ class AsyncEngine:
 
     def _end(self, error: BaseException) -> None:
         with self._submitting:
-            self._death = error
+            self.death = error
         _hand_over([(stream, error) for stream in self._streams.values()])
         self._streams.clear()
         while not self._commands.empty():  # the last ones: no more are accepted

@@ -17,32 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opsin.api import (
-    Activation,
-    AttentionBatch,
-    DenseAttention,
-    Device,
-    GatedAct,
-    KernelQuery,
-    KernelSpec,
-    KVGeometry,
-    KVLayer,
-    LayerNorm,
-    LinearFn,
-    OpName,
-    PagedAttention,
-    PlanAttention,
-    PrepareLinear,
-    RMSNorm,
-    Rotary,
-    TopK,
-    WriteKV,
-)
+from opsin import api
 from opsin.errors import ConfigError, PluginError
 
 logger = logging.getLogger(__name__)
 
-ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: Mapping[api.Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -50,9 +30,7 @@ ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
-# --------------------------------------------------------------------------------------------------
-# References
-# --------------------------------------------------------------------------------------------------
+# ---- References ----------------------------------------------------------------------------------
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -69,7 +47,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     return F.layer_norm(x.float(), (x.shape[-1],), weight.float(), wide_bias, eps).to(x.dtype)
 
 
-def gated_act(x: Tensor, activation: Activation) -> Tensor:
+def gated_act(x: Tensor, activation: api.Activation) -> Tensor:
     """Reference of `opsin.api.GatedAct`."""
     gate, up = x.chunk(2, dim=-1)
     return ACTIVATIONS[activation](gate) * up
@@ -107,7 +85,7 @@ class ReferencePlan:
     block_size: int
 
 
-def plan_attention(batch: AttentionBatch) -> ReferencePlan:
+def plan_attention(batch: api.AttentionBatch) -> ReferencePlan:
     """Reference of `opsin.api.PlanAttention`."""
     size = batch.block_size
     to_tensor = partial(torch.tensor, dtype=torch.int64, device=batch.device)
@@ -121,14 +99,14 @@ def plan_attention(batch: AttentionBatch) -> ReferencePlan:
     )
 
 
-def write_kv(k: Tensor, v: Tensor, layer: KVLayer, plan: ReferencePlan) -> None:
+def write_kv(k: Tensor, v: Tensor, layer: api.KVLayer, plan: ReferencePlan) -> None:
     """Reference of `opsin.api.WriteKV`."""
     block, offset = plan.slots // plan.block_size, plan.slots % plan.block_size
     layer.k[block, offset] = k
     layer.v[block, offset] = v
 
 
-def paged_attention(q: Tensor, layer: KVLayer, plan: ReferencePlan, scale: float) -> Tensor:
+def paged_attention(q: Tensor, layer: api.KVLayer, plan: ReferencePlan, scale: float) -> Tensor:
     """Reference of `opsin.api.PagedAttention`."""
     outputs = []
     for chunk, length, blocks in zip(q.split(list(plan.query_lens)), plan.context_lens, plan.block_ids):
@@ -160,11 +138,11 @@ def dense_attention(
 def prepare_linear(
     weight: Tensor,
     bias: Tensor | None,
-    activation: Activation | None,
+    activation: api.Activation | None,
     *,
     keep_weight: bool,  # noqa: ARG001 (the op's signature)
     few_rows: bool = False,  # noqa: ARG001 (the op's signature)
-) -> LinearFn:
+) -> api.LinearFn:
     """Reference of `opsin.api.PrepareLinear`."""
     act = None if activation is None else ACTIVATIONS[activation]
 
@@ -181,7 +159,7 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, ids
 
 
-REFERENCES: Mapping[OpName, Callable[..., Any]] = {
+REFERENCES: Mapping[api.OpName, Callable[..., Any]] = {
     "rms_norm": rms_norm,
     "layer_norm": layer_norm,
     "gated_act": gated_act,
@@ -194,12 +172,12 @@ REFERENCES: Mapping[OpName, Callable[..., Any]] = {
     "top_k": top_k,
 }
 
-_KV_OPS: tuple[OpName, ...] = ("plan_attention", "write_kv", "paged_attention")
+_KV_OPS: tuple[api.OpName, ...] = ("plan_attention", "write_kv", "paged_attention")
 
 
 def allocate_kv(
-    device: Device, num_blocks: int, block_size: int, geometry: KVGeometry, dtype: torch.dtype
-) -> Sequence[KVLayer]:
+    device: api.Device, num_blocks: int, block_size: int, geometry: api.KVGeometry, dtype: torch.dtype
+) -> Sequence[api.KVLayer]:
     """The KV cache, laid out by the device, or [num_blocks, block_size, K, D] if it has no wish.
 
     Raises:
@@ -208,7 +186,7 @@ def allocate_kv(
     if device.allocate_kv is None:
         shape = (num_blocks, block_size, geometry.num_kv_heads, geometry.head_size)
         zeros = partial(torch.zeros, shape, dtype=dtype, device=device.torch_device)
-        return [KVLayer(k=zeros(), v=zeros()) for _ in range(geometry.num_layers)]
+        return [api.KVLayer(k=zeros(), v=zeros()) for _ in range(geometry.num_layers)]
     layers = device.allocate_kv(num_blocks, block_size, geometry, dtype)
     if len(layers) != geometry.num_layers:
         raise ConfigError(
@@ -217,16 +195,14 @@ def allocate_kv(
     return layers
 
 
-# --------------------------------------------------------------------------------------------------
-# The table
-# --------------------------------------------------------------------------------------------------
+# ---- The table -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Choice:
     """Who serves a query: a device's kernel or the reference."""
 
-    op: OpName
+    op: api.OpName
     provider: str
 
 
@@ -237,43 +213,43 @@ class Kernels:
     lacks one of them, all three are the reference's.
     """
 
-    def __init__(self, device: str = "reference", specs: Sequence[KernelSpec] = ()) -> None:
+    def __init__(self, device: str = "reference", specs: Sequence[api.KernelSpec] = ()) -> None:
         self._device = device
         self._specs = {spec.op: spec for spec in specs if spec.device == device}
-        self._loaded: dict[OpName, Callable[..., Any]] = {}
-        self._plan: PlanAttention | None = None
+        self._loaded: dict[api.OpName, Callable[..., Any]] = {}
+        self._plan: api.PlanAttention | None = None
         self.choices: Counter[Choice] = Counter()
         """How often each (op, provider) was bound: shown at start-up and by ``opsin doctor``."""
 
-    def rms_norm(self, query: KernelQuery) -> RMSNorm:
+    def rms_norm(self, query: api.KernelQuery) -> api.RMSNorm:
         """Bind `RMSNorm`."""
         return self._bind(query)
 
-    def layer_norm(self, query: KernelQuery) -> LayerNorm:
+    def layer_norm(self, query: api.KernelQuery) -> api.LayerNorm:
         """Bind `LayerNorm`."""
         return self._bind(query)
 
-    def gated_act(self, query: KernelQuery) -> GatedAct:
+    def gated_act(self, query: api.KernelQuery) -> api.GatedAct:
         """Bind `GatedAct`."""
         return self._bind(query)
 
-    def rotary(self, query: KernelQuery) -> Rotary:
+    def rotary(self, query: api.KernelQuery) -> api.Rotary:
         """Bind `Rotary`."""
         return self._bind(query)
 
-    def dense_attention(self, query: KernelQuery) -> DenseAttention:
+    def dense_attention(self, query: api.KernelQuery) -> api.DenseAttention:
         """Bind `DenseAttention`."""
         return self._bind(query)
 
-    def prepare_linear(self, query: KernelQuery) -> PrepareLinear:
+    def prepare_linear(self, query: api.KernelQuery) -> api.PrepareLinear:
         """Bind `PrepareLinear`."""
         return self._bind(query)
 
-    def top_k(self, query: KernelQuery) -> TopK:
+    def top_k(self, query: api.KernelQuery) -> api.TopK:
         """Bind `TopK`."""
         return self._bind(query)
 
-    def paged(self, query: KernelQuery) -> tuple[WriteKV, PagedAttention]:
+    def paged(self, query: api.KernelQuery) -> tuple[api.WriteKV, api.PagedAttention]:
         """Bind the ops around the KV cache. With `plan_attention` they share a plan: one provider for all."""
         own = all(op in self._specs and self._specs[op].supports(replace(query, op=op)) for op in _KV_OPS)
         plan, write, attend = (self._take(op, own) for op in _KV_OPS)
@@ -286,7 +262,7 @@ class Kernels:
         return write, attend
 
     @property
-    def plan_attention(self) -> PlanAttention:
+    def plan_attention(self) -> api.PlanAttention:
         """The planning op that belongs to the attention the model's layers have bound."""
         assert self._plan is not None, "no layer has bound paged attention"
         return self._plan
@@ -298,12 +274,12 @@ class Kernels:
         names = f"{', '.join(own) or 'none'}; reference: {', '.join(fallback) or 'none'}"
         return f"kernels of {self._device}: {names}"
 
-    def _bind(self, query: KernelQuery) -> Callable[..., Any]:
+    def _bind(self, query: api.KernelQuery) -> Callable[..., Any]:
         assert query.op not in _KV_OPS, "bind the KV ops together, with paged()"
         spec = self._specs.get(query.op)
         return self._take(query.op, spec is not None and spec.supports(query))
 
-    def _take(self, op: OpName, own: bool) -> Callable[..., Any]:
+    def _take(self, op: api.OpName, own: bool) -> Callable[..., Any]:
         self.choices[Choice(op, self._device if own else "reference")] += 1
         if not own:
             return REFERENCES[op]

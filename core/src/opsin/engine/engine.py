@@ -33,8 +33,7 @@ class EngineInfo:
     """What is fixed once an engine is loaded. Safe to read from any thread.
 
     Attributes:
-        config: what was asked for.
-        architecture: of the model.
+        config: the settings, as requested.
         max_model_len: most tokens of prompt and output together.
         vocab_size: token ids are below it.
         hidden_size: width of an embedding.
@@ -42,7 +41,6 @@ class EngineInfo:
     """
 
     config: EngineConfig
-    architecture: str
     max_model_len: int
     vocab_size: int
     hidden_size: int
@@ -66,8 +64,7 @@ class Engine:
         """Load plugins, checkpoint, tokenizer and weights.
 
         Raises:
-            MissingPluginError: no plugin has the model's architecture or the device.
-            ConfigError, CheckpointError: see `LocalExecutor`.
+            MissingPluginError, ConfigError, CheckpointError: as `LocalExecutor`.
         """
         self.config = config
         self.plugins = plugins if plugins is not None else load_plugins(prefer=config.prefer)
@@ -81,15 +78,7 @@ class Engine:
             type=config.pooling_type or default.type,
             normalize=default.normalize if config.normalize is None else config.normalize,
         )
-        device_spec, device_index, _ = self.plugins.select_device(config.device)
-        self.executor = LocalExecutor(
-            config,
-            self.checkpoint,
-            model_spec=self.model_spec,
-            device_spec=device_spec,
-            device_index=device_index,
-            kernel_specs=self.plugins.kernel_specs(device_spec.name),
-        )
+        self.executor = LocalExecutor(config, self.checkpoint, self.plugins)
         self.resolved: Resolved = self.executor.resolved
         self.frontend = build_frontend(
             config,
@@ -102,7 +91,6 @@ class Engine:
         )
         self.info = EngineInfo(
             config=config,
-            architecture=self.checkpoint.architecture,
             max_model_len=self.resolved.max_model_len,
             vocab_size=self.executor.model.vocab_size,
             hidden_size=self.executor.model.hidden_size,

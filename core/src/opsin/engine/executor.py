@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from opsin.api import BuildContext, Device, DeviceSpec, KernelQuery, KernelSpec, ModelSpec
+from opsin.api import BuildContext, Device, KernelQuery, ModelSpec
 from opsin.checkpoint.files import Checkpoint
 from opsin.checkpoint.weights import load_weights, read_safetensors, torch_dtype
 from opsin.config import EngineConfig
@@ -23,6 +23,7 @@ from opsin.engine.scheduler import Step
 from opsin.engine.sizing import resolve, resolve_dtype
 from opsin.errors import CheckpointError, ConfigError
 from opsin.kernels import Kernels, allocate_kv
+from opsin.plugins import Plugins
 
 logger = logging.getLogger(__name__)
 
@@ -30,30 +31,24 @@ logger = logging.getLogger(__name__)
 class LocalExecutor:
     """One device, in this process."""
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        checkpoint: Checkpoint,
-        *,
-        model_spec: ModelSpec,
-        device_spec: DeviceSpec,
-        device_index: int,
-        kernel_specs: Sequence[KernelSpec],
-    ) -> None:
+    def __init__(self, config: EngineConfig, checkpoint: Checkpoint, plugins: Plugins) -> None:
         """Open the device, build the model and stream its weights in.
 
         Raises:
+            MissingPluginError: no plugin has the model's architecture or the device.
             ConfigError: a setting does not fit device or model.
             CheckpointError: weights and config.json disagree.
         """
         started = time.perf_counter()
+        model_spec = plugins.model(checkpoint.architecture)
+        device_spec, device_index, _ = plugins.select_device(config.device)
         try:
             self.device = device_spec.open(device_index)
         except ValueError as error:  # an index that is not there, a setting of the device's own
             raise ConfigError(str(error)) from error
         name = resolve_dtype(config.dtype, checkpoint.dtype, self.device.capabilities)
         dtype = torch_dtype(name)
-        self.kernels = Kernels(device_spec.name, kernel_specs)
+        self.kernels = Kernels(device_spec.name, plugins.kernel_specs(device_spec.name))
         context = BuildContext(
             config=checkpoint.config, kernels=self.kernels, dtype=dtype, device=self.device.torch_device
         )
@@ -117,7 +112,7 @@ class LocalExecutor:
         return self._runner.run(step)
 
     def close(self) -> None:
-        """Let go of model and caches."""
+        """Release model and caches."""
         del self._runner, self.model
 
 
@@ -136,7 +131,6 @@ def _out_of_memory_explained(device: Device, what: str, cure: str) -> Iterator[N
 def _max_len(spec: ModelSpec, checkpoint: Checkpoint) -> int:
     if spec.max_len is not None:
         return spec.max_len(checkpoint.config)
-    text = checkpoint.config.get("text_config") or {}
-    return int(
-        checkpoint.config.get("max_position_embeddings") or text.get("max_position_embeddings") or 4096
-    )
+    config = checkpoint.config
+    text = config.get("text_config") or {}
+    return int(config.get("max_position_embeddings") or text.get("max_position_embeddings") or 4096)

@@ -86,7 +86,7 @@ class RequestState(_Request):
 
     Args:
         request_id: the caller's name for it.
-        prompt: the processed prompt.
+        prompt: what was asked.
         params: sampling settings; ``params.n`` samples are collected.
         tokenizer: see `Detokenizer`.
         eos_token_ids: ids that end a sample unless ``ignore_eos``.

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,7 +18,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from opsin.api import TopK
-from opsin.config import SamplingParams
 from opsin.engine.sequence import SampledToken, Sequence
 from opsin.errors import RequestError
 from opsin.kernels import top_k as reference_top_k
@@ -61,7 +59,10 @@ def sample(
         are NaN or infinite, a ``logit_bias`` outside the vocabulary).
     """
     assert logits.shape[0] == len(sequences), "one row per sequence"
-    all_rules = [seq.sampler_state or _start(seq, logits) for seq in sequences]
+    for seq in sequences:
+        if seq.sampler_state is None:
+            seq.sampler_state = _Rules(seq, logits)
+    all_rules: list[_Rules] = [seq.sampler_state for seq in sequences]
     if all(rules.plain for rules in all_rules):
         return [
             token if isinstance(token, RequestError) else SampledToken(token)
@@ -118,9 +119,7 @@ def prompt_logprobs(
     return found
 
 
-# --------------------------------------------------------------------------------------------------
-# What a sequence asks for, prepared once and kept in `Sequence.sampler_state`
-# --------------------------------------------------------------------------------------------------
+# ---- What a sequence asks for, prepared once and kept in `Sequence.sampler_state` ----------------
 
 
 class _TokenCounts:
@@ -154,9 +153,8 @@ class _TokenCounts:
         self.num_counted = seq.num_output
 
 
-@dataclass(slots=True, eq=False)
 class _Rules:
-    """One sequence's sampling settings, ready to apply.
+    """One sequence's sampling settings, prepared at its first token.
 
     Attributes:
         plain: greedy with nothing else asked: the row's best token is the answer.
@@ -166,12 +164,29 @@ class _Rules:
         error: why no token can ever be chosen, or None.
     """
 
-    params: SamplingParams
-    plain: bool
-    bias: tuple[Tensor, Tensor] | None
-    ending: Tensor | None
-    counts: _TokenCounts | None
-    error: RequestError | None
+    def __init__(self, seq: Sequence, logits: Tensor) -> None:
+        params = self.params = seq.params
+        vocab, device = logits.shape[1], logits.device
+        self.error: RequestError | None = None
+        self.bias: tuple[Tensor, Tensor] | None = None
+        outside = [token for token in params.logit_bias or () if not 0 <= token < vocab]
+        if outside:
+            self.error = RequestError(f"logit_bias has token id {outside[0]}: expected 0 to {vocab - 1}")
+        elif params.logit_bias:
+            values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
+            self.bias = torch.tensor(list(params.logit_bias), device=device), values
+        self.ending: Tensor | None = None
+        if params.min_tokens:
+            stops = {*seq.eos_token_ids, *(params.stop_token_ids or ())}
+            ending = [token for token in stops if 0 <= token < vocab]
+            self.ending = torch.tensor(ending, dtype=torch.int64, device=device)
+        self.counts: _TokenCounts | None = None
+        if params.repetition_penalty != 1:
+            self.counts = _TokenCounts(seq.prompt.token_ids)
+        elif params.presence_penalty or params.frequency_penalty:
+            self.counts = _TokenCounts(())
+        extras = (seq.grammar, self.bias, self.ending, self.counts, self.error, params.logprobs)
+        self.plain = params.greedy and all(extra is None for extra in extras)
 
     def adjusts(self, seq: Sequence) -> bool:
         """Whether logits change in this step before temperature and cuts."""
@@ -208,40 +223,7 @@ class _Rules:
         row[ids] = values
 
 
-def _start(seq: Sequence, logits: Tensor) -> _Rules:
-    """Prepare a sequence's rules at its first token."""
-    params = seq.params
-    vocab, device = logits.shape[1], logits.device
-    bias, error = None, None
-    if params.logit_bias:
-        outside = [token for token in params.logit_bias if not 0 <= token < vocab]
-        if outside:
-            error = RequestError(f"logit_bias has token id {outside[0]}: expected 0 to {vocab - 1}")
-        else:
-            ids = torch.tensor(list(params.logit_bias), device=device)
-            values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
-            bias = ids, values
-    ending = None
-    if params.min_tokens:
-        stops = {*seq.eos_token_ids, *(params.stop_token_ids or ())}
-        ending = torch.tensor(
-            [token for token in stops if 0 <= token < vocab], dtype=torch.int64, device=device
-        )
-    counts = None
-    if params.repetition_penalty != 1:
-        counts = _TokenCounts(seq.prompt.token_ids)
-    elif params.presence_penalty or params.frequency_penalty:
-        counts = _TokenCounts(())
-    extras = (seq.grammar, bias, ending, counts, error, params.logprobs)
-    plain = params.greedy and all(extra is None for extra in extras)
-    rules = _Rules(params=params, plain=plain, bias=bias, ending=ending, counts=counts, error=error)
-    seq.sampler_state = rules
-    return rules
-
-
-# --------------------------------------------------------------------------------------------------
-# Choosing
-# --------------------------------------------------------------------------------------------------
+# ---- Choosing ------------------------------------------------------------------------------------
 
 
 def _best(logits: Tensor, top_k: TopK) -> list[int | RequestError]:
@@ -376,9 +358,7 @@ def _generator(seq: Sequence) -> torch.Generator:
     return seq.generator
 
 
-# --------------------------------------------------------------------------------------------------
-# Log-probabilities
-# --------------------------------------------------------------------------------------------------
+# ---- Log-probabilities ---------------------------------------------------------------------------
 
 
 def _with_logprobs(

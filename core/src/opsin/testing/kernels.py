@@ -162,9 +162,7 @@ def check_kernel(case: KernelCase, device: Device, specs: Sequence[KernelSpec]) 
     return KernelOutcome(providers.pop(), bench.worst)
 
 
-# --------------------------------------------------------------------------------------------------
-# Norms, activations, rotary
-# --------------------------------------------------------------------------------------------------
+# ---- Norms, activations, rotary ------------------------------------------------------------------
 
 
 def _norms(dtype: str) -> Iterator[KernelCase]:
@@ -243,9 +241,7 @@ def _attention_query(op: OpName, dtype: str, heads: int, kv_heads: int, head_siz
     return KernelQuery(op=op, dtype=dtype, num_heads=heads, num_kv_heads=kv_heads, head_size=head_size)
 
 
-# --------------------------------------------------------------------------------------------------
-# Linear layers
-# --------------------------------------------------------------------------------------------------
+# ---- Linear layers -------------------------------------------------------------------------------
 
 
 def _linears(dtype: str) -> Iterator[KernelCase]:
@@ -308,9 +304,7 @@ def _check_linear(
         bench.compare(put_x, x, "the input, which is also used elsewhere")
 
 
-# --------------------------------------------------------------------------------------------------
-# Attention
-# --------------------------------------------------------------------------------------------------
+# ---- Attention -----------------------------------------------------------------------------------
 
 # (query, key/value heads, head size)
 _GEOMETRIES = ((4, 4, 16), (14, 2, 64), (6, 3, 72), (3, 3, 80), (4, 1, 96), (8, 2, 128))
@@ -445,9 +439,7 @@ def _check_dense(
     bench.compare(got, expected, "attention")
 
 
-# --------------------------------------------------------------------------------------------------
-# Searching rows
-# --------------------------------------------------------------------------------------------------
+# ---- Searching rows ------------------------------------------------------------------------------
 
 
 def _top_ks(dtype: str) -> Iterator[KernelCase]:
