@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
+_Params = SamplingParams | PoolingParams
 _Result = Output | BaseException
 
 
@@ -149,7 +150,7 @@ class AsyncEngine:
             OpsinError: the engine has stopped, or was closed.
         """
         processed = prompt if isinstance(prompt, ProcessedPrompt) else await self.process(prompt)
-        params = params if params is not None else self.info.default_params()
+        params = params or self.info.default_params()
         # Closed together with this generator, not at garbage collection: closing is what aborts the request.
         async with aclosing(self._outputs(processed, params, request_id, finished_only)) as outputs:
             async for output in outputs:
@@ -199,18 +200,12 @@ class AsyncEngine:
                     task.cancel()
         return search.output(self.frontend.tokenizer)
 
-    async def _last(
-        self, prompt: ProcessedPrompt, params: SamplingParams | PoolingParams, request_id: str | None
-    ) -> Output:
+    async def _last(self, prompt: ProcessedPrompt, params: _Params, request_id: str | None) -> Output:
         async with aclosing(self._outputs(prompt, params, request_id, finished_only=True)) as outputs:
             return await anext(outputs)
 
     async def _outputs(
-        self,
-        prompt: ProcessedPrompt,
-        params: SamplingParams | PoolingParams,
-        request_id: str | None,
-        finished_only: bool,
+        self, prompt: ProcessedPrompt, params: _Params, request_id: str | None, finished_only: bool
     ) -> AsyncGenerator[Output, None]:
         request_id = request_id if request_id is not None else f"async-{next(self._ids)}"
         stream = _Stream(asyncio.get_running_loop(), finished_only)
@@ -288,13 +283,7 @@ class AsyncEngine:
                 return False
             command.run()
 
-    def _add(
-        self,
-        request_id: str,
-        prompt: ProcessedPrompt,
-        params: SamplingParams | PoolingParams,
-        stream: _Stream,
-    ) -> None:
+    def _add(self, request_id: str, prompt: ProcessedPrompt, params: _Params, stream: _Stream) -> None:
         try:
             self.engine.add(request_id, prompt, params)
         except Exception as error:  # whatever is wrong with one request ends no other

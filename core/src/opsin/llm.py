@@ -132,7 +132,7 @@ class LLM:
             chat_template_kwargs: further variables of the template.
             mm_processor_kwargs: as in a prompt's dict.
             cache_salt: as in a prompt's dict.
-            misspelt: names that are no parameters; there may be none.
+            misspelt: names that are no parameters; each is an error.
 
         Raises:
             ConfigError: there is no such parameter.

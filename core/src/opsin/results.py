@@ -31,11 +31,10 @@ class Logprob:
 
 @dataclass(frozen=True, slots=True)
 class CompletionOutput:
-    """One sample of a request, as far as it is generated.
+    """Sample number ``index`` of a request, as far as it is generated.
 
     Attributes:
-        index: which sample.
-        text: generated text; while it grows, without what may become part of a stop string.
+        text: what was generated; while it grows, without what may become part of a stop string.
         token_ids: generated ids, the one that ended it included.
         cumulative_logprob: sum over the tokens; None unless ``logprobs`` was asked for.
         logprobs: for each token the chosen and the best ones: token id -> `Logprob`.
@@ -78,13 +77,11 @@ class RequestOutput:
     """A snapshot of a request, as far as it is computed.
 
     Attributes:
-        request_id: as given.
         prompt: the text the user wrote, if it was text.
         prompt_token_ids: after expansion of media.
         prompt_logprobs: None first (nothing predicts the first token), then as in `CompletionOutput`.
         outputs: one per sample.
         finished: whether all samples have ended.
-        metrics: times and counts.
         error: why the request failed, or None.
     """
 
@@ -100,11 +97,7 @@ class RequestOutput:
 
 @dataclass(frozen=True)
 class EmbeddingOutput:
-    """One embedding.
-
-    Attributes:
-        data: float32 (H,), or (dimensions,).
-    """
+    """One embedding, ``data``: float32 (H,), or (dimensions,)."""
 
     data: Tensor
 
@@ -119,13 +112,11 @@ class PoolingRequestOutput:
     """The answer to an embedding request.
 
     Attributes:
-        request_id: as given.
         prompt: the text the user wrote, if it was text.
         prompt_token_ids: after expansion of media.
         outputs: the embedding; None if the request failed or was aborted.
         finished: whether it has ended; always true once it is returned.
-        metrics: times and cache hits.
-        error: why it failed, or None.
+        error: why the request failed, or None.
     """
 
     request_id: str

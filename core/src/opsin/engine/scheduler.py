@@ -150,7 +150,7 @@ class Scheduler:
         while index < len(self.running) and budget.tokens > 0:
             sequence = self.running[index]
             length = self._chunk_length(sequence, budget)
-            if length == 0:  # its next picture has to wait for room among the encoder's outputs
+            if length == 0:  # its next picture waits for room in the encoder cache
                 index += 1
                 continue
             while not self._grow(sequence, sequence.num_computed + length):
@@ -221,11 +221,8 @@ class Scheduler:
         return length
 
     def _to_encode(self, item: PlacedMedia, budget: _Budget) -> bool:
-        return (
-            item.mapped.embeds is None
-            and self.encoder_cache.get(item.key) is None
-            and item.key not in budget.encode
-        )
+        known = item.mapped.embeds is not None or self.encoder_cache.get(item.key) is not None
+        return not known and item.key not in budget.encode
 
     # ---- blocks -------------------------------------------------------------------------------
 
@@ -248,24 +245,23 @@ class Scheduler:
             return []
         # The last token is always computed: its logits are needed.
         usable = (sequence.num_tokens - 1) // self.block_size
-        keys = extend_block_keys(sequence, self.block_size, self.root_key)[:usable]
+        keys = self._keys(sequence)[:usable]
         found = self.blocks.find(keys)
         num_coming = sum(1 for _ in takewhile(self._in_flight.__contains__, keys[len(found) :]))
         return found if num_coming * self.block_size < MIN_SHARED_TOKENS else None
 
+    def _keys(self, sequence: Sequence) -> list[bytes]:
+        return extend_block_keys(sequence, self.block_size, self.root_key) if self.prefix_caching else []
+
     def _announce(self, sequence: Sequence) -> None:
-        if self.prefix_caching:
-            first = sequence.num_computed // self.block_size
-            for key in extend_block_keys(sequence, self.block_size, self.root_key)[first:]:
-                self._in_flight.setdefault(key, sequence.seq_id)
+        for key in self._keys(sequence)[sequence.num_computed // self.block_size :]:
+            self._in_flight.setdefault(key, sequence.seq_id)
 
     def _publish_blocks(self, sequence: Sequence, chunk: Chunk) -> None:
-        if not self.prefix_caching:
-            return
-        keys = extend_block_keys(sequence, self.block_size, self.root_key)
-        for index in range(chunk.start // self.block_size, chunk.end // self.block_size):
-            self.blocks.register(sequence.block_ids[index], keys[index])
-            self._withdraw(sequence, keys[index])
+        done = slice(chunk.start // self.block_size, chunk.end // self.block_size)
+        for block, key in zip(sequence.block_ids[done], self._keys(sequence)[done]):
+            self.blocks.register(block, key)
+            self._withdraw(sequence, key)
 
     def _withdraw(self, sequence: Sequence, key: bytes) -> None:
         if self._in_flight.get(key) == sequence.seq_id:
