@@ -72,45 +72,36 @@ class ReferencePlan:
     """What the reference attention needs, made once per step.
 
     Attributes:
-        query_lens, context_lens: per sequence, as in `AttentionBatch`.
         block_ids: per sequence, int64 (blocks,) of the context.
         slots: int64 (T,).
-        block_size: tokens per block.
     """
 
-    query_lens: Sequence[int]
-    context_lens: Sequence[int]
+    batch: api.AttentionBatch
     block_ids: Sequence[Tensor]
     slots: Tensor
-    block_size: int
 
 
 def plan_attention(batch: api.AttentionBatch) -> ReferencePlan:
     """Reference of `opsin.api.PlanAttention`."""
-    size = batch.block_size
     to_tensor = partial(torch.tensor, dtype=torch.int64, device=batch.device)
     tables = zip(batch.block_tables, batch.context_lens)
-    return ReferencePlan(
-        query_lens=batch.query_lens,
-        context_lens=batch.context_lens,
-        block_ids=[to_tensor(table[: -(-length // size)]) for table, length in tables],
-        slots=to_tensor(batch.slots),
-        block_size=size,
-    )
+    block_ids = [to_tensor(table[: -(-length // batch.block_size)]) for table, length in tables]
+    return ReferencePlan(batch=batch, block_ids=block_ids, slots=to_tensor(batch.slots))
 
 
 def write_kv(k: Tensor, v: Tensor, layer: api.KVLayer, plan: ReferencePlan) -> None:
     """Reference of `opsin.api.WriteKV`."""
-    block, offset = plan.slots // plan.block_size, plan.slots % plan.block_size
-    layer.k[block, offset] = k
-    layer.v[block, offset] = v
+    size = plan.batch.block_size
+    layer.k[plan.slots // size, plan.slots % size] = k
+    layer.v[plan.slots // size, plan.slots % size] = v
 
 
 def paged_attention(q: Tensor, layer: api.KVLayer, plan: ReferencePlan, scale: float) -> Tensor:
     """Reference of `opsin.api.PagedAttention`."""
     outputs = []
-    for chunk, length, blocks in zip(q.split(list(plan.query_lens)), plan.context_lens, plan.block_ids):
-        groups = q.shape[1] // layer.k.shape[2]
+    chunks = q.split(list(plan.batch.query_lens))
+    groups = q.shape[1] // layer.k.shape[2]
+    for chunk, length, blocks in zip(chunks, plan.batch.context_lens, plan.block_ids):
         k, v = (
             cache[blocks].flatten(0, 1)[:length].repeat_interleave(groups, dim=1).float()
             for cache in (layer.k, layer.v)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import time
 from collections.abc import Mapping
@@ -24,8 +23,6 @@ from opsin.errors import ConfigError, RequestError
 from opsin.inputs.frontend import build_frontend
 from opsin.plugins import Plugins, load_plugins
 from opsin.results import EngineStats, Output
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +52,8 @@ class Engine:
     """Runs requests through one model on one device.
 
     Attributes:
-        frontend: turns prompts and conversations into what `add` takes. It may be used from any thread, as
-            may `info`; all else belongs to one thread.
+        frontend: turns prompts and conversations into what `add` takes. It and `info` may be used from any
+            thread; all else belongs to one thread.
         info: what is fixed.
     """
 
@@ -218,7 +215,7 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that have not begun, or were pushed out."""
+        """Sequences that have not begun, or were preempted."""
         return len(self.scheduler.waiting)
 
     # ---- a step -------------------------------------------------------------------------------
@@ -279,7 +276,7 @@ class Engine:
     # ---- around -------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
-        """Where the engine stands."""
+        """Counters and gauges of this moment."""
         blocks, encoder = self.scheduler.blocks, self.scheduler.encoder_cache
         media = self.frontend.processor.mapped_media
         return EngineStats(

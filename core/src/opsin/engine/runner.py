@@ -230,7 +230,7 @@ def _positions(chunk: Chunk) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
 
     With `Positions.switch_lengths` there is a last row, the variant.
     """
-    positions = chunk.sequence.positions
+    positions = chunk.sequence.prompt.positions
     if positions is None:
         return np.arange(chunk.start, chunk.end, dtype=np.int64)[None]
     axes, known = positions.prompt.shape

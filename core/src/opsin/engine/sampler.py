@@ -386,7 +386,7 @@ def _describe(logits: Tensor, ids: list[int], sizes: list[int], top_k: TopK) -> 
     width = min(max([1, *sizes]), wide.shape[1])
     values, best = top_k(wide, width)
     ranks = ((values > picked).sum(-1) + 1).tolist()
-    # Every token more probable than one among the best is among the best too; others need a full count.
+    # Whatever is more probable than one of the best is one of the best; other tokens need a full count.
     outside = (picked < values[:, -1:]).squeeze(1).nonzero().squeeze(1).tolist()
     if outside:
         for row, count in zip(outside, (wide[outside] > picked[outside]).sum(-1).tolist()):

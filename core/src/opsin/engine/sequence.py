@@ -8,7 +8,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from opsin.api import PlacedMedia, Pooling, Positions, ProcessedPrompt
+from opsin.api import PlacedMedia, Pooling, ProcessedPrompt
 from opsin.config import SamplingParams
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Sequence:
         num_computed: leading tokens whose keys and values are in the cache.
         num_cached: how many of them the prefix cache supplied when the sequence was admitted.
         block_ids: the cache blocks holding them, in order.
-        block_keys: prefix-cache keys of the leading full blocks, as far as worked out.
+        block_keys: prefix-cache keys of the leading full blocks, as far as they were needed.
         generator: this sequence's own random source, None for greedy.
         pooling: how its hidden states become an embedding; None: tokens are generated.
         dimensions: leading dimensions of the embedding to keep; None: all.
@@ -121,11 +121,6 @@ class Sequence:
     def media(self) -> SequenceOf[PlacedMedia]:
         """Media of the prompt, in order of their start."""
         return self.prompt.media
-
-    @property
-    def positions(self) -> Positions | None:
-        """Rotary positions of the prompt."""
-        return self.prompt.positions
 
     @property
     def variant(self) -> int:
