@@ -88,7 +88,7 @@ class RequestState(_Request):
         request_id: the caller's name for it.
         prompt: what was asked.
         params: sampling settings; ``params.n`` samples are collected.
-        tokenizer: see `Detokenizer`.
+        tokenizer: as for `Detokenizer`.
         eos_token_ids: ids that end a sample unless ``ignore_eos``.
         max_len: most tokens of prompt and output together.
         arrival_time: seconds of `time.monotonic`.

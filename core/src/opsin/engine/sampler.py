@@ -59,10 +59,7 @@ def sample(
         are NaN or infinite, a ``logit_bias`` outside the vocabulary).
     """
     assert logits.shape[0] == len(sequences), "one row per sequence"
-    for seq in sequences:
-        if seq.sampler_state is None:
-            seq.sampler_state = _Rules(seq, logits)
-    all_rules: list[_Rules] = [seq.sampler_state for seq in sequences]
+    all_rules = [seq.sampler_state or _Rules(seq, logits) for seq in sequences]
     if all(rules.plain for rules in all_rules):
         return [
             token if isinstance(token, RequestError) else SampledToken(token)
@@ -119,7 +116,7 @@ def prompt_logprobs(
     return found
 
 
-# ---- What a sequence asks for, prepared once and kept in `Sequence.sampler_state` ----------------
+# ---- What a sequence asks for --------------------------------------------------------------------
 
 
 class _TokenCounts:
@@ -154,7 +151,7 @@ class _TokenCounts:
 
 
 class _Rules:
-    """One sequence's sampling settings, prepared at its first token.
+    """One sequence's sampling settings, prepared at its first token and kept in `Sequence.sampler_state`.
 
     Attributes:
         plain: greedy with nothing else asked: the row's best token is the answer.
@@ -165,6 +162,7 @@ class _Rules:
     """
 
     def __init__(self, seq: Sequence, logits: Tensor) -> None:
+        seq.sampler_state = self
         params = self.params = seq.params
         vocab, device = logits.shape[1], logits.device
         self.error: RequestError | None = None

@@ -356,12 +356,11 @@ def _check_paged(
 
     before = [(length - query_len, length - query_len) for query_len, length in lens]
     for step in (before, lens):
-        present = [(table, pair) for table, pair in zip(tables, step) if pair[0] > 0]
+        present = [(table, *pair) for table, pair in zip(tables, step) if pair[0] > 0]
         if not present:
             continue
-        batch = _batch([table for table, _ in present], [pair for _, pair in present], size)
-        total = len(batch.slots)
-        q, k, v = (bench.draw(total, n, head_size) for n in (heads, kv_heads, kv_heads))
+        batch = _batch(present, size)
+        q, k, v = (bench.draw(len(batch.slots), n, head_size) for n in (heads, kv_heads, kv_heads))
         put_q, put_k, put_v = bench.fused(q, k, v)
         plan = bench.kernels.plan_attention(replace(batch, device=bench.device.torch_device))
         expected_plan = reference.plan_attention(batch)
@@ -389,15 +388,17 @@ def _block_tables(
     return [list(islice(blocks, count)) for count in counts], total
 
 
-def _batch(tables: Sequence[Sequence[int]], lens: Sequence[tuple[int, int]], size: int) -> AttentionBatch:
+def _batch(sequences: Sequence[tuple[list[int], int, int]], size: int) -> AttentionBatch:
+    """The batch of sequences given as (block table, query length, context length)."""
+    tables, query_lens, context_lens = zip(*sequences)
     slots = [
         table[position // size] * size + position % size
-        for table, (query_len, length) in zip(tables, lens)
+        for table, query_len, length in sequences
         for position in range(length - query_len, length)
     ]
     return AttentionBatch(
-        query_lens=[query_len for query_len, _ in lens],
-        context_lens=[length for _, length in lens],
+        query_lens=query_lens,
+        context_lens=context_lens,
         block_tables=tables,
         slots=slots,
         block_size=size,
