@@ -9,8 +9,7 @@ things can be wrong with a plugin, and they are treated differently:
 - It claims what another one claims: `PluginConflictError`, unless ``prefer`` decides.
 """
 
-from opsin.plugins.claims import Failure, Owner, Plugin
 from opsin.plugins.discovery import load_plugins
 from opsin.plugins.index import Plugins
 
-__all__ = ["Failure", "Owner", "Plugin", "Plugins", "load_plugins"]
+__all__ = ["Plugins", "load_plugins"]

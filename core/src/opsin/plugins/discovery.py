@@ -6,7 +6,6 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from importlib import metadata
 from importlib.metadata import EntryPoint
 
@@ -14,8 +13,8 @@ import pluggy
 
 from opsin import hookspecs
 from opsin.api import API_MAJOR
-from opsin.errors import ConfigError, MissingPluginError, PluginConflictError, PluginError
-from opsin.plugins.claims import PREFER_VARIABLE, Claim, Failure, Plugin, decide, reason_of
+from opsin.errors import ConfigError, MissingPluginError, PluginConflictError, PluginError, did_you_mean
+from opsin.plugins.claims import PREFER_VARIABLE, Claim, Failure, Plugin, decide
 from opsin.plugins.contract import DENY_VARIABLE, HOOKS, call_hooks, checked_claims, register
 from opsin.plugins.index import ALLOW_VARIABLE, Plugins
 
@@ -82,13 +81,13 @@ def _load(chosen: Sequence[tuple[Plugin, object]]) -> tuple[list[Claim], list[Fa
         try:
             module = _import(source)
         except (Exception, SystemExit) as error:
-            failures.append(Failure(plugin=plugin, reason=reason_of(error), error=error))
+            failures.append(Failure(plugin, error))
             continue
         register(pm, plugin, module)
         try:
             returned = call_hooks(pm, plugin)
         except (Exception, SystemExit) as error:
-            failures.append(Failure(plugin=plugin, reason=reason_of(error), error=error))
+            failures.append(Failure(plugin, error))
             continue
         claims += checked_claims(plugin, returned)
     pm.check_pending()
@@ -129,11 +128,10 @@ def _check_allowed(allow: Sequence[str], denied: set[str], installed: set[str]) 
                 f"plugin {name!r} is in the allow list and in the deny list; take it out of one"
             )
         if name not in installed:
-            near = get_close_matches(name, sorted(installed), n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            known = sorted(installed)
             raise MissingPluginError(
-                f"plugin {name!r} was asked for and is not installed; {hint}"
-                f"Installed plugins: {', '.join(sorted(installed)) or 'none'}"
+                f"plugin {name!r} was asked for and is not installed{did_you_mean(name, known)}. "
+                f"Installed plugins: {', '.join(known) or 'none'}"
             )
 
 
