@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 _JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""JSON as json.dumps writes it: a model left free may go on with white space for ever."""
+"""JSON as json.dumps writes it. Free white space would let a model write it forever."""
 
 
 class Grammar:
-    """One sequence's constraint and how far it has got. Steps with the sequence's tokens, in order."""
+    """One sequence's constraint, and how many of its tokens it has seen."""
 
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
@@ -91,17 +91,14 @@ def _source(wanted: StructuredOutput) -> str:
     """llguidance's form of a constraint."""
     from llguidance import LLMatcher
 
-    if wanted.json is not None:
-        schema = wanted.json if isinstance(wanted.json, str) else json.dumps(wanted.json)
-        return str(LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_STYLE))
-    if wanted.json_object:
-        return str(LLMatcher.grammar_from_json_schema('{"type": "object"}', overrides=_JSON_STYLE))
+    schema = {"type": "object"} if wanted.json_object else wanted.json
+    if schema is not None:
+        text = schema if isinstance(schema, str) else json.dumps(schema)
+        return str(LLMatcher.grammar_from_json_schema(text, overrides=_JSON_STYLE))
     if wanted.regex is not None:
         return str(LLMatcher.grammar_from_regex(wanted.regex))
     if wanted.choice is not None:
-        options = " | ".join(json.dumps(option) for option in wanted.choice)
-        return str(LLMatcher.grammar_from_lark(f"start: {options}"))
-    assert wanted.grammar is not None
+        return str(LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, wanted.choice))))
     return str(LLMatcher.grammar_from_lark(wanted.grammar))
 
 

@@ -15,11 +15,7 @@ from opsin.checkpoint.tokenizer import ChatTokenizer
 from opsin.errors import ConfigError, RequestError
 
 ContentFormat = Literal["openai", "string"]
-
-
-_OPTIONS = frozenset(
-    {"chat_template", "tokenize", "tools", "add_generation_prompt", "continue_final_message"}
-)
+_OPTIONS = {"chat_template", "tokenize", "tools", "add_generation_prompt", "continue_final_message"}
 
 
 @dataclass(frozen=True)
@@ -93,20 +89,18 @@ class ChatTemplate:
 def resolve_chat_template(
     given: str | Path | None, *, own: str | None = None, default: str | None = None
 ) -> str | None:
-    """The chat template to use: the first there is of the user's, the checkpoint's and the plugin's.
+    """The chat template to use: the user's, else the checkpoint's, else the model plugin's.
 
     Args:
-        given: a file, or Jinja text.
+        given: the user's: a file, or Jinja text.
         own: the checkpoint's.
         default: the model plugin's.
 
     Raises:
         ConfigError: ``given`` is neither a file nor Jinja text.
     """
-    return _given_template(given) if given is not None else own or default
-
-
-def _given_template(given: str | Path) -> str:
+    if given is None:
+        return own or default
     if isinstance(given, str) and ("{%" in given or "{{" in given or "\n" in given):
         return given
     try:
