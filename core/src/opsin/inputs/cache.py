@@ -37,7 +37,7 @@ class ByteLRU(Generic[V]):
             return entry[0]
 
     def put(self, key: str, value: V, num_bytes: int) -> bool:
-        """Store a value of ``num_bytes``, forgetting others as needed. False if it exceeds the budget alone."""
+        """Store a value, forgetting others as needed; False if it exceeds the budget by itself."""
         if num_bytes > self.max_bytes:
             return False
         with self._lock:

@@ -14,7 +14,7 @@ from opsin.api import Modality, Placeholder, ToolFormat
 from opsin.checkpoint.tokenizer import ChatTokenizer
 from opsin.config import MediaLimits
 from opsin.errors import ConfigError, MediaError, RequestError
-from opsin.inputs.conversation import Conversation, MediaPart, Message, Part, check_limits
+from opsin.inputs.conversation import Conversation, MediaPart, Message, Part, check_limits, names_function
 from opsin.inputs.media import errors_at, media_item
 from opsin.inputs.placeholders import is_numbered, text_pattern
 from opsin.inputs.prompt import Prompt
@@ -53,8 +53,7 @@ class ChatOptions:
                 "one; set only one of them"
             )
         for tool in self.tools or ():
-            function = tool.get("function") if isinstance(tool, Mapping) else None
-            if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            if not names_function(tool):
                 raise RequestError(
                     f'tools: got {tool!r:.80}; expected {{"type": "function", "function": {{"name": ...}}}}'
                 )

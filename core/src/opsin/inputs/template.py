@@ -32,22 +32,21 @@ class TemplateTraits:
 
 
 class ChatTemplate:
-    """A Jinja chat template bound to a tokenizer."""
+    """A Jinja chat template bound to a tokenizer.
+
+    Args:
+        source: Jinja text.
+        tokenizer: renders it, and provides ``bos_token`` and the like.
+        content_format: None: detected.
+
+    Raises:
+        ConfigError: the template is not valid Jinja.
+    """
 
     def __init__(self, source: str, tokenizer: ChatTokenizer, content_format: ContentFormat | None = None):
-        """Parse the template.
-
-        Args:
-            source: Jinja text.
-            tokenizer: renders it, and provides ``bos_token`` and the like.
-            content_format: None: found out from the template.
-
-        Raises:
-            ConfigError: the template is not valid Jinja.
-        """
         self.source = source
-        self._tokenizer = tokenizer
         self.traits = template_traits(source, content_format)
+        self._tokenizer = tokenizer
 
     def render(
         self,
@@ -66,7 +65,7 @@ class ChatTemplate:
         taken = sorted(_OPTIONS & set(variables))
         if taken:
             raise RequestError(
-                f"chat_template_kwargs cannot set {', '.join(taken)}; it is for the template's own"
+                f"chat_template_kwargs cannot set {', '.join(taken)}: these have their own fields"
             )
         try:
             text = self._tokenizer.apply_chat_template(
@@ -81,7 +80,7 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise RequestError(f"the chat template refused these messages: {error}") from None
         except (ArithmeticError, AttributeError, LookupError, RecursionError) as error:
-            # Not what a template says on purpose, so the text would tell a client nothing.
+            # Not raised on purpose by a template: its text would tell a client nothing.
             raise RequestError(f"the chat template refused these messages: {type(error).__name__}") from None
         return str(text)
 
@@ -122,10 +121,10 @@ class _GenerationTag(ext.Extension):
 
 
 def template_traits(source: str, content_format: ContentFormat | None = None) -> TemplateTraits:
-    """Find out, from its syntax tree, what a template does with ``message["content"]``.
+    """Detect from its syntax tree what a template does with ``message["content"]``.
 
-    It wants parts if it loops over the content: directly, through filters, under another name
-    (``{% set content = message.content %}``), or in a macro that it hands the content to.
+    It takes parts if it loops over the content: directly, through filters, under another name
+    (``{% set content = message.content %}``), or in a macro whose argument is the content.
 
     Raises:
         ConfigError: the template is not valid Jinja.
