@@ -19,9 +19,9 @@ class PartType:
     """How one type of content part is written.
 
     Attributes:
-        key: where its value stands.
-        modality: of the item; None for text.
-        form: of the value: a string, ``{"url": string}``, or any object.
+        key: key of its value.
+        modality: modality of the item; None for text.
+        form: form of the value: a string, ``{"url": string}``, or any object.
         is_embeds: whether the value is ready-made embeddings.
     """
 
@@ -52,9 +52,9 @@ class MediaPart:
     """A media part, not decoded yet.
 
     Attributes:
-        where: its place, for error messages, e.g. ``messages[0].content[1]``.
-        modality: of the item.
-        value: what the user gave.
+        where: place of the part, for error messages, e.g. ``messages[0].content[1]``.
+        modality: modality of the item.
+        value: value as the user gave it.
         is_embeds: whether the value is ready-made embeddings.
     """
 
@@ -72,8 +72,8 @@ class Message:
     """One message.
 
     Attributes:
-        fields: all that is not content and not None, the role among them.
-        parts: of the content; none where it is absent.
+        fields: all fields but the content and those that are None.
+        parts: parts of the content; none where it is absent.
     """
 
     fields: Mapping[str, Any]
@@ -86,7 +86,7 @@ class Message:
 
     @property
     def text(self) -> str:
-        """The text parts, a line break between them."""
+        """The text parts, joined by line breaks."""
         return "\n".join(part for part in self.parts if isinstance(part, str))
 
 

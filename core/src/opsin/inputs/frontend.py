@@ -94,9 +94,9 @@ def build_frontend(
         options=config.mm_processor_kwargs,
     )
     try:
-        mappers = {m: part for m, s in mapper_specs.items() if (part := s.build(context)) is not None}
+        mappers = {m: mapper for m, s in mapper_specs.items() if (mapper := s.build(context)) is not None}
         placeholders = {
-            m: part for m, s in placeholder_specs.items() if (part := s.build(context)) is not None
+            m: text for m, s in placeholder_specs.items() if (text := s.build(context)) is not None
         }
     except ValueError as error:  # settings the family cannot follow
         raise CheckpointError(f"the settings in {checkpoint.path}: {error}") from error

@@ -99,6 +99,7 @@ def _source(wanted: StructuredOutput) -> str:
         return str(LLMatcher.grammar_from_regex(wanted.regex))
     if wanted.choice is not None:
         return str(LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, wanted.choice))))
+    assert wanted.grammar is not None
     return str(LLMatcher.grammar_from_lark(wanted.grammar))
 
 

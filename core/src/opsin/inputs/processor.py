@@ -77,8 +77,10 @@ class PromptProcessor:
             )
         require_known("limit_mm_per_prompt", self.limits, self.mappers, ConfigError)
         self.limits = {**self.model_spec.default_limits, **self.limits}
-        parts = (*self.mappers.values(), *self.placeholders.values())
-        self._option_names = frozenset[str]().union(*(part.option_names for part in parts))
+        self._option_names = frozenset[str]().union(
+            *(mapper.option_names for mapper in self.mappers.values()),
+            *(placeholder.option_names for placeholder in self.placeholders.values()),
+        )
         require_known("mm_processor_kwargs", self.options, self._option_names, ConfigError)
         self._finder = PlaceholderFinder(self.tokenizer, self.placeholders)
         self._mapping_now: dict[str, Future[MappedMedia]] = {}
