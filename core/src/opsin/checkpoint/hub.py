@@ -62,18 +62,13 @@ def _not_installed(model: str) -> str:
     """What to install for a checkpoint that comes as a package: that, and the plugin of its architecture."""
     checkpoint = known_packages().checkpoints[model]
     plugin = known_packages().architectures[checkpoint.architecture]
+    missing = f"the checkpoint {model!r} is not installed"
     try:
         version(plugin)
     except PackageNotFoundError:
-        return (
-            f"the checkpoint {model!r} is not installed, and no plugin provides its architecture "
-            f"{checkpoint.architecture!r}: the packages {checkpoint.package} and {plugin} do. "
-            f"pip install {checkpoint.package} {plugin}"
-        )
-    return (
-        f"the checkpoint {model!r} is not installed; it comes in the package {checkpoint.package}: "
-        f"pip install {checkpoint.package}"
-    )
+        missing += f", and neither is a plugin for its architecture {checkpoint.architecture!r}"
+        return f"{missing}: pip install {checkpoint.package} {plugin}"
+    return f"{missing}: pip install {checkpoint.package}"
 
 
 def _from_modelscope(model: str, revision: str | None) -> Path:

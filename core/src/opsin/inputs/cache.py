@@ -14,15 +14,15 @@ class ByteLRU(Generic[V]):
 
     Attributes:
         max_bytes: the budget.
+        num_bytes: bytes held now.
         queries: calls of `get`.
         hits: those that found something.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-        self.queries = self.hits = 0
+        self.num_bytes = self.queries = self.hits = 0
         self._entries: OrderedDict[str, tuple[V, int]] = OrderedDict()
-        self._num_bytes = 0
         self._lock = threading.Lock()
 
     def get(self, key: str) -> V | None:
@@ -42,17 +42,12 @@ class ByteLRU(Generic[V]):
             return False
         with self._lock:
             _, replaced = self._entries.pop(key, (None, 0))
-            self._num_bytes += num_bytes - replaced
-            while self._num_bytes > self.max_bytes:
+            self.num_bytes += num_bytes - replaced
+            while self.num_bytes > self.max_bytes:
                 _, (_, freed) = self._entries.popitem(last=False)
-                self._num_bytes -= freed
+                self.num_bytes -= freed
             self._entries[key] = value, num_bytes
             return True
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes held now; never more than ``max_bytes``."""
-        return self._num_bytes
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -54,12 +54,7 @@ class Frontend:
     def chat(
         self, conversation: Conversation, options: ChatOptions, *, min_new_tokens: int = 1
     ) -> ProcessedPrompt:
-        """Render and process a conversation.
-
-        Args:
-            conversation: from `conversation`.
-            options: how it becomes a prompt.
-            min_new_tokens: room the context must leave; 0 for an embedding request.
+        """Render and process a conversation; ``min_new_tokens`` as for `PromptProcessor.process`.
 
         Raises:
             RequestError: it cannot be used.

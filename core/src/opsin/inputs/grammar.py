@@ -94,13 +94,13 @@ def _source(wanted: StructuredOutput) -> str:
     schema = {"type": "object"} if wanted.json_object else wanted.json
     if schema is not None:
         text = schema if isinstance(schema, str) else json.dumps(schema)
-        return str(LLMatcher.grammar_from_json_schema(text, overrides=_JSON_STYLE))
+        return LLMatcher.grammar_from_json_schema(text, overrides=_JSON_STYLE)
     if wanted.regex is not None:
-        return str(LLMatcher.grammar_from_regex(wanted.regex))
+        return LLMatcher.grammar_from_regex(wanted.regex)
     if wanted.choice is not None:
-        return str(LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, wanted.choice))))
+        return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, wanted.choice)))
     assert wanted.grammar is not None
-    return str(LLMatcher.grammar_from_lark(wanted.grammar))
+    return LLMatcher.grammar_from_lark(wanted.grammar)
 
 
 def _first_line(text: str) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from importlib.metadata import EntryPoint
+from itertools import groupby
+from typing import cast
 
 import pluggy
 
@@ -30,15 +31,15 @@ def load_plugins(
     """Find, check and index the installed plugins. Keeps no global state.
 
     Args:
-        allow: use only these plugins; each must be installed and work. None: what the environment variable
-            OPSIN_PLUGINS (names separated by commas) says, or all.
-        deny: leave these out, in addition to OPSIN_DISABLE_PLUGINS. They are not imported.
+        allow: plugins to use; each must be installed and work. None: those in the environment variable
+            OPSIN_PLUGINS (names separated by commas), or all.
+        deny: plugins to leave out, besides those in OPSIN_DISABLE_PLUGINS. They are not imported.
         prefer: who wins when two plugins claim one key: ``"model:ARCHITECTURE"``, ``"device:NAME"``,
             ``"input_mapper:ARCHITECTURE/MODALITY"``, ``"placeholder:ARCHITECTURE/MODALITY"`` or
             ``"kernel:DEVICE/OP"`` -> plugin name. A preference for a model or a device also decides about its
-            parts. Goes before OPSIN_PREFER (``key=plugin``, separated by commas).
-        entry_points: instead of those of the installed packages.
-        extra: name -> plugin object, in addition: modules or objects whose functions carry ``hookimpl``.
+            parts. Overrides OPSIN_PREFER (``key=plugin``, separated by commas).
+        entry_points: candidates instead of those of the installed packages.
+        extra: further plugins by name: modules or objects whose functions carry ``hookimpl``.
 
     Raises:
         PluginError: a plugin breaks the contract, or one that ``allow`` names does not work.
@@ -63,12 +64,17 @@ def load_plugins(
     claims, failures = _load(chosen)
     for failure in failures:
         if allow is not None and failure.plugin.name in allow:
-            raise PluginError(
-                f"plugin {failure.plugin} was asked for and failed: {failure.reason}"
-            ) from failure.error
+            message = f"plugin {failure.plugin} was asked for and failed: {failure.reason}"
+            raise PluginError(message) from failure.error
+    kinds = [hook.kind for hook in HOOKS.values()]
+    decided = decide(claims, preferences, failures)
     failed = {failure.plugin for failure in failures}
-    loaded = [plugin for plugin, _ in chosen if plugin not in failed]
-    return Plugins(decide(claims, preferences, failures), loaded=loaded, failures=failures, disabled=disabled)
+    return Plugins(
+        claims=tuple(sorted(decided, key=lambda claim: (kinds.index(claim.kind), claim.key))),
+        loaded=tuple(plugin for plugin, _ in chosen if plugin not in failed),
+        failures=tuple(failures),
+        disabled=tuple(disabled),
+    )
 
 
 def _load(chosen: Sequence[tuple[Plugin, object]]) -> tuple[list[Claim], list[Failure]]:
@@ -136,13 +142,11 @@ def _check_allowed(allow: Sequence[str], denied: set[str], installed: set[str]) 
 
 
 def _check_names(plugins: Iterable[Plugin]) -> None:
-    by_name = defaultdict(list)
-    for plugin in plugins:
-        by_name[plugin.name].append(plugin.distribution)
-    for name, origins in sorted(by_name.items()):
+    for name, group in groupby(plugins, key=lambda plugin: plugin.name):
+        origins = [plugin.distribution for plugin in group]
         if len(origins) > 1:
             raise PluginConflictError(
-                f"{len(origins)} plugins have the name {name!r}: {' and '.join(sorted(origins))}; "
+                f"{len(origins)} plugins have the name {name!r}: {' and '.join(origins)}; "
                 f"uninstall one, or leave both out with {DENY_VARIABLE}={name}"
             )
 
@@ -156,8 +160,7 @@ def _import(source: object) -> object:
             f"made for plugin API {major} (entry-point group {source.group}), this opsin has {API_MAJOR}; "
             f"upgrade {'opsin' if major is not None and major > API_MAJOR else 'the plugin'}"
         )
-    module: object = source.load()
-    return module
+    return cast(object, source.load())
 
 
 def _checked_preferences(preferences: Mapping[str, str]) -> Mapping[str, str]:

@@ -3,44 +3,34 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from opsin.api import DeviceSpec, InputMapperSpec, KernelSpec, ModelSpec, PlaceholderSpec, Probe
 from opsin.errors import ConfigError, MissingPluginError, did_you_mean
 from opsin.plugins.claims import Claim, Failure, Plugin, reason_of
-from opsin.plugins.contract import DENY_VARIABLE, HOOKS
+from opsin.plugins.contract import DENY_VARIABLE
 from opsin.plugins.known_packages import known_packages
 
 ALLOW_VARIABLE = "OPSIN_PLUGINS"
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Plugins:
     """Everything the installed plugins provide. Made by `load_plugins`.
 
     Attributes:
-        loaded: plugins in use, by name.
-        failures: plugins that could not be used, by name.
-        disabled: plugins left out by the allow or deny list, by name; they were not imported.
+        claims: who provides what, sorted by kind (in the order of the hooks) and key.
+        loaded: plugins in use, sorted by name.
+        failures: plugins that could not be used, sorted by name.
+        disabled: plugins left out by the allow or deny list, sorted by name; they were not imported.
     """
 
-    def __init__(
-        self,
-        claims: Iterable[Claim],
-        *,
-        loaded: Sequence[Plugin],
-        failures: Sequence[Failure],
-        disabled: Sequence[Plugin],
-    ) -> None:
-        kinds = [hook.kind for hook in HOOKS.values()]
-        self._claims = sorted(claims, key=lambda claim: (kinds.index(claim.kind), claim.key))
-        self.loaded = tuple(sorted(loaded, key=lambda plugin: plugin.name))
-        self.failures = tuple(sorted(failures, key=lambda failure: failure.plugin.name))
-        self.disabled = tuple(sorted(disabled, key=lambda plugin: plugin.name))
-
-    def owners(self) -> tuple[Claim, ...]:
-        """Who provides what, sorted by kind (in the order of the hooks) and key."""
-        return tuple(self._claims)
+    claims: Sequence[Claim]
+    loaded: Sequence[Plugin]
+    failures: Sequence[Failure]
+    disabled: Sequence[Plugin]
 
     def model(self, architecture: str) -> ModelSpec:
         """The model of an architecture.
@@ -85,7 +75,7 @@ class Plugins:
             reason = f"its probe returned {probe!r:.80}, expected a Probe"
         except (Exception, SystemExit) as error:
             reason = f"its probe failed: {reason_of(error)}"
-        maker = next(claim.plugin for claim in self._claims if claim.spec is spec)
+        maker = next(claim.plugin for claim in self.claims if claim.spec is spec)
         return Probe(score=0, reason=reason, next_step=f"report this to the maker of {maker}")
 
     def select_device(self, device: str = "auto") -> tuple[DeviceSpec, int, Probe]:
@@ -121,7 +111,7 @@ class Plugins:
 
     def _of(self, kind: str) -> dict[str, Any]:
         """Key -> spec, of one kind."""
-        return {claim.key: claim.spec for claim in self._claims if claim.kind == kind}
+        return {claim.key: claim.spec for claim in self.claims if claim.kind == kind}
 
     def _parts(self, kind: str, whole: str) -> dict[str, Any]:
         """Modality or op -> spec, of the parts of one model or device."""
