@@ -190,7 +190,7 @@ class ChatRenderer:
                 done[part.modality] += 1
                 number = done[part.modality]
                 if (part.modality, number) not in written:
-                    as_text = template.traits.format == "string"
+                    as_text = template.format == "string"
                     parts.append(self.placeholders[part.modality].text(number) if as_text else part)
             prepared.append({**message.fields, **_content(message, parts, template)})
         return prepared
@@ -228,9 +228,9 @@ def _content(message: Message, parts: Sequence[Part], template: ChatTemplate) ->
     if not message.parts:
         return {}
     texts = [part for part in parts if isinstance(part, str)]
-    if template.traits.format == "string":
+    if template.format == "string":
         return {"content": "\n".join(texts)}
-    if template.traits.takes_strings and len(texts) == len(parts) == 1:
+    if template.takes_strings and len(texts) == len(parts) == 1:
         return {"content": texts[0]}
     return {
         "content": [

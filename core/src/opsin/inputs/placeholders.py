@@ -14,12 +14,7 @@ from opsin.errors import RequestError
 
 @dataclass(frozen=True)
 class Marker:
-    """The place of one media item.
-
-    Attributes:
-        modality: of the item.
-        number: which item of that modality, counted from 1.
-    """
+    """The place of one media item: the ``number``-th of its modality, counted from 1."""
 
     modality: Modality
     number: int

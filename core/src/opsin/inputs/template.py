@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,35 +17,42 @@ ContentFormat = Literal["openai", "string"]
 _OPTIONS = {"chat_template", "tokenize", "tools", "add_generation_prompt", "continue_final_message"}
 
 
-@dataclass(frozen=True)
-class TemplateTraits:
-    """What a template does with ``message["content"]``.
-
-    Attributes:
-        format: ``"openai"`` if it walks over content parts, ``"string"`` if it wants text.
-        takes_strings: whether a template that walks over parts also tests for plain text.
-    """
-
-    format: ContentFormat
-    takes_strings: bool
-
-
 class ChatTemplate:
     """A Jinja chat template bound to a tokenizer.
 
-    Args:
+    Attributes:
         source: Jinja text.
-        tokenizer: renders it, and provides ``bos_token`` and the like.
-        content_format: None: detected.
-
-    Raises:
-        ConfigError: the template is not valid Jinja.
+        format: ``"openai"`` if it loops over the parts of a message's content, ``"string"`` if it wants text.
+        takes_strings: whether a template that loops over parts also tests for plain text.
     """
 
     def __init__(self, source: str, tokenizer: ChatTokenizer, content_format: ContentFormat | None = None):
+        """Parse the template.
+
+        Its syntax tree shows whether it loops over the content: directly, through filters, under another name
+        (``{% set content = message.content %}``), or in a macro whose argument is the content.
+
+        Args:
+            source: Jinja text.
+            tokenizer: renders it, and provides ``bos_token`` and the like.
+            content_format: format to use; None: as the template shows.
+
+        Raises:
+            ConfigError: the template is not valid Jinja.
+        """
         self.source = source
-        self.traits = template_traits(source, content_format)
         self._tokenizer = tokenizer
+        environment = jinja2.Environment(extensions=[_GenerationTag, ext.loopcontrols])  # never renders
+        try:
+            tree = environment.parse(source)
+        except jinja2.TemplateSyntaxError as error:
+            reason = f"line {error.lineno}: {error.message}"
+            raise ConfigError(f"the chat template is not valid Jinja: {reason}") from None
+        names = _content_names(tree)
+        loops = any(_is_content(loop.iter, names) for loop in tree.find_all(nodes.For))
+        tests = (test.node for test in tree.find_all(nodes.Test) if test.name == "string")
+        self.format: ContentFormat = content_format or ("openai" if loops else "string")
+        self.takes_strings = any(_is_content(node, names) for node in tests)
 
     def render(
         self,
@@ -118,28 +124,6 @@ class _GenerationTag(ext.Extension):
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def template_traits(source: str, content_format: ContentFormat | None = None) -> TemplateTraits:
-    """Detect from its syntax tree what a template does with ``message["content"]``.
-
-    It takes parts if it loops over the content: directly, through filters, under another name
-    (``{% set content = message.content %}``), or in a macro whose argument is the content.
-
-    Raises:
-        ConfigError: the template is not valid Jinja.
-    """
-    environment = jinja2.Environment(extensions=[_GenerationTag, ext.loopcontrols])  # parses, never renders
-    try:
-        tree = environment.parse(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise ConfigError(
-            f"the chat template is not valid Jinja: line {error.lineno}: {error.message}"
-        ) from None
-    names = _content_names(tree)
-    loops = any(_is_content(loop.iter, names) for loop in tree.find_all(nodes.For))
-    tests = any(test.name == "string" and _is_content(test.node, names) for test in tree.find_all(nodes.Test))
-    return TemplateTraits(content_format or ("openai" if loops else "string"), takes_strings=tests)
 
 
 def _content_names(tree: nodes.Template) -> set[str]:
