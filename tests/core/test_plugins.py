@@ -409,7 +409,7 @@ def test_argument_goes_before_the_environment(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_preferred_plugin_that_does_not_claim_the_key(folder: Path) -> None:
-    with pytest.raises(PluginError, match=r"model:Toy is to come from the plugin 'b'.*provided by: a"):
+    with pytest.raises(PluginError, match=r"prefer model:Toy=b: .*provided by: a"):
         load(extra={"a": plugin(models=[model()]), "b": plugin()}, prefer={"model:Toy": "b"})
     broken = write_plugin(folder, "broken_preferred", "raise OSError('no library')\n")
     with pytest.raises(PluginError, match="it failed: OSError: no library"):

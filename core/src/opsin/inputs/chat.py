@@ -158,8 +158,8 @@ class ChatRenderer:
     ) -> tuple[Sequence[Message], Sequence[Tool] | None]:
         """Messages and tools as the template takes them.
 
-        A template that knows of tools gets them. Into the messages of one that does not, tools, calls and
-        results are written in the family's form.
+        A template that knows of tools gets them. For one that does not, tools, calls and results become text
+        of the messages, in the family's form.
         """
         used = any(message.role == "tool" or message.fields.get("tool_calls") for message in messages)
         if not tools and not used:
@@ -199,15 +199,14 @@ class ChatRenderer:
         """Items of a message whose placeholder the user wrote into its text.
 
         Raises:
-            RequestError: the text has some but not all of a message's placeholders, or others: it would be
-                a guess which item stands where.
+            RequestError: the placeholders in the text do not say which item stands where.
         """
         written: set[tuple[Modality, int]] = set()
         for modality, placeholder in self.placeholders.items():
             found = re.findall(text_pattern(placeholder), message.text)
             if not found:
                 continue
-            count = sum(isinstance(part, MediaPart) and part.modality == modality for part in message.parts)
+            count = sum(part.modality == modality for part in message.media)
             numbers = range(done.get(modality, 0) + 1, done.get(modality, 0) + count + 1)
             own = {placeholder.text(number): number for number in numbers}
             if is_numbered(placeholder):
@@ -241,7 +240,7 @@ def _content(message: Message, parts: Sequence[Part], template: ChatTemplate) ->
 
 
 def _with_parsed_arguments(message: Message) -> Message:
-    """Templates write arguments with ``tojson``: as text they would be quoted twice."""
+    """Parse arguments given as text, which a template's ``tojson`` would quote again."""
     if not message.fields.get("tool_calls"):
         return message
     calls = [
@@ -290,7 +289,7 @@ def _written_out(messages: Sequence[Message], tools: Sequence[Tool], form: ToolF
 
 
 def _with_parts(message: Message, *parts: Part) -> Message:
-    """The message with these parts, neighbouring texts as one: between two, a line break would be written."""
+    """The message with these parts. Neighbouring texts are joined, so that no line break parts them."""
     joined: list[Part] = []
     for part in parts:
         if isinstance(part, str) and joined and isinstance(joined[-1], str):

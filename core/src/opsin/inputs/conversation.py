@@ -80,6 +80,11 @@ class Message:
     parts: tuple[Part, ...]
 
     @property
+    def media(self) -> list[MediaPart]:
+        """The media parts, in order."""
+        return [part for part in self.parts if isinstance(part, MediaPart)]
+
+    @property
     def role(self) -> Role:
         """Who speaks."""
         return cast(Role, self.fields["role"])
@@ -112,7 +117,7 @@ class Conversation:
     @property
     def media(self) -> list[MediaPart]:
         """All media parts, in order."""
-        return [part for message in self.messages for part in message.parts if isinstance(part, MediaPart)]
+        return [part for message in self.messages for part in message.media]
 
     @cached_property
     def counts(self) -> Mapping[Modality, int]:

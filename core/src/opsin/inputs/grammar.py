@@ -40,10 +40,7 @@ class Grammar:
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         if self._matcher.is_error():
             raise RequestError(f"the output constraint failed: {_first_line(self._matcher.get_error())}")
-        flags = np.unpackbits(bits, bitorder="little").astype(bool)[:vocab_size]
-        if len(flags) < vocab_size:
-            flags = np.pad(flags, (0, vocab_size - len(flags)))
-        return torch.from_numpy(flags)
+        return torch.from_numpy(np.unpackbits(bits, count=vocab_size, bitorder="little").view(np.bool_))
 
 
 class GrammarCompiler:
@@ -66,12 +63,12 @@ class GrammarCompiler:
             from llguidance import LLMatcher
         except ImportError:
             raise RequestError("constrained output needs llguidance; pip install llguidance") from None
+        tables = self._load_tables()
         try:
             source = _source(wanted)
+            problem = LLMatcher.validate_grammar(source, tables)
         except ValueError as error:
-            raise RequestError(f"the output constraint is not valid: {_first_line(str(error))}") from None
-        tables = self._load_tables()
-        problem = LLMatcher.validate_grammar(source, tables)
+            problem = str(error)
         if problem:
             raise RequestError(f"the output constraint is not valid: {_first_line(problem)}")
         return Grammar(LLMatcher(tables, source))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -134,10 +135,9 @@ class PlaceholderFinder:
 
         A sentencepiece tokenizer writes the two differently.
         """
-        alone = self._tokenizer.encode(text, add_special_tokens=False)
-        line_break = self._tokenizer.encode("\n", add_special_tokens=False)
-        later = self._tokenizer.encode("\n" + text, add_special_tokens=False)
-        sequences = {tuple(alone)}
+        encode = partial(self._tokenizer.encode, add_special_tokens=False)
+        line_break, later = encode("\n"), encode("\n" + text)
+        sequences = {tuple(encode(text))}
         if later[: len(line_break)] == line_break:
             sequences.add(tuple(later[len(line_break) :]))
         return sequences

@@ -94,12 +94,7 @@ class ChatTemplate:
 def resolve_chat_template(
     given: str | Path | None, *, own: str | None = None, default: str | None = None
 ) -> str | None:
-    """The chat template to use: the user's, else the checkpoint's, else the model plugin's.
-
-    Args:
-        given: the user's: a file, or Jinja text.
-        own: the checkpoint's.
-        default: the model plugin's.
+    """The chat template to use: the user's (a file, or Jinja text), else the checkpoint's, else the plugin's.
 
     Raises:
         ConfigError: ``given`` is neither a file nor Jinja text.

@@ -86,10 +86,8 @@ def decide(
         wanted = preferences.get(text)
         if wanted is not None and wanted not in names:
             failed = "".join(f" (it failed: {f.reason})" for f in failures if f.plugin.name == wanted)
-            raise PluginError(
-                f"{text} is to come from the plugin {wanted!r}{failed}, which does not provide it; "
-                f"provided by: {', '.join(names)}"
-            )
+            provided = f"provided by: {', '.join(names)}"
+            raise PluginError(f"prefer {text}={wanted}: this plugin does not provide it{failed}; {provided}")
         if wanted is None and len(rivals) > 1:
             wanted = preferences.get(rivals[0].parent)
         winner = rivals if len(rivals) == 1 else [c for c in rivals if c.plugin.name == wanted]
@@ -104,11 +102,9 @@ def decide(
 
 def _conflict_text(conflicts: Sequence[Sequence[Claim]]) -> str:
     lines = [f"{rivals[0].text} ({' and '.join(str(c.plugin) for c in rivals)})" for rivals in conflicts]
-    settings = {rivals[0].text: rivals[0].plugin.name for rivals in conflicts}
-    # What a parent's preference decides need not be said again.
-    for rivals in conflicts:
-        if rivals[0].parent in settings:
-            del settings[rivals[0].text]
+    firsts = {rivals[0].text: rivals[0] for rivals in conflicts}
+    # A preference for the whole decides about its parts.
+    settings = {text: first.plugin.name for text, first in firsts.items() if first.parent not in firsts}
     variable = ",".join(f"{key}={name}" for key, name in settings.items())
     return (
         f"plugins claim the same: {'; '.join(lines)}. Uninstall one, or say which one to use, for example "

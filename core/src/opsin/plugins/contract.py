@@ -38,6 +38,7 @@ HOOKS: Mapping[str, Hook] = {
     "opsin_register_devices": Hook("device", DeviceSpec, ("name",)),
     "opsin_register_kernels": Hook("kernel", KernelSpec, ("device", "op")),
 }
+KINDS = tuple(hook.kind for hook in HOOKS.values())
 
 
 def register(pm: pluggy.PluginManager, plugin: Plugin, module: object) -> None:

@@ -16,7 +16,7 @@ from opsin import hookspecs
 from opsin.api import API_MAJOR
 from opsin.errors import ConfigError, MissingPluginError, PluginConflictError, PluginError, did_you_mean
 from opsin.plugins.claims import PREFER_VARIABLE, Claim, Failure, Plugin, decide
-from opsin.plugins.contract import DENY_VARIABLE, HOOKS, call_hooks, checked_claims, register
+from opsin.plugins.contract import DENY_VARIABLE, KINDS, call_hooks, checked_claims, register
 from opsin.plugins.index import ALLOW_VARIABLE, Plugins
 
 
@@ -53,37 +53,36 @@ def load_plugins(
     preferences = _checked_preferences({**_preferences_in_environment(), **(prefer or {})})
 
     candidates = _candidates(_installed() if entry_points is None else entry_points, extra or {})
-    if allow is not None:
-        _check_allowed(allow, denied, {plugin.name for plugin, _ in candidates})
-    chosen, disabled = [], []
-    for plugin, source in candidates:
-        used = plugin.name not in denied and (allow is None or plugin.name in allow)
-        chosen.append((plugin, source)) if used else disabled.append(plugin)
-    _check_names(plugin for plugin, _ in chosen)
+    _check_allowed(allow or (), denied, {plugin.name for plugin in candidates})
+    chosen = {
+        plugin: source
+        for plugin, source in candidates.items()
+        if plugin.name not in denied and (allow is None or plugin.name in allow)
+    }
+    _check_names(chosen)
 
     claims, failures = _load(chosen)
     for failure in failures:
         if allow is not None and failure.plugin.name in allow:
             message = f"plugin {failure.plugin} was asked for and failed: {failure.reason}"
             raise PluginError(message) from failure.error
-    kinds = [hook.kind for hook in HOOKS.values()]
     decided = decide(claims, preferences, failures)
     failed = {failure.plugin for failure in failures}
     return Plugins(
-        claims=tuple(sorted(decided, key=lambda claim: (kinds.index(claim.kind), claim.key))),
-        loaded=tuple(plugin for plugin, _ in chosen if plugin not in failed),
+        claims=tuple(sorted(decided, key=lambda claim: (KINDS.index(claim.kind), claim.key))),
+        loaded=tuple(plugin for plugin in chosen if plugin not in failed),
         failures=tuple(failures),
-        disabled=tuple(disabled),
+        disabled=tuple(plugin for plugin in candidates if plugin not in chosen),
     )
 
 
-def _load(chosen: Sequence[tuple[Plugin, object]]) -> tuple[list[Claim], list[Failure]]:
-    """Import the plugins, hold them to the contract, and take what they claim."""
+def _load(chosen: Mapping[Plugin, object]) -> tuple[list[Claim], list[Failure]]:
+    """Import the plugins and collect their claims, checked against the contract."""
     pm = pluggy.PluginManager(hookspecs.PROJECT)
     pm.add_hookspecs(hookspecs)
     claims: list[Claim] = []
     failures: list[Failure] = []
-    for plugin, source in chosen:
+    for plugin, source in chosen.items():
         try:
             module = _import(source)
         except (Exception, SystemExit) as error:
@@ -112,10 +111,10 @@ def _major_of(group: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _candidates(entries: Iterable[EntryPoint], extra: Mapping[str, object]) -> list[tuple[Plugin, object]]:
+def _candidates(entries: Iterable[EntryPoint], extra: Mapping[str, object]) -> dict[Plugin, object]:
     """All plugins with the entry point or object they come from, sorted.
 
-    A package that serves several API majors under one name is taken by ours.
+    Of a package that serves several API majors under one name, the entry point for ours.
     """
     found: dict[Plugin, object] = {}
     for entry in sorted(entries, key=lambda entry: _major_of(entry.group) == API_MAJOR):
@@ -124,7 +123,7 @@ def _candidates(entries: Iterable[EntryPoint], extra: Mapping[str, object]) -> l
             origin = f"{dist.name} {dist.version}" if dist is not None else f"entry point {entry.value}"
             found[Plugin(name=entry.name, distribution=origin)] = entry
     found.update({Plugin(name=name, distribution="in process"): source for name, source in extra.items()})
-    return sorted(found.items(), key=lambda pair: (pair[0].name, pair[0].distribution))
+    return dict(sorted(found.items(), key=lambda pair: (pair[0].name, pair[0].distribution)))
 
 
 def _check_allowed(allow: Sequence[str], denied: set[str], installed: set[str]) -> None:
@@ -164,12 +163,11 @@ def _import(source: object) -> object:
 
 
 def _checked_preferences(preferences: Mapping[str, str]) -> Mapping[str, str]:
-    kinds = [hook.kind for hook in HOOKS.values()]
     for key, plugin in preferences.items():
         kind, _, rest = key.partition(":")
-        if kind not in kinds or not rest or not plugin:
+        if kind not in KINDS or not rest or not plugin:
             raise ConfigError(
-                f"prefer {key}={plugin}: expected KIND:KEY=PLUGIN with KIND one of {', '.join(kinds)}, "
+                f"prefer {key}={plugin}: expected KIND:KEY=PLUGIN with KIND one of {', '.join(KINDS)}, "
                 "such as device:cpu=device_cpu"
             )
     return preferences
