@@ -69,9 +69,9 @@ class ChatOptions:
 class ChatRenderer:
     """Renders conversations for one model. Thread-safe.
 
-    Users write no placeholders. With an ``openai`` template the template writes them; with a ``string``
-    template they are written here, where the media stand among the text. A placeholder that the user did
-    write is kept and not doubled; items are numbered across all messages.
+    Users write no placeholders. An ``openai`` template writes them; for a ``string`` template they are written
+    here, in place of the media parts. A placeholder that the user did write is kept and not doubled. Items are
+    numbered across all messages.
 
     Attributes:
         tokenizer: renders templates that come with a request.
@@ -95,8 +95,8 @@ class ChatRenderer:
         """Refuse media that the model does not take, before anything is fetched or decoded.
 
         Raises:
-            RequestError: of a modality it does not have.
-            MediaError: more items than allowed.
+            RequestError: the model does not take a modality.
+            MediaError: there are more items than allowed.
         """
         for part in conversation.media:
             if part.modality not in self.placeholders:
@@ -107,10 +107,10 @@ class ChatRenderer:
         check_limits(conversation.counts, self.limits)
 
     def render(self, conversation: Conversation, options: ChatOptions) -> Prompt:
-        """A conversation that `check` let through -> its prompt, media decoded.
+        """A conversation that has passed `check` -> its prompt, media decoded.
 
         Raises:
-            RequestError: the template refuses the messages, or a placeholder stands where it cannot.
+            RequestError: the template refuses the messages, or placeholders in the text do not fit the media.
             MediaError: a media part cannot be used.
         """
         template = self.template if options.chat_template is None else self._own(options.chat_template)

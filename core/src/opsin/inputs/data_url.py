@@ -12,11 +12,11 @@ from opsin.errors import MediaError
 def decode_data_url(url: str, max_bytes: int) -> bytes:
     """The content of ``data:[<type>][;<parameter>=<value>]*[;base64],<data>``.
 
-    Type and parameters are not trusted and not read: the content says what it is. Base64 may be in the
-    URL-safe alphabet, percent-encoded, unpadded, and broken over lines.
+    Type and parameters are ignored: the content says what it is. Base64 may be in the URL-safe alphabet,
+    percent-encoded, unpadded, and broken over lines.
 
     Raises:
-        MediaError: the URL has no comma, no valid base64, or more than ``max_bytes`` of content.
+        MediaError: the URL has no comma, its base64 is not valid, or its content exceeds ``max_bytes``.
     """
     header, comma, body = url.partition(",")
     if not comma:

@@ -1,4 +1,4 @@
-"""What stands between a user's words and the engine, built for one checkpoint."""
+"""What is between a user's words and the engine, for one checkpoint."""
 
 from __future__ import annotations
 
@@ -145,11 +145,11 @@ def _chat_template(
 
 
 def _eos_token_ids(checkpoint: Checkpoint, spec: ModelSpec, tokenizer: ChatTokenizer) -> frozenset[int]:
-    """Ids that end a text: the checkpoint's, and the family's so far as the tokenizer has them."""
+    """Ids that end a text: the checkpoint's, and those of the family that the tokenizer has."""
     ids = set(checkpoint.eos_token_ids)
     for text in spec.stop_tokens:
         token = tokenizer.convert_tokens_to_ids(text)
-        # A text that is no token is given the id of the unknown one, or None.
+        # For a text that is no token, the tokenizer returns the id of the unknown token, or None.
         if token is not None and tokenizer.decode([token], skip_special_tokens=False) == text:
             ids.add(token)
     return frozenset(ids)

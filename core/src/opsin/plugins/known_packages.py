@@ -1,6 +1,6 @@
 """Which package provides an architecture, a device or a checkpoint, for messages that say what to install.
 
-The names stand in ``data/known_packages.json``: the code of the core knows no family and no chip.
+The names are in ``data/known_packages.json``: the core's code knows no family and no chip.
 """
 
 from __future__ import annotations
