@@ -69,9 +69,9 @@ class ChatOptions:
 class ChatRenderer:
     """Renders conversations for one model. Thread-safe.
 
-    Users write no placeholders. An ``openai`` template writes them; for a ``string`` template they are written
-    here, in place of the media parts. A placeholder that the user did write is kept and not doubled. Items are
-    numbered across all messages.
+    Users write no placeholders. An ``openai`` template writes them; for a ``string`` template they are
+    written here, in place of the media parts. A placeholder that the user did write is kept and not doubled.
+    Items are numbered across all messages.
 
     Attributes:
         tokenizer: renders templates that come with a request.
