@@ -17,7 +17,7 @@ from opsin.server.fetch.addresses import is_allowed
 from opsin.server.fetch.fetcher import MediaFetcher
 from opsin.server.fetch.pinned_http import Resolver
 from opsin.server.fetch.settings import FetchSettings
-from opsin.server.http.fetch_error import FetchError
+from opsin.server.http.errors import ApiError
 from tests.server.asset_server import asset_server, free_port
 from tests.server.pictures import picture
 
@@ -55,8 +55,8 @@ def fetched(
     return asyncio.run(fetch())
 
 
-def refusal(url: str, resolver: Resolver | None = None, **settings: Any) -> FetchError:
-    with pytest.raises(FetchError) as caught:
+def refusal(url: str, resolver: Resolver | None = None, **settings: Any) -> ApiError:
+    with pytest.raises(ApiError) as caught:
         fetched(url, resolver, **settings)
     assert caught.value.param == "image_url"
     assert str(caught.value).startswith("messages[0].content[0]: ")

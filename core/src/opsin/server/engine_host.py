@@ -6,7 +6,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from http import HTTPStatus
 
 from opsin.async_engine import AsyncEngine
 from opsin.config import EngineConfig, PoolingParams, SamplingParams, StructuredOutput
@@ -61,11 +60,9 @@ class EngineHost:
             ApiError: 503 while it is loading, or after it has failed.
         """
         if self.failure is not None:
-            raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "the engine has failed; the server has to restart")
+            raise ApiError(503, "the engine has failed; the server has to restart")
         if self._engine is None:
-            raise ApiError(
-                HTTPStatus.SERVICE_UNAVAILABLE, "the model is loading", retry_after_s=_RETRY_LOADING_S
-            )
+            raise ApiError(503, "the model is loading", retry_after_s=_RETRY_LOADING_S)
         return self._engine
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import fields
 
 from opsin.config import BeamSearchParams, SamplingParams, StructuredOutput
 from opsin.errors import ConfigError
@@ -10,36 +10,19 @@ from opsin.server.http.errors import bad_request
 from opsin.server.schema.sampling import SamplingRequest
 from opsin.server.serving import Serving
 
-_PLAIN = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "seed",
-    "stop",
-    "stop_token_ids",
-    "include_stop_str_in_output",
-    "ignore_eos",
-    "min_tokens",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "prompt_logprobs",
-    "skip_special_tokens",
-    "priority",
-)
-"""Fields with the name and meaning they have in `SamplingParams`; the model's defaults where absent."""
+_SHARED = {f.name for f in fields(SamplingParams)} & SamplingRequest.model_fields.keys()
+"""Fields with one name and meaning in requests and `SamplingParams`; the model's defaults where absent."""
 
 
-def sampling_params(
+def decoding(
     request: SamplingRequest,
     serving: Serving,
     *,
     max_tokens: int | None,
     logprobs: int | None,
     structured: StructuredOutput | None,
-) -> SamplingParams:
-    """What the request asks for, over the checkpoint's generation_config.
+) -> tuple[SamplingParams, BeamSearchParams | None]:
+    """What the request asks for, over the checkpoint's generation_config; and of beam search, if it does.
 
     Args:
         request: checked by its model.
@@ -52,50 +35,36 @@ def sampling_params(
         ApiError: a limit is exceeded, or two settings do not go together.
     """
     _check_limits(request, serving, logprobs)
-    changes: dict[str, Any] = {
-        name: value for name in _PLAIN if (value := getattr(request, name)) is not None
-    }
-    best_of = request.best_of or 1
-    choosing = best_of > (request.n or 1)
-    if request.logit_bias is not None:
-        changes["logit_bias"] = {int(token): bias for token, bias in request.logit_bias.items()}
-    if logprobs is None and choosing:
-        logprobs = 0  # the choice is by log-probability
-    changes |= {
-        "n": max(best_of, request.n or 1),
+    num_samples, best_of = request.n or 1, request.best_of or 1
+    changes = request.model_dump(include=_SHARED, exclude_none=True) | {
+        "n": max(best_of, num_samples),
         "max_tokens": max_tokens,
-        "logprobs": logprobs,
+        # best_of chooses by log-probability
+        "logprobs": 0 if logprobs is None and best_of > num_samples else logprobs,
         "structured": structured,
     }
     try:
-        return serving.info.default_params(**changes)
+        params = serving.info.default_params(**changes)
     except ConfigError as error:
         raise bad_request(str(error)) from None
-
-
-def beam_params(
-    request: SamplingRequest, *, max_tokens: int | None, structured: StructuredOutput | None
-) -> BeamSearchParams | None:
-    """Settings of a beam search, None if none is asked for.
-
-    Raises:
-        ApiError: something cannot be had with beam search.
-    """
     if not request.use_beam_search:
-        return None
+        return params, None
     if structured is not None or request.prompt_logprobs is not None or request.stop:
         raise bad_request(
             "use_beam_search goes without constraints, stop strings and log-probabilities", "use_beam_search"
         )
     try:
-        return BeamSearchParams(
-            beam_width=max(request.best_of or 1, request.n or 1),
+        beams = BeamSearchParams(
+            beam_width=params.n,
             max_tokens=max_tokens if max_tokens is not None else 2**31,
             ignore_eos=bool(request.ignore_eos),
             length_penalty=1.0 if request.length_penalty is None else request.length_penalty,
         )
     except ConfigError as error:
         raise bad_request(str(error), "use_beam_search") from None
+    if logprobs is not None:
+        raise bad_request("use_beam_search gives no log-probabilities", "logprobs")
+    return params, beams
 
 
 def _check_limits(request: SamplingRequest, serving: Serving, logprobs: int | None) -> None:

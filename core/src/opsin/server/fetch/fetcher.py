@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Awaitable, Callable, Mapping
-from http import HTTPStatus
 from typing import Any, TypeVar
 
 from opsin.api import Modality
@@ -16,7 +15,7 @@ from opsin.server.fetch.local_file import read_local_file
 from opsin.server.fetch.pinned_http import PinnedHTTP, Resolver, system_resolver
 from opsin.server.fetch.settings import FetchSettings
 from opsin.server.fetch.sniff import SNIFFED_BYTES, modality_of
-from opsin.server.http.fetch_error import FetchError
+from opsin.server.http.errors import ApiError
 from opsin.server.http.gather import all_of
 
 T = TypeVar("T")
@@ -63,7 +62,7 @@ class MediaFetcher:
         failure ends all fetches of the request.
 
         Raises:
-            FetchError: a URL may not or cannot be fetched; the error says which HTTP status that is.
+            ApiError: a URL may not or cannot be fetched; the error says which HTTP status that is.
             MediaError: content is too large or is no embeddings.
         """
         request = _Request(self)
@@ -80,7 +79,7 @@ class MediaFetcher:
         """The content of an http(s) or ``file://`` URL, which looks like the modality.
 
         Raises:
-            FetchError, MediaError: as `resolve`.
+            ApiError, MediaError: as `resolve`.
         """
         budget = budget or Budget(self.settings.max_request_media_bytes)
         scheme = url.partition(":")[0].lower() if ":" in url else ""
@@ -117,9 +116,7 @@ class MediaFetcher:
 
         def check_kind() -> None:
             if not _looks_like(modality, content):
-                raise FetchError(
-                    f"the URL answers with something that is no {modality}", HTTPStatus.UNPROCESSABLE_ENTITY
-                )
+                raise ApiError(422, f"the URL answers with something that is no {modality}")
 
         def receive(piece: bytes) -> None:
             budget.spend(len(piece))
@@ -136,11 +133,11 @@ class MediaFetcher:
             await self._http.get(
                 url, deadline_s=self.settings.image_fetch_timeout, receive=receive, accept=_ACCEPT[modality]
             )
-        except FetchError as error:
-            if error.status is not HTTPStatus.GATEWAY_TIMEOUT:
+        except ApiError as error:
+            if error.status != 504:
                 raise
             advice = "--image-fetch-timeout or OPSIN_IMAGE_FETCH_TIMEOUT sets it"
-            raise FetchError(f"{error}; {advice}", error.status) from None
+            raise ApiError(error.status, f"{error}; {advice}") from None
         check_kind()
         return bytes(content)
 
@@ -200,8 +197,8 @@ class _Request:
         """The result; errors begin with the place and name the parameter."""
         try:
             return await result
-        except FetchError as error:
-            raise FetchError(f"{part.where}: {error}", error.status, param) from None
+        except ApiError as error:
+            raise ApiError(error.status, f"{part.where}: {error}", param=param) from None
         except MediaError as error:
             raise MediaError(f"{part.where}: {error}") from None
 

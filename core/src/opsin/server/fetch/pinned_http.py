@@ -19,14 +19,13 @@ import socket
 import ssl
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import lru_cache
-from http import HTTPStatus
 
 import httpx2
 
 import opsin
 from opsin.errors import MediaError
 from opsin.server.fetch.addresses import is_allowed
-from opsin.server.http.fetch_error import FetchError
+from opsin.server.http.errors import ApiError
 
 Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
 """Host name or literal address, port -> addresses, best first. Raises OSError if there are none."""
@@ -89,7 +88,7 @@ class PinnedHTTP:
             accept: the Accept header.
 
         Raises:
-            FetchError: not allowed, an error status, not reachable, or not in time.
+            ApiError: not allowed, an error status, not reachable, or not in time.
             MediaError: not a URL.
         """
         host = "the host"
@@ -98,11 +97,9 @@ class PinnedHTTP:
             host = shown(parsed)
             await asyncio.wait_for(self._follow(parsed, receive, accept, deadline_s), deadline_s)
         except (asyncio.TimeoutError, httpx2.TimeoutException):
-            raise FetchError(
-                f"fetching from {host} was not done within {deadline_s:g} s", HTTPStatus.GATEWAY_TIMEOUT
-            ) from None
+            raise ApiError(504, f"fetching from {host} was not done within {deadline_s:g} s") from None
         except httpx2.TransportError:
-            raise FetchError(f"{host} cannot be reached", HTTPStatus.BAD_GATEWAY) from None
+            raise ApiError(502, f"{host} cannot be reached") from None
 
     async def aclose(self) -> None:
         """Close what is open."""
@@ -121,9 +118,7 @@ class PinnedHTTP:
                 url = parse_url(location, base=url)
             finally:
                 await response.aclose()
-        raise FetchError(
-            f"{shown(url)} is the end of more than {self._max_redirects} redirects", HTTPStatus.FORBIDDEN
-        )
+        raise ApiError(403, f"{shown(url)} is the end of more than {self._max_redirects} redirects")
 
     async def _send(self, url: httpx2.URL, accept: str, deadline_s: float) -> httpx2.Response:
         addresses = await self._addresses(url)
@@ -153,19 +148,17 @@ class PinnedHTTP:
         """The addresses of a URL's host, all of them allowed."""
         host = url.raw_host.decode("ascii")
         if self._domains is not None and _canonical(host) not in self._domains:
-            raise FetchError(
-                f"{shown(url)} is not among the domains this server fetches from", HTTPStatus.FORBIDDEN
-            )
+            raise ApiError(403, f"{shown(url)} is not among the domains this server fetches from")
         port = url.port or {"http": 80, "https": 443}[url.scheme]
         try:
             addresses = await self._resolver(host, port)
         except (OSError, UnicodeError):
             addresses = []
         if not addresses:
-            raise FetchError(f"{shown(url)} has no known address", HTTPStatus.BAD_GATEWAY)
+            raise ApiError(502, f"{shown(url)} has no known address")
         # All of them: a name with a public and a private address would else be a matter of luck.
         if not all(is_allowed(address, allow_loopback=self._allow_loopback) for address in addresses):
-            raise FetchError(f"{shown(url)} is not on the public internet", HTTPStatus.FORBIDDEN)
+            raise ApiError(403, f"{shown(url)} is not on the public internet")
         return addresses[:MAX_TRIED_ADDRESSES]
 
 
@@ -173,28 +166,26 @@ def parse_url(text: str, base: httpx2.URL | None = None) -> httpx2.URL:
     """An http(s) URL, or a redirect's target relative to ``base``.
 
     Raises:
-        FetchError: it may not be fetched, wherever it leads.
+        ApiError: it may not be fetched, wherever it leads.
         MediaError: it is not a URL.
     """
     if len(text) > MAX_URL_CHARS:
         raise MediaError(f"the URL has {len(text)} characters; at most {MAX_URL_CHARS} are accepted")
     if "\\" in text or any(character <= " " or character == "\x7f" for character in text):
         # Parsers disagree on where the host ends in these.
-        raise FetchError(
-            "the URL has a backslash, blank or control character; percent-encode it", HTTPStatus.FORBIDDEN
-        )
+        raise ApiError(403, "the URL has a backslash, blank or control character; percent-encode it")
     try:
         url = httpx2.URL(text) if base is None else base.join(text)
         port = url.port
     except (httpx2.InvalidURL, UnicodeError, ValueError, TypeError):
         raise MediaError("the URL is malformed; expected http(s)://host/path") from None
     if url.scheme not in ("http", "https"):
-        raise FetchError(
+        raise ApiError(
+            403,
             f"{url.scheme[:20] or 'other'}: URLs are not fetched; expected data:, http:// or https://",
-            HTTPStatus.FORBIDDEN,
         )
     if url.userinfo or "@" in url.netloc.decode("ascii"):
-        raise FetchError("URLs with a user name or password are not fetched", HTTPStatus.FORBIDDEN)
+        raise ApiError(403, "URLs with a user name or password are not fetched")
     if not url.raw_host or b"%" in url.raw_host or (port is not None and not 1 <= port <= 65535):
         raise MediaError("the URL names no host and port; expected http(s)://host/path")
     return url
@@ -208,11 +199,11 @@ def shown(url: httpx2.URL) -> str:
 async def _read(url: httpx2.URL, response: httpx2.Response, receive: Callable[[bytes], None]) -> None:
     status = response.status_code
     if status >= 500 or status in _TEMPORARY:
-        raise FetchError(f"{shown(url)} answered with status {status}", HTTPStatus.BAD_GATEWAY)
+        raise ApiError(502, f"{shown(url)} answered with status {status}")
     if not 200 <= status < 300:
-        raise FetchError(f"{shown(url)} answered with status {status}", HTTPStatus.UNPROCESSABLE_ENTITY)
+        raise ApiError(422, f"{shown(url)} answered with status {status}")
     if response.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
-        raise FetchError(f"{shown(url)} answered with compressed content", HTTPStatus.UNPROCESSABLE_ENTITY)
+        raise ApiError(422, f"{shown(url)} answered with compressed content")
     assert isinstance(response.stream, httpx2.AsyncByteStream)
     async for piece in response.stream:
         receive(piece)

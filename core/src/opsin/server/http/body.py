@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from http import HTTPStatus
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -41,7 +40,7 @@ async def read_body(request: Request, model: type[M], max_bytes: int) -> M:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         # Also what keeps other sites' pages from posting here: this type needs their browser's preflight.
-        raise ApiError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "expected Content-Type: application/json")
+        raise ApiError(415, "expected Content-Type: application/json")
     try:
         data = await _read(request, max_bytes)
     except ClientDisconnect:
@@ -70,7 +69,7 @@ async def _read(request: Request, max_bytes: int) -> bytes:
             break
     if too_large:
         raise ApiError(
-            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+            413,
             f"the request's body is too large; at most {max_bytes} bytes are accepted (--max-body-bytes)",
         )
     return b"".join(pieces)

@@ -22,14 +22,14 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(self, first: BaseModel, rest: AsyncGenerator[BaseModel, None], request_id: str) -> None:
-        """``first`` has been taken out of ``rest`` already: what is wrong with a request shows by then."""
+        """``first`` was taken from ``rest`` already: whatever is wrong with a request is known by then."""
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._first = first
         self._rest = rest
         self._request_id = request_id
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
         """Send it all."""
         async with aclosing(self._rest):
             await while_connected(receive, self._send(send))

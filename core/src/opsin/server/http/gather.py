@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -22,6 +23,11 @@ async def all_of(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
     """Items of all streams as they come, each with its stream's number."""
+    if len(streams) == 1:  # the usual case, without a task for each item
+        async with aclosing(streams[0]) as only:
+            async for item in only:
+                yield 0, item
+        return
 
     async def next_of(number: int) -> tuple[int, T] | None:
         try:

@@ -9,7 +9,6 @@ import re
 import time
 import uuid
 from collections.abc import Collection, Sequence
-from http import HTTPStatus
 
 from starlette._utils import get_route_path  # the router's own: nobody else may decide what is open
 from starlette.datastructures import Headers, MutableHeaders
@@ -61,7 +60,7 @@ class RequestLog:
             status = _CLIENT_CLOSED_REQUEST
         except Exception as error:
             answer = api_error(error, request_id)
-            if answer.status is HTTPStatus.INTERNAL_SERVER_ERROR:
+            if answer.status == 500:
                 logger.exception("request %s failed", request_id)
             if status is None:
                 await answer.response()(scope, receive, send_named)
@@ -80,7 +79,7 @@ class RequestLog:
 
 
 class RootPath:
-    """Tells the router of the prefix under which a proxy shows the server, taken off by the proxy or not."""
+    """Tells the router the prefix under which a proxy shows the server, whether the proxy removes it or not."""
 
     def __init__(self, app: ASGIApp, root_path: str) -> None:
         self._app = app
@@ -106,9 +105,7 @@ class ApiKeys:
             # Digests have one length and all are compared: the time tells nothing about the keys.
             matches = [hmac.compare_digest(_digest(given), digest) for digest in self._digests]
             if not any(matches):
-                raise ApiError(
-                    HTTPStatus.UNAUTHORIZED, "a valid API key is needed: Authorization: Bearer KEY"
-                )
+                raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY")
         await self._app(scope, receive, send)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
@@ -12,7 +12,7 @@ _EXPECTED = (
 
 
 def _known_shape(value: Any) -> Any:
-    """One clear error in the place of one for each alternative of the union."""
+    """One clear error instead of one for each alternative of the union."""
     if isinstance(value, str) and value:
         return value
     if isinstance(value, list) and value:
@@ -27,6 +27,9 @@ def _are_ids(value: list[Any]) -> bool:
     return all(type(element) is int for element in value)
 
 
+PlainPrompt = str | list[int]
+"""A text, or token ids."""
+
 _Text = Annotated[str, Field(min_length=1)]
 _Ids = Annotated[list[int], Field(min_length=1)]
 
@@ -34,9 +37,3 @@ Prompts = Annotated[
     _Text | Annotated[list[_Text], Field(min_length=1)] | _Ids | Annotated[list[_Ids], Field(min_length=1)],
     BeforeValidator(_known_shape),
 ]
-
-
-def listed(prompts: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
-    """One prompt or several -> a list."""
-    one = isinstance(prompts, str) or isinstance(prompts[0], int)
-    return cast(list[str | list[int]], [prompts] if one else prompts)
