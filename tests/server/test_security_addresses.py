@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import trustme
 
-from opsin.errors import MediaError, RequestError
+from opsin.errors import MediaError, OpsinError
 from opsin.inputs.conversation import Conversation
 from opsin.server.fetch.addresses import is_allowed
 from opsin.server.fetch.fetcher import MediaFetcher
@@ -155,7 +155,7 @@ def test_the_flag_opens_nothing_but_loopback(address: str) -> None:
 def test_spellings_of_this_machine_with_the_real_resolver(host: str) -> None:
     with asset_server() as assets:
         assets.put("/secret.png", PICTURE)
-        with pytest.raises(RequestError):  # not all of them are addresses everywhere
+        with pytest.raises(OpsinError):  # not all of them are addresses everywhere
             fetched(f"http://{host}:{assets.port}/secret.png")
         assert assets.seen == []
 

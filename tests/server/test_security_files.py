@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from opsin.errors import ConfigError, MediaError
+from opsin.inputs.conversation import Conversation
 from opsin.server.fetch.fetcher import MediaFetcher
 from opsin.server.fetch.settings import FetchSettings
 from opsin.server.http.errors import ApiError
@@ -35,7 +36,9 @@ def shared(tmp_path: Path) -> Path:
 def read(url: str, root: Path | None, **settings: Any) -> bytes:
     async def fetch() -> bytes:
         fetcher = MediaFetcher(FetchSettings(allowed_local_media_path=root, **settings))
-        content: bytes = await fetcher.fetch(url, "image")
+        part = {"type": "image_url", "image_url": {"url": url}}
+        conversation = Conversation.parse([{"role": "user", "content": [part]}])
+        content: bytes = (await fetcher.resolve(conversation)).media[0].value
         await fetcher.aclose()
         return content
 
@@ -74,7 +77,7 @@ def test_without_the_flag_no_file_is_read(shared: Path) -> None:
 )
 def test_paths_that_lead_outside(shared: Path, path: str) -> None:
     """All with one answer, whether something is there or not."""
-    with pytest.raises(ApiError, match="^the file:// URL does not lead into the folder") as caught:
+    with pytest.raises(ApiError, match=": the file:// URL does not lead into the folder") as caught:
         read(f"file://{shared}/{path}", shared)
     assert caught.value.status == HTTPStatus.FORBIDDEN
     assert str(shared) not in str(caught.value)

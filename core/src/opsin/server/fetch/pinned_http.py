@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import lru_cache
 
 import httpx2
@@ -25,6 +25,7 @@ import httpx2
 import opsin
 from opsin.errors import MediaError
 from opsin.server.fetch.addresses import is_allowed
+from opsin.server.fetch.settings import FetchSettings
 from opsin.server.http.errors import ApiError
 
 Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
@@ -46,27 +47,17 @@ async def system_resolver(host: str, port: int) -> list[str]:
 class PinnedHTTP:
     """Fetches from public addresses. Belongs to one event loop; close it with `aclose`."""
 
-    def __init__(
-        self,
-        *,
-        allowed_domains: Collection[str] | None = None,
-        allow_loopback: bool = False,
-        max_redirects: int = 5,
-        resolver: Resolver = system_resolver,
-        tls: ssl.SSLContext | None = None,
-    ) -> None:
+    def __init__(self, settings: FetchSettings, *, resolver: Resolver, tls: ssl.SSLContext | None) -> None:
         """Set up; nothing is opened yet.
 
         Args:
-            allowed_domains: the only hosts to fetch from, by exact name; None: any. Opens no address.
-            allow_loopback: whether this machine's loopback addresses count as public.
-            max_redirects: most redirects that are followed.
+            settings: what is allowed.
             resolver: gives the addresses of a host.
             tls: certificates to trust; None: the system's, or those of SSL_CERT_FILE or SSL_CERT_DIR.
         """
-        self._domains = None if allowed_domains is None else {_canonical(name) for name in allowed_domains}
-        self._allow_loopback = allow_loopback
-        self._max_redirects = max_redirects
+        self._settings = settings
+        domains = settings.allowed_media_domains
+        self._domains = None if domains is None else {_canonical(name) for name in domains}
         self._resolver = resolver
         # httpx2's transport rather than its client: a client has cookies, proxies and redirects of its own.
         # Connections are not kept: one is known by its address, and could be handed to another host's URL.
@@ -76,14 +67,11 @@ class PinnedHTTP:
             trust_env=False,
         )
 
-    async def get(
-        self, url: str, *, deadline_s: float, receive: Callable[[bytes], None], accept: str = "*/*"
-    ) -> None:
+    async def get(self, url: str, *, receive: Callable[[bytes], None], accept: str) -> None:
         """Fetch one URL.
 
         Args:
             url: as the client wrote it.
-            deadline_s: for every step together.
             receive: gets the content in pieces; what it raises ends the fetch.
             accept: the Accept header.
 
@@ -91,13 +79,16 @@ class PinnedHTTP:
             ApiError: not allowed, an error status, not reachable, or not in time.
             MediaError: not a URL.
         """
-        host = "the host"
+        parsed, deadline_s = parse_url(url), self._settings.image_fetch_timeout
+        host = shown(parsed)
         try:
-            parsed = parse_url(url)
-            host = shown(parsed)
-            await asyncio.wait_for(self._follow(parsed, receive, accept, deadline_s), deadline_s)
+            await asyncio.wait_for(self._follow(parsed, receive, accept), deadline_s)
         except (asyncio.TimeoutError, httpx2.TimeoutException):
-            raise ApiError(504, f"fetching from {host} was not done within {deadline_s:g} s") from None
+            raise ApiError(
+                504,
+                f"fetching from {host} was not done within {deadline_s:g} s; "
+                "--image-fetch-timeout or OPSIN_IMAGE_FETCH_TIMEOUT sets it",
+            ) from None
         except httpx2.TransportError:
             raise ApiError(502, f"{host} cannot be reached") from None
 
@@ -105,11 +96,10 @@ class PinnedHTTP:
         """Close what is open."""
         await self._transport.aclose()
 
-    async def _follow(
-        self, url: httpx2.URL, receive: Callable[[bytes], None], accept: str, deadline_s: float
-    ) -> None:
-        for _ in range(self._max_redirects + 1):
-            response = await self._send(url, accept, deadline_s)
+    async def _follow(self, url: httpx2.URL, receive: Callable[[bytes], None], accept: str) -> None:
+        most = self._settings.max_redirects
+        for _ in range(most + 1):
+            response = await self._send(url, accept)
             try:
                 location = response.headers.get("location")
                 if response.status_code not in _REDIRECTS or location is None:
@@ -118,10 +108,12 @@ class PinnedHTTP:
                 url = parse_url(location, base=url)
             finally:
                 await response.aclose()
-        raise ApiError(403, f"{shown(url)} is the end of more than {self._max_redirects} redirects")
+        raise ApiError(403, f"{shown(url)} is the end of more than {most} redirects")
 
-    async def _send(self, url: httpx2.URL, accept: str, deadline_s: float) -> httpx2.Response:
+    async def _send(self, url: httpx2.URL, accept: str) -> httpx2.Response:
         addresses = await self._addresses(url)
+        # An address that swallows packets must leave time for the others.
+        connect_s = self._settings.image_fetch_timeout / len(addresses)
         headers = {
             "Host": url.netloc.decode("ascii"),
             "User-Agent": f"opsin/{opsin.__version__}",
@@ -134,8 +126,7 @@ class PinnedHTTP:
                 "GET",
                 url.copy_with(host=address),
                 headers=headers,
-                # An address that swallows packets must leave time for the others.
-                extensions={"sni_hostname": host, "timeout": {"connect": deadline_s / len(addresses)}},
+                extensions={"sni_hostname": host, "timeout": {"connect": connect_s}},
             )
             try:
                 return await self._transport.handle_async_request(request)
@@ -157,7 +148,9 @@ class PinnedHTTP:
         if not addresses:
             raise ApiError(502, f"{shown(url)} has no known address")
         # All of them: a name with a public and a private address would else be a matter of luck.
-        if not all(is_allowed(address, allow_loopback=self._allow_loopback) for address in addresses):
+        if not all(
+            is_allowed(address, allow_loopback=self._settings.allow_loopback_media) for address in addresses
+        ):
             raise ApiError(403, f"{shown(url)} is not on the public internet")
         return addresses[:MAX_TRIED_ADDRESSES]
 

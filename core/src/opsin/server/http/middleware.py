@@ -23,11 +23,11 @@ logger = logging.getLogger(__name__)
 access = logging.getLogger("opsin.access")
 
 OPEN_PATHS = frozenset({"/health", "/version"})
-"""Need no API key, and are answered while the server stops."""
+"""Paths that need no API key and are answered while the server stops."""
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _CLIENT_CLOSED_REQUEST = 499
-"""nginx's status, for the log only: there is nobody to send it to."""
+"""nginx's status, for the log only: there is no client to send it to."""
 
 
 class RequestLog:
@@ -79,7 +79,7 @@ class RequestLog:
 
 
 class RootPath:
-    """Tells the router the prefix under which a proxy shows the server, whether the proxy removes it or not."""
+    """Tells the router the prefix under which a proxy shows the server, whether it removes it or not."""
 
     def __init__(self, app: ASGIApp, root_path: str) -> None:
         self._app = app
@@ -92,7 +92,7 @@ class RootPath:
 
 
 class ApiKeys:
-    """Lets requests through that bring a key. Every route needs one that is not named as open."""
+    """Lets requests through that bring a key. Every path needs one unless it is listed as open."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], open_paths: Collection[str]) -> None:
         self._app = app
@@ -110,7 +110,7 @@ class ApiKeys:
 
 
 class Admit:
-    """Counts the requests that work for somebody, and turns away those that are too many."""
+    """Counts requests that do work, and turns away those beyond the limit."""
 
     def __init__(self, app: ASGIApp, admission: Admission, open_paths: Collection[str]) -> None:
         self._app = app
@@ -133,8 +133,6 @@ def _digest(key: bytes) -> bytes:
 
 
 def _given_key(scope: Scope) -> bytes:
-    for name, value in scope["headers"]:
-        if name == b"authorization":
-            scheme, _, key = value.partition(b" ")
-            return key.strip() if scheme.lower() == b"bearer" else b""
-    return b""
+    given = Headers(scope=scope).get("authorization", "").encode("latin-1")
+    scheme, _, key = given.partition(b" ")
+    return key.strip() if scheme.lower() == b"bearer" else b""
