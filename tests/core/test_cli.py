@@ -354,6 +354,8 @@ def test_doctor_json_and_opening_a_device(run: Run, installed: Any) -> None:
         "torch device": "chip:1",
         "free memory": "1.0 GiB of 2.0 GiB",
         "dtypes": "float32, bfloat16",
+        "communication": "gloo",
+        "mechanisms": "none",
         "driver": "1.2",
     }
     assert report["devices"][1] == {

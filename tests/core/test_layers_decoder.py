@@ -75,7 +75,7 @@ def test_it_is_a_model() -> None:
     model: Model = language_model()
     assert (model.hidden_size, model.vocab_size) == (8, 12)
     assert model.kv_geometry == KVGeometry(num_layers=2, num_kv_heads=1, head_size=4)
-    with pytest.raises(AssertionError, match="LanguageModel encodes no image"):
+    with pytest.raises(AssertionError, match="LanguageModel has no encoder, got 0 image items"):
         model.encode("image", [])
 
 
@@ -131,7 +131,7 @@ def test_a_plain_layer_may_be_the_tied_head() -> None:
 
 def test_no_module_is_hidden_and_none_but_layers_take_weights() -> None:
     model = language_model()
-    assert isinstance(model.get_submodule("model.rotary"), RotaryTable)
+    assert isinstance(model.get_submodule("model._rotary"), RotaryTable)
     assert not any("rotary" in name for name in model_slots(model))
     for module in model.modules():
         values = [value for value in vars(module).values() if isinstance(value, (list, tuple))]

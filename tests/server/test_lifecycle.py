@@ -16,7 +16,7 @@ import pytest
 import requests
 
 from opsin import EngineConfig
-from opsin.cli import app
+from opsin.cli import main
 from opsin.engine.engine import Engine
 from opsin.errors import OpsinError
 from opsin.server.engine_host import EngineHost
@@ -175,7 +175,7 @@ def test_what_cannot_start_says_why_in_one_line(
     arguments: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        app(["serve", *arguments, "--port", "0"])
+        main(["serve", *arguments, "--port", "0"])
     assert ended.value.code == 1
     *_, last = capsys.readouterr().err.splitlines()
     assert last.startswith("opsin: ")

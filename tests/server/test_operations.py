@@ -139,8 +139,11 @@ def test_equal_request_ids_do_not_disturb_each_other(server: Running) -> None:
 def test_access_log(server: Running, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "opsin.access"):
         server.get("/nothing%0d%0aforged%20line", headers={"X-Request-Id": "logged"})
-        server.wait_idle()
-    [line] = [record.getMessage() for record in caplog.records if "id=logged" in record.getMessage()]
+        lines: list[str] = []
+        deadline = time.monotonic() + 10
+        while not lines and time.monotonic() < deadline:  # it is written after the answer
+            lines = [text for text in caplog.messages if "id=logged" in text]
+    [line] = lines
     assert '"GET /nothing\\r\\nforged line" 404' in line
     assert "\n" not in line
 
@@ -155,7 +158,7 @@ KEYS = ("first-key", "second-key-längs")
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[Running]:
     settings = ServerSettings(
-        api_keys=KEYS,
+        api_key=KEYS,
         root_path="/api",
         allowed_origins=("https://page.example",),
         trust_request_chat_template=True,

@@ -22,7 +22,7 @@ MAX_LOGPROBS = 20
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Range:
     """Bounds of a number, both included: the metadata of an ``Annotated`` type."""
 
@@ -32,7 +32,7 @@ class Range:
     def __contains__(self, value: object) -> bool:
         return isinstance(value, Real) and self.least <= float(value) <= self.most
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"at least {self.least}" if self.most == math.inf else f"{self.least} to {self.most}"
 
 
@@ -47,50 +47,44 @@ def check_fields(settings: object) -> None:
         ConfigError: a value is not of its field's type.
     """
     for name, hint in get_type_hints(type(settings), include_extras=True).items():
-        value = getattr(settings, name)
-        expected = []
-        for member in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
-            fits, description = _fits(value, member)
-            if fits:
-                break
-            expected.append(description)
+        if expected := expectation(hint, getattr(settings, name)):
+            raise ConfigError(f"{name}={getattr(settings, name)!r}: expected {expected}")
+
+
+def expectation(hint: Any, value: Any) -> str | None:
+    """What a type accepts, where that is checked and the value is something else."""
+    expected = []
+    for member in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
+        if get_origin(member) is Literal:
+            fits, what = value in get_args(member), ", ".join(map(repr, get_args(member)))
+        elif get_origin(member) is Annotated:
+            bounds = member.__metadata__[0]
+            fits, what = value in bounds, f"a number, {bounds}"
+        elif get_origin(member) is Mapping:
+            fits, what = isinstance(value, Mapping), "a mapping"
         else:
-            raise ConfigError(f"{name}={value!r}: expected {' or '.join(expected)}")
+            fits, what = member is not NoneType or value is None, "None"
+        if fits:
+            return None
+        expected.append(what)
+    return " or ".join(expected)
 
 
 def parameters_of(settings: type) -> list[inspect.Parameter]:
     """The fields of a dataclass as parameters of a function: named, or positional if there is no default."""
-    hints = get_type_hints(settings)
+    hints = get_type_hints(settings, include_extras=True)
     parameters = []
-    for own in (True, False):  # a base's fields come last
-        for f in fields(settings):
-            if (f.name in settings.__annotations__) is own:
-                default = f.default if f.default_factory is MISSING else f.default_factory()
-                required = default is MISSING
-                parameters.append(
-                    inspect.Parameter(
-                        f.name,
-                        inspect.Parameter.POSITIONAL_OR_KEYWORD
-                        if required
-                        else inspect.Parameter.KEYWORD_ONLY,
-                        default=inspect.Parameter.empty if required else default,
-                        annotation=hints[f.name],
-                    )
-                )
+    for f in sorted(
+        fields(settings), key=lambda f: f.name not in settings.__annotations__
+    ):  # a base's are last
+        parameter = inspect.Parameter(
+            f.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=hints[f.name]
+        )
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        if default is not MISSING:
+            parameter = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, default=default)
+        parameters.append(parameter)
     return parameters
-
-
-def _fits(value: Any, hint: Any) -> tuple[bool, str]:
-    """Whether a value is of a type, so far as that is checked, and what the type accepts."""
-    origin = get_origin(hint)
-    if origin is Literal:
-        return value in get_args(hint), ", ".join(map(repr, get_args(hint)))
-    if origin is Annotated:
-        bounds = hint.__metadata__[0]
-        return value in bounds, f"a number, {bounds}"
-    if origin is Mapping:
-        return isinstance(value, Mapping), "a mapping"
-    return hint is not NoneType or value is None, "None"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +123,7 @@ class SamplingParams:
         n: samples per prompt.
         temperature: 0 means greedy.
         top_p, top_k, min_p: nucleus, k-best (0: all) and relative-probability cuts.
-        seed: makes this request's samples reproducible, whatever else runs beside it.
+        seed: makes this request's samples reproducible, whatever else runs alongside.
         stop: end when the text contains one of these; it is cut off unless ``include_stop_str_in_output``.
         stop_token_ids: end after one of these ids; its text is not part of the output.
         ignore_eos: go on after the model's end-of-sequence ids.

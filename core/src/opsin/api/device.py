@@ -23,8 +23,8 @@ class Capabilities:
         max_tensor_elements: upper bound for one tensor of the KV cache, or None.
         kv_memory_share: share of the free memory the KV cache takes by default, for a device with memory of
             its own; None: a cautious share, as of a host that others use too.
-        pinned_memory, graphs: optional mechanisms.
-        communication: torch.distributed backend.
+        pinned_memory, graphs: optional mechanisms, shown by ``opsin doctor``.
+        communication: torch.distributed backend, shown by ``opsin doctor``.
         advice: per unsupported dtype, the sentence that says what to pass instead.
     """
 

@@ -173,7 +173,7 @@ class HermesParser:
             self._step = self._after_arguments
         return ended
 
-    def _after_arguments(self, pieces: ToolPieces) -> bool:
+    def _after_arguments(self, pieces: ToolPieces) -> bool:  # noqa: ARG002 (as all steps)
         end = self._pending.find(CLOSE)
         if end < 0:
             return False

@@ -79,7 +79,7 @@ class KVLayer:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionBatch:
-    """The attention geometry of one flat token batch, on the host. Built once a step.
+    """The attention geometry of one flat token batch, on the host. Built once per step.
 
     Sequences stand one after another in the flat batch, in this order.
 
@@ -136,7 +136,7 @@ class Rotary(Protocol):
 
 
 class PlanAttention(Protocol):
-    """Whatever the device wants to compute once a step; handed to write_kv and paged_attention."""
+    """Whatever the device wants to compute once per step; handed to write_kv and paged_attention."""
 
     def __call__(self, batch: AttentionBatch) -> Any: ...
 

@@ -193,7 +193,7 @@ class Placeholder:
         tokenizes_whole: with ``token_id`` None: ``mm_processor_kwargs`` (the engine's merged with the
             request's) -> whether the prompt is tokenized as a whole after all, and the placeholders are found
             by the ids their texts become. None: never. A ValueError is shown to the user.
-        option_names: the ``mm_processor_kwargs`` it reads, accepted beside the input mapper's.
+        option_names: the ``mm_processor_kwargs`` it reads, accepted besides the input mapper's.
     """
 
     text: Callable[[int], str]
@@ -207,7 +207,7 @@ class Placeholder:
 def repeat_token(token_id: int) -> Callable[[MappedMedia, int], Expansion]:
     """For `Placeholder.expand`: an item becomes one token as often as it has embeddings."""
 
-    def expand(mapped: MappedMedia, number: int) -> Expansion:
+    def expand(mapped: MappedMedia, _number: int) -> Expansion:
         return Expansion(token_ids=[token_id] * mapped.num_embeds, is_embed=[True] * mapped.num_embeds)
 
     return expand

@@ -93,13 +93,13 @@ class DeviceSpec:
 
     Attributes:
         name: as in ``device="cpu"`` or ``device="cuda:1"`` (the index goes to ``open``).
-        torch_type: torch's device type.
+        torch_type: torch's device type; an opened device of another type is an error. None: any.
         probe: never raises; imports what it must.
         open: index -> an opened device; raises ValueError for an index or a setting that cannot be.
     """
 
     name: str
-    torch_type: str
+    torch_type: str | None = None
     probe: Callable[[], Probe]
     open: Callable[[int], Device]
 
@@ -118,4 +118,4 @@ class KernelSpec:
     device: str
     op: OpName
     load: Callable[[], Callable[..., Any]]
-    supports: Callable[[KernelQuery], bool] = lambda query: True
+    supports: Callable[[KernelQuery], bool] = lambda query: True  # noqa: ARG005 (its name is the protocol's)

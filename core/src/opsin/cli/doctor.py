@@ -118,11 +118,14 @@ def _describe_device(found: Plugins, spec: DeviceSpec) -> dict[str, Any]:
 
 
 def _describe_opened(device: Device) -> dict[str, Any]:
-    memory = device.memory()
+    memory, can = device.memory(), device.capabilities
+    mechanisms = [name for name in ("pinned_memory", "graphs") if getattr(can, name)]
     return {
         "torch device": device.torch_device,
         "free memory": f"{memory.free_bytes / 2**30:.1f} GiB of {memory.total_bytes / 2**30:.1f} GiB",
-        "dtypes": ", ".join(device.capabilities.dtypes),
+        "dtypes": ", ".join(can.dtypes),
+        "communication": can.communication,
+        "mechanisms": ", ".join(mechanisms) or "none",
         **device.details,
     }
 

@@ -5,15 +5,25 @@ from __future__ import annotations
 import functools
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
 from cyclopts import CycloptsError, Parameter
 
-from opsin.errors import OpsinError
+from opsin.errors import ConfigError, OpsinError
 
 Debug = Annotated[bool, Parameter(negative=(), help="Show the traceback of an error.")]
 """A command's option: every command has it."""
+
+
+@contextmanager
+def usage() -> Iterator[None]:
+    """Settings that cannot be are the command line's fault: exit status 2."""
+    try:
+        yield
+    except ConfigError as error:
+        raise CycloptsError(msg=str(error)) from error
 
 
 def reported(command: Callable[..., int | None]) -> Callable[..., int | None]:

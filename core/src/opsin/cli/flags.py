@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
+from functools import cache, partial, wraps
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
-from cyclopts import CycloptsError, Group, Parameter, Token
+from cyclopts import Group, Parameter, Token
 
-from opsin.config import parameters_of
-from opsin.errors import ConfigError
+from opsin.config import expectation, parameters_of
 
 T = TypeVar("T")
 
 PYTHON_ONLY = "Attributes"
 """Section of a docstring whose fields are for Python only."""
 
-_topic = functools.cache(Group.create_ordered)
+_topic = cache(Group.create_ordered)
 
 
 def takes(*settings: type) -> Callable[[Callable[..., T]], Callable[..., T]]:
@@ -39,7 +38,7 @@ def takes(*settings: type) -> Callable[[Callable[..., T]], Callable[..., T]]:
             ]
         )
 
-        @functools.wraps(command)
+        @wraps(command)
         def run(*arguments: Any, **given: Any) -> T:
             return command(**signature.bind(*arguments, **given).arguments)
 
@@ -53,14 +52,11 @@ def build(cls: type[T], given: Mapping[str, Any]) -> T:
     """A dataclass with those of its settings that were given.
 
     Raises:
-        CycloptsError: a setting cannot be, or two contradict each other.
+        ConfigError: a setting cannot be, or two contradict each other.
     """
     hints = get_type_hints(cls)
     nested = {name: build(hint, given) for name, hint in hints.items() if _is_settings(hint)}
-    try:
-        return cls(**{name: given[name] for name in hints if name in given}, **nested)
-    except ConfigError as error:
-        raise CycloptsError(msg=str(error)) from error
+    return cls(**{name: given[name] for name in hints if name in given}, **nested)
 
 
 def _flags(cls: type) -> Iterator[inspect.Parameter]:
@@ -91,7 +87,7 @@ def described(cls: type) -> Iterator[tuple[str, str, str]]:
 def _flag(parameter: inspect.Parameter, topic: str, text: str) -> inspect.Parameter:
     hint = parameter.annotation
     members = [get_origin(member) or member for member in (hint, *get_args(hint))]
-    more: dict[str, Any] = {"negative": ()}
+    more: dict[str, Any] = {"negative": (), "validator": partial(_check, hint)}
     if Mapping in members:
         # The values of several such flags come together, as they do for a list.
         hint = dict[str, Any]
@@ -106,6 +102,11 @@ def _flag(parameter: inspect.Parameter, topic: str, text: str) -> inspect.Parame
     flag = Parameter(help=text[:1].upper() + text[1:], **more)
     hint = hint | None if parameter.default is None else hint
     return parameter.replace(annotation=Annotated[hint, flag])
+
+
+def _check(hint: Any, _: Any, value: Any) -> None:
+    if expected := expectation(hint, value):
+        raise ValueError(f"Expected {expected}.")
 
 
 def _mapping(hint: Any, given: Sequence[Token] | Mapping[str, Any]) -> dict[str, Any]:

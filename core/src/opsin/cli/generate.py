@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter, validators
 
-from opsin.cli.errors import Debug, reported
+from opsin.cli.errors import Debug, reported, usage
 from opsin.cli.flags import build, takes
 from opsin.config import EngineConfig
 from opsin.plugins.known_packages import known_packages
@@ -64,7 +64,8 @@ def run(
         verbose: Show what happens while loading.
         debug: Show the traceback of an error.
     """
-    config = build(EngineConfig, settings)  # impossible settings end the command before anything is read
+    with usage():
+        config = build(EngineConfig, settings)
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="opsin: %(message)s")
     question = sys.stdin.read().strip() if question == "-" else question
     media = _media(image, video, config) if image or video else []

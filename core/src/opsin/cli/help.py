@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin
 
@@ -59,11 +60,17 @@ def _label(entry: HelpEntry, title: str) -> str:
 def _placeholder(entry: HelpEntry) -> str:
     if entry.choices:
         return f"<{'|'.join(entry.choices)}>"
-    types = {get_origin(member) or member for member in (entry.type, *get_args(entry.type))}
+    types = set(_types(entry.type))
     if entry.type is None or bool in types:
         return ""
     names = ((dict, "NAME=VALUE"), (int, "N"), (float, "N"), (Path, "PATH"))
     return next((name for kind, name in names if kind in types), "TEXT")
+
+
+def _types(hint: Any) -> Iterator[Any]:
+    yield get_origin(hint) or hint
+    for member in get_args(hint):
+        yield from _types(member)
 
 
 def _about(console: Console, entry: HelpEntry) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
-from opsin.cli.errors import Debug, reported
+from opsin.cli.errors import Debug, reported, usage
 from opsin.cli.flags import build, takes
 from opsin.config import EngineConfig
 from opsin.errors import ConfigError
@@ -49,7 +49,8 @@ def run(
     **settings: Any,
 ) -> int:
     """Serve a model over HTTP, with OpenAI's API."""
-    engine = build(EngineConfig, settings)
+    with usage():
+        engine = build(EngineConfig, settings)
     server = build(ServerSettings, settings)
     listen = build(Listen, settings)
     _require_packages()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, get_origin
 
 from cyclopts import CycloptsError, Token
 
+from opsin.cli.errors import usage
 from opsin.errors import ConfigError, require_known
 
 if TYPE_CHECKING:
@@ -53,10 +54,8 @@ def from_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection
         raise CycloptsError(msg=f"--config: {path}: expected flags as keys")
     values = {str(key).replace("_", "-"): value for key, value in content.items()}
     known = {_name(argument) for argument in arguments} - {"config"}
-    try:
+    with usage():
         require_known(f"--config: {path}", values, known, ConfigError)
-    except ConfigError as error:
-        raise CycloptsError(msg=str(error)) from None
     _fill(arguments, values, str(path))
 
 

@@ -22,6 +22,7 @@ from opsin.engine.sequence import Sequence
 from opsin.engine.sizing import Resolved
 from opsin.errors import ConfigError, RequestError
 from opsin.inputs.frontend import build_frontend
+from opsin.inputs.processor import PromptProcessor
 from opsin.plugins import Plugins, load_plugins
 from opsin.results import EngineStats, Output
 
@@ -221,6 +222,11 @@ class Engine:
     def tokenizer(self) -> Tokenizer:
         """The frontend's."""
         return self.frontend.tokenizer
+
+    @property
+    def processor(self) -> PromptProcessor:
+        """The frontend's: makes of a prompt what `add` takes."""
+        return self.frontend.processor
 
     def default_params(self, **changes: object) -> SamplingParams:
         """See `EngineInfo.default_params`."""

@@ -26,6 +26,7 @@ from opsin.layers.pixels import CLIP_MEAN, CLIP_STD, pixel_levels, pixel_values
 from opsin.layers.rotary import RotaryTable, inverse_frequencies
 from opsin.layers.text import context_length, text_config
 from opsin.layers.vision import (
+    MLP,
     TIMM_RENAMES,
     Table,
     VisionConfig,
@@ -38,6 +39,7 @@ from opsin.layers.vision import (
 __all__ = [
     "CLIP_MEAN",
     "CLIP_STD",
+    "MLP",
     "TIMM_RENAMES",
     "Attention",
     "Decoder",

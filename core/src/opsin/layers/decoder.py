@@ -180,11 +180,11 @@ class Decoder(Module):
         )
         self.layers = nn.ModuleList(DecoderLayer(context, config) for _ in range(config.num_layers))
         self.norm = RMSNorm(context, config.hidden_size, config.eps)
-        self.rotary = rotary
+        self._rotary = rotary
 
     def forward(self, embeds: Tensor, positions: Tensor, kv: Sequence[KVLayer], plan: Any) -> Tensor:
         """embeds (T, H), positions (A, T) -> hidden states after the final norm (T, H)."""
-        cos, sin = self.rotary(positions)
+        cos, sin = self._rotary(positions)
         x, residual = embeds, None
         for layer, cache in zip(self.layers, kv, strict=True):
             x, residual = layer(x, residual, cos, sin, cache, plan)
@@ -254,7 +254,7 @@ class LanguageModel(Module):
 
     def encode(self, modality: Modality, items: Sequence[MappedMedia]) -> Sequence[Tensor]:
         """See `opsin.api.Model.encode`."""
-        raise AssertionError(f"{type(self).__name__} encodes no {modality}")
+        raise AssertionError(f"{type(self).__name__} has no encoder, got {len(items)} {modality} items")
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """int64 (T,) -> (T, H)."""

@@ -41,6 +41,8 @@ class Linear(Layer):
         tied: whether the layer multiplies by the table of an `Embedding` and takes no weight of its own.
     """
 
+    tied = False
+
     def __init__(
         self,
         context: BuildContext,
@@ -83,7 +85,6 @@ class Linear(Layer):
         self._bias: Tensor | None = None
         self._to_come = len(self._parts) * (2 if bias else 1)
         self._run: LinearFn | None = None
-        self.tied = False
 
     def slots(self) -> Iterator[Slot]:
         """A weight, and a bias if there is one, for each part; nothing where the weight is tied."""
@@ -154,7 +155,7 @@ def in_shorter_sums(prepare: PrepareLinear, num_sums: int) -> PrepareLinear:
         bias: Tensor | None,
         activation: Activation | None,
         *,
-        keep_weight: bool,
+        keep_weight: bool,  # noqa: ARG001 (the parts are copies in any case)
         few_rows: bool = False,
     ) -> LinearFn:
         first, *others = (

@@ -26,7 +26,8 @@ def pixel_levels(
     Args:
         settings: preprocessor_config.json: ``do_rescale``, ``rescale_factor``, ``do_normalize``,
             ``image_mean``, ``image_std``.
-        mean, std: of each channel, where the settings have none.
+        mean: of each channel, where the settings have none.
+        std: the same.
 
     Returns:
         float32 (3, 256).

@@ -174,32 +174,39 @@ class VisionAttention(Module):
         return self.out_proj(attended.flatten(1))
 
 
-class VisionMLP(Module):
-    """Two linear layers around an activation; ``names`` are those of the checkpoint, ``out`` None: width."""
-
-    fc1: Linear
-    fc2: Linear
+class MLP(Module):
+    """Two linear layers around an activation, under ``names`` in the checkpoint."""
 
     def __init__(
         self,
         context: BuildContext,
         width: int,
         hidden: int,
+        out: int,
         activation: Activation,
         *,
-        out: int | None = None,
         bias: bool = True,
         names: tuple[str, str] = ("fc1", "fc2"),
     ) -> None:
         super().__init__()
         self.add_module(names[0], Linear(context, width, hidden, bias=bias, activation=activation))
-        self.add_module(names[1], Linear(context, hidden, out or width, bias=bias))
+        self.add_module(names[1], Linear(context, hidden, out, bias=bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., width) -> (..., out)."""
         for linear in self.children():
             x = linear(x)
         return x
+
+
+class VisionMLP(MLP):
+    """An `MLP` whose output is as wide as its input."""
+
+    fc1: Linear
+    fc2: Linear
+
+    def __init__(self, context: BuildContext, width: int, hidden: int, activation: Activation) -> None:
+        super().__init__(context, width, hidden, width, activation)
 
 
 class VisionLayer(Module):

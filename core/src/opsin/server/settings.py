@@ -81,7 +81,7 @@ class ServerSettings:
     def __post_init__(self) -> None:
         check_fields(self)
         if not all(self.api_key):
-            raise ConfigError("api_key is empty; expected a key, or leave it out")
+            raise ConfigError("--api-key is empty; expected a key, or leave it out")
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
             raise ConfigError(f"root_path={self.root_path!r}: expected /prefix")
 

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from opsin.api import BuildContext, MappedMedia, Modality
 from opsin.layers import (
+    MLP,
     DecoderConfig,
     LanguageModel,
     RotaryTable,
     Table,
-    VisionMLP,
     VisionTransformer,
     flatten_patches,
 )
@@ -54,12 +54,12 @@ class Llava(LanguageModel):
         activation = config.get("projector_hidden_act", "gelu")
         if activation not in ("gelu", "silu", "quick_gelu"):
             raise ValueError(f"projector_hidden_act is {activation!r}; expected gelu, silu or quick_gelu")
-        self.multi_modal_projector = VisionMLP(
+        self.multi_modal_projector = MLP(
             context,
             tower.hidden_size * len(features.read_after),
             decoder.hidden_size,
+            decoder.hidden_size,
             activation,
-            out=decoder.hidden_size,
             bias=config.get("multimodal_projector_bias", True),
             names=("linear_1", "linear_2"),
         )

@@ -39,7 +39,8 @@ def hd_size(height: int, width: int, num_crops: int) -> tuple[int, int]:
     """The size a landscape picture is resized to: as many crops wide as fit among ``num_crops``.
 
     Args:
-        height, width: of the picture in pixels, ``width >= height``.
+        height: of the picture, in pixels.
+        width: the same, not less than the height.
         num_crops: most crops.
 
     Returns:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from opsin.api import BuildContext, MappedMedia
-from opsin.layers import Module, Table, VisionConfig, VisionMLP, VisionTransformer, flatten_patches
+from opsin.layers import MLP, Module, Table, VisionConfig, VisionTransformer, flatten_patches
 from opsin_models_phi3v.inputs import CROP, crop_side
 
 CLIP = {
@@ -76,7 +76,7 @@ class VisionEmbedding(Module):
             )
         wide = 4 * tower.hidden_size
         self.tower = VisionTransformer(context, tower, post_norm=False)
-        self.img_projection = VisionMLP(context, wide, out, "gelu", out=out, names=("0", "2"))
+        self.img_projection = MLP(context, wide, out, out, "gelu", names=("0", "2"))
         self.newline = Table(context, "sub_GN", (1, 1, 1, wide))
         self.separator = Table(context, "glb_GN", (1, 1, wide))
 

@@ -28,9 +28,11 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     """The size a picture is resized to: both sides multiples of ``factor``, area within the bounds.
 
     Args:
-        height, width: of the picture, in pixels.
+        height: of the picture, in pixels.
+        width: of the picture, in pixels.
         factor: patch size times merge size.
-        min_pixels, max_pixels: bounds of the resulting area.
+        min_pixels: least area of the result.
+        max_pixels: largest area of the result.
 
     Returns:
         (height, width).

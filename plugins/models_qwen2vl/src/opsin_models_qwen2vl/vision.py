@@ -11,15 +11,7 @@ import torch
 from torch import Tensor
 
 from opsin.api import BuildContext
-from opsin.layers import (
-    LayerNorm,
-    Linear,
-    Module,
-    VisionConfig,
-    VisionEncoder,
-    VisionMLP,
-    inverse_frequencies,
-)
+from opsin.layers import MLP, LayerNorm, Linear, Module, VisionConfig, VisionEncoder, inverse_frequencies
 
 Grid = tuple[int, int, int]
 """Frames, rows and columns, in patches."""
@@ -52,7 +44,7 @@ class PatchMerger(Module):
         super().__init__()
         self._wide = width * merge**2
         self.ln_q = LayerNorm(context, width, EPS)
-        self.mlp = VisionMLP(context, self._wide, self._wide, "gelu", out=out, names=("0", "2"))
+        self.mlp = MLP(context, self._wide, self._wide, out, "gelu", names=("0", "2"))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (P, width) -> (P / merge**2, out)."""
