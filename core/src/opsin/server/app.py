@@ -30,20 +30,10 @@ from opsin.server.http.errors import ApiError, ErrorBody
 from opsin.server.http.event_stream import EventStream
 from opsin.server.http.middleware import OPEN_PATHS, Admit, ApiKeys, RequestLog, RootPath
 from opsin.server.metrics import Metrics
+from opsin.server.schema import responses
 from opsin.server.schema.chat import ChatRequest
 from opsin.server.schema.completion import CompletionRequest
 from opsin.server.schema.embedding import EmbeddingRequest
-from opsin.server.schema.responses import (
-    ChatCompletion,
-    Completion,
-    EmbeddingList,
-    ModelCard,
-    ModelList,
-    Status,
-    Text,
-    Tokens,
-    Version,
-)
 from opsin.server.schema.tokens import DetokenizeRequest, TokenizeRequest
 from opsin.server.serving import Serving
 from opsin.server.settings import ServerSettings
@@ -122,15 +112,15 @@ class App:
 
     @property
     def _routes(self) -> Iterator[_Route]:
-        yield _Route("/health", self.health, Status)
-        yield _Route("/ready", self.ready, Status)
-        yield _Route("/version", self.version, Version)
-        yield _Route("/v1/models", self.models, ModelList)
-        yield _Route("/v1/chat/completions", self.chat_completions, ChatCompletion, ChatRequest)
-        yield _Route("/v1/completions", self.completions, Completion, CompletionRequest)
-        yield _Route("/v1/embeddings", self.embeddings, EmbeddingList, EmbeddingRequest)
-        yield _Route("/tokenize", self.tokenize, Tokens, TokenizeRequest)
-        yield _Route("/detokenize", self.detokenize, Text, DetokenizeRequest)
+        yield _Route("/health", self.health, responses.Status)
+        yield _Route("/ready", self.ready, responses.Status)
+        yield _Route("/version", self.version, responses.Version)
+        yield _Route("/v1/models", self.models, responses.ModelList)
+        yield _Route("/v1/chat/completions", self.chat_completions, responses.ChatCompletion, ChatRequest)
+        yield _Route("/v1/completions", self.completions, responses.Completion, CompletionRequest)
+        yield _Route("/v1/embeddings", self.embeddings, responses.EmbeddingList, EmbeddingRequest)
+        yield _Route("/tokenize", self.tokenize, responses.Tokens, TokenizeRequest)
+        yield _Route("/detokenize", self.detokenize, responses.Text, DetokenizeRequest)
         yield _Route("/metrics", self.metrics, None)
 
     def _add_routes(self) -> None:
@@ -177,17 +167,17 @@ class App:
         """Whether the process lives; it may still be loading."""
         if self.host.failure is not None:
             self.host.engine()
-        return _json(Status(status="ok"))
+        return _json(responses.Status(status="ok"))
 
     async def ready(self) -> Response:
         """Whether requests are answered."""
         self.admission.check()
         self._ready()
-        return _json(Status(status="ready"))
+        return _json(responses.Status(status="ready"))
 
     async def version(self) -> Response:
         """The server's version."""
-        return _json(Version(version=opsin.__version__))
+        return _json(responses.Version(version=opsin.__version__))
 
     async def metrics(self) -> Response:
         """Metrics in Prometheus' text format."""
@@ -202,7 +192,7 @@ class App:
         serving = self._ready()
         info = serving.info
         cards = [
-            ModelCard(
+            responses.ModelCard(
                 id=name,
                 object="model",
                 created=serving.created,
@@ -215,7 +205,7 @@ class App:
             )
             for name in serving.names
         ]
-        return _json(ModelList(object="list", data=cards))
+        return _json(responses.ModelList(object="list", data=cards))
 
     # ---- work ---------------------------------------------------------------------------------
 

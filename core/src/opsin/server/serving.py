@@ -1,4 +1,4 @@
-"""A loaded model as requests see it: its names, its limits, and the way from messages to a prompt."""
+"""A loaded model as requests see it: its names, its limits, and how messages become a prompt."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Serving:
     """What every route works with.
 
     Attributes:
-        engine: runs the model.
-        settings: of the server.
-        fetcher: gets what requests name by URL.
-        metrics: counts.
+        engine: what runs the model.
+        settings: settings of the server.
+        fetcher: source of what requests name by URL.
+        metrics: counters and histograms.
         created: seconds since 1970 at which the model was loaded.
     """
 
@@ -42,12 +42,12 @@ class Serving:
 
     @property
     def info(self) -> EngineInfo:
-        """What is fixed about the engine."""
+        """Facts about the engine that do not change."""
         return self.engine.info
 
     @property
     def frontend(self) -> Frontend:
-        """The way from words to prompts."""
+        """What makes prompts of text and conversations."""
         return self.engine.frontend
 
     @property
@@ -78,7 +78,7 @@ class Serving:
     async def chat_prompt(
         self, request: ChatFields, options: ChatOptions, *, min_new_tokens: int = 1
     ) -> ProcessedPrompt:
-        """Messages -> prompt: fetched without waiting on a thread, decoded and rendered in the pool.
+        """Messages -> prompt. URLs are fetched on the event loop; the rest happens in the pool.
 
         Args:
             request: with ``messages``.

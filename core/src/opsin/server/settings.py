@@ -1,4 +1,4 @@
-"""What the server is told at start-up, beyond what the engine is."""
+"""Settings of the server at start-up, besides those of the engine."""
 
 from __future__ import annotations
 

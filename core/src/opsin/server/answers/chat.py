@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from opsin.api import ToolFormat, ToolParser, ToolPieces
@@ -106,6 +106,7 @@ class ChatCompletions:
             tools=form,
             role=role,
             echo=_text(last.content) if request.echo and role == last.role else "",
+            sent=defaultdict(lambda: _Sent(parser=form.parser(max_calls(request)) if form else None)),
         )
 
 
@@ -122,12 +123,7 @@ class _Chat(Job[ChatChunkChoice, ChatChunk]):
     tools: ToolFormat | None
     role: str
     echo: str
-    sent: dict[tuple[int, int], _Sent] = field(init=False)
-
-    def __post_init__(self) -> None:
-        form, most = self.tools, max_calls(self.request)
-        sent = defaultdict[tuple[int, int], _Sent](lambda: _Sent(parser=form.parser(most) if form else None))
-        object.__setattr__(self, "sent", sent)
+    sent: Mapping[tuple[int, int], _Sent]
 
     def chunk(self, choices: list[ChatChunkChoice]) -> ChatChunk:
         return ChatChunk(

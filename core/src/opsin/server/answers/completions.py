@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -102,7 +102,7 @@ class _Completion(Job[CompletionChoice, Completion]):
     """Prompts ready for the engine."""
 
     request: CompletionRequest
-    sent: dict[tuple[int, int], _Sent] = field(default_factory=lambda: defaultdict(_Sent))
+    sent: Mapping[tuple[int, int], _Sent] = field(default_factory=lambda: defaultdict(_Sent))
 
     @cached_property
     def echoes(self) -> list[str]:

@@ -10,10 +10,10 @@ from opsin.results import Logprob
 from opsin.server.schema.responses import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
 
 LOWEST = -9999.0
-"""Stands for minus infinity, which JSON has no number for."""
+"""Stands for minus infinity, which JSON cannot write."""
 
 Entries = Mapping[int, Logprob]
-"""Token id -> its place, the token itself first."""
+"""Token id -> its place; the chosen token comes first."""
 
 
 def chat_logprobs(tokens: Iterable[Entries], num_top: int) -> ChatLogprobs:

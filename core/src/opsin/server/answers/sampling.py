@@ -22,7 +22,7 @@ def decoding(
     logprobs: int | None,
     structured: StructuredOutput | None,
 ) -> tuple[SamplingParams, BeamSearchParams | None]:
-    """What the request asks for, over the checkpoint's generation_config; and of beam search, if it does.
+    """What the request asks for, over the checkpoint's generation_config; and its beam search, if any.
 
     Args:
         request: checked by its model.
@@ -82,12 +82,7 @@ def _check_limits(request: SamplingRequest, serving: Serving, logprobs: int | No
     for name, value in (("logprobs", logprobs), ("prompt_logprobs", request.prompt_logprobs)):
         if value is not None and value > limits.max_logprobs:
             raise bad_request(f"{name}: at most {limits.max_logprobs} are given (--max-logprobs)", name)
-    ids = {
-        "stop_token_ids": request.stop_token_ids or (),
-        "logit_bias": [int(token) for token in request.logit_bias or ()],
-    }
-    for name, tokens in ids.items():
-        if any(not 0 <= token < serving.info.vocab_size for token in tokens):
-            raise bad_request(
-                f"{name}: a token id is out of vocabulary; expected 0 to {serving.info.vocab_size - 1}", name
-            )
+    size = serving.info.vocab_size
+    for name, tokens in (("stop_token_ids", request.stop_token_ids), ("logit_bias", request.logit_bias)):
+        if any(not 0 <= int(token) < size for token in tokens or ()):
+            raise bad_request(f"{name}: a token id is out of vocabulary; expected 0 to {size - 1}", name)

@@ -1,4 +1,4 @@
-"""GET for URLs that strangers wrote: only to public addresses, and only to the addresses that were checked.
+"""GET for URLs from strangers: only to public addresses, and only to the addresses that were checked.
 
 The guards against server-side request forgery, in the order of a request:
 
@@ -147,7 +147,7 @@ class PinnedHTTP:
             addresses = []
         if not addresses:
             raise ApiError(502, f"{shown(url)} has no known address")
-        # All of them: a name with a public and a private address would else be a matter of luck.
+        # All of them: otherwise a name with a public and a private address would be a matter of luck.
         if not all(
             is_allowed(address, allow_loopback=self._settings.allow_loopback_media) for address in addresses
         ):

@@ -16,26 +16,26 @@ from opsin.server.schema.strict import plain
 M = TypeVar("M", bound=BaseModel)
 
 MAX_ERRORS = 5
-"""Faults that an answer lists at most."""
+"""Most faults that an answer lists."""
 
 _ON_THE_LOOP_BYTES = 64 * 1024
 """Bodies up to this size are parsed in place; larger ones on a thread."""
 
-_DRAINED_BYTES = 8
-"""How many times the limit is read and thrown away, so that a client that only reads after it has sent
-everything gets the answer rather than a broken connection."""
+_DRAINED_LIMITS = 8
+"""Up to this many times the limit is read and discarded: a client that reads only after it has sent
+everything gets the answer instead of a broken connection."""
 
 _TAGS = frozenset({"as_text", "as_parts"})
-"""Alternatives of a union in pydantic's locations; they are no fields of the client's. After "as_parts" come
-an index and the part's type."""
+"""Alternatives of a union in pydantic's locations; the client has no such fields. An index and the type of the
+part follow "as_parts"."""
 
 
 async def read_body(request: Request, model: type[M], max_bytes: int) -> M:
     """The body of a request as a model.
 
     Raises:
-        ApiError: too large, not JSON, or not what the model wants. The input is not repeated.
-        ClientGone: the client went away while sending.
+        ApiError: too large, not JSON, or refused by the model. The error does not repeat the input.
+        ClientGone: the client disconnected while sending.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -65,7 +65,7 @@ async def _read(request: Request, max_bytes: int) -> bytes:
             pieces.clear()
         if not too_large:
             pieces.append(piece)
-        elif size > _DRAINED_BYTES * max_bytes:
+        elif size > _DRAINED_LIMITS * max_bytes:
             break
     if too_large:
         raise ApiError(

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class EventStream(Response):
-    """Streams chunks. Ends them when the client goes away; waits for clients that read slowly."""
+    """Streams chunks. Ends the work when the client disconnects; waits for clients that read slowly."""
 
     media_type = "text/event-stream"
 
@@ -36,10 +36,10 @@ class EventStream(Response):
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await _send_event(send, _json(self._first))
+        await _send_event(send, self._first.model_dump_json(exclude_unset=True))
         try:
             async for chunk in self._rest:
-                await _send_event(send, _json(chunk))
+                await _send_event(send, chunk.model_dump_json(exclude_unset=True))
         except ClientGone:
             raise
         except Exception as error:
@@ -49,10 +49,6 @@ class EventStream(Response):
             await _send_event(send, answer.body().model_dump_json())
         await _send_event(send, "[DONE]")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-def _json(chunk: BaseModel) -> str:
-    return chunk.model_dump_json(exclude_unset=True)
 
 
 async def _send_event(send: Send, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Several coroutines, or several streams, as one that ends them all when one fails."""
+"""Several coroutines, or several streams, as one; when one fails, all are ended."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 async def all_of(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Results in order; after the first failure, or when cancelled, none of the others goes on."""
+    """Results in order; the first failure, or cancellation, ends all the others."""
     tasks = [asyncio.ensure_future(one) for one in work]
     try:
         return await asyncio.gather(*tasks)

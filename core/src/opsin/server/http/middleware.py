@@ -1,4 +1,4 @@
-"""What every request passes on its way in: an id and a log line, the API key, admission."""
+"""What every request passes on its way in: id and log line, root path, API key, admission."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Collection, Sequence
 
-from starlette._utils import get_route_path  # the router's own: nobody else may decide what is open
+from starlette._utils import get_route_path  # the router's own, so that both agree on what is open
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -31,7 +31,7 @@ _CLIENT_CLOSED_REQUEST = 499
 
 
 class RequestLog:
-    """Outermost: names each request, turns every exception into an answer, writes the access log."""
+    """Outermost: gives each request an id, turns exceptions into answers, writes the access log."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
