@@ -32,9 +32,12 @@ from opsin.server.http.middleware import OPEN_PATHS, Admit, ApiKeys, RequestLog,
 from opsin.server.metrics import Metrics
 from opsin.server.schema import responses
 from opsin.server.schema.chat import ChatRequest
-from opsin.server.schema.completion import CompletionRequest
-from opsin.server.schema.embedding import EmbeddingRequest
-from opsin.server.schema.tokens import DetokenizeRequest, TokenizeRequest
+from opsin.server.schema.prompts import (
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+)
 from opsin.server.serving import Serving
 from opsin.server.settings import ServerSettings
 from opsin.server.ui import UI_PATHS, mount_ui

@@ -6,14 +6,12 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterator, Mapping
-from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
 from opsin.api import ToolFormat, ToolParser, ToolPieces
 from opsin.results import CompletionOutput
-from opsin.server.answers.constraint import constraint
-from opsin.server.answers.generation import Job, Sent, usage
+from opsin.server.answers.generation import Job, Sent, streamed, usage
 from opsin.server.answers.logprobs import chat_logprobs, prompt_logprobs
 from opsin.server.answers.sampling import decoding
 from opsin.server.answers.tools import call_grammar, deltas, max_calls, parse_answer, tools_in_use
@@ -55,15 +53,9 @@ class ChatCompletions:
             prompt_logprobs=prompt_logprobs(output.prompt_logprobs),
         )
 
-    async def stream(self, request: ChatRequest) -> AsyncGenerator[ChatChunk, None]:
-        """The answer as it is made. Whatever is wrong with the request is raised before the first chunk.
-
-        Raises:
-            ApiError, RequestError: the request cannot be answered.
-        """
-        async with aclosing((await self._prepare(request)).chunks()) as chunks:
-            async for chunk in chunks:
-                yield chunk
+    def stream(self, request: ChatRequest) -> AsyncGenerator[ChatChunk, None]:
+        """The answer as it is made. Whatever is wrong with the request is raised before the first chunk."""
+        return streamed(lambda: self._prepare(request))
 
     async def _prepare(self, request: ChatRequest) -> _Chat:
         serving, started = self._serving, time.monotonic()
@@ -79,16 +71,12 @@ class ChatCompletions:
                 "with --tool-call-parser hermes if the model was trained with that form",
                 "tools",
             )
-        calls = call_grammar(request, form) if form is not None else None
-        structured = constraint(request)
-        if calls is not None and structured is not None:
-            raise bad_request("tool_choice already constrains the answer; leave out the other constraint")
         params, beams = decoding(
             request,
             serving,
             max_tokens=max_tokens,
             logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-            structured=calls or structured,
+            calls=call_grammar(request, form) if form is not None else None,
         )
         options = request.options(tools=tools, cache_salt=request.cache_salt)
         prompt = await serving.chat_prompt(request, options)

@@ -6,17 +6,15 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from opsin.results import CompletionOutput, RequestOutput
-from opsin.server.answers.constraint import constraint
-from opsin.server.answers.generation import Job, Sent, usage
+from opsin.server.answers.generation import Job, Sent, streamed, usage
 from opsin.server.answers.logprobs import completion_logprobs, prompt_logprobs
 from opsin.server.answers.sampling import decoding
 from opsin.server.http.errors import bad_request
-from opsin.server.schema.completion import CompletionRequest
+from opsin.server.schema.prompts import CompletionRequest
 from opsin.server.schema.responses import Completion, CompletionChoice
 from opsin.server.serving import Serving
 
@@ -51,15 +49,9 @@ class Completions:
             completion.usage.completion_tokens = 0
         return completion
 
-    async def stream(self, request: CompletionRequest) -> AsyncGenerator[Completion, None]:
-        """The answer as it is made. Whatever is wrong with the request is raised before the first chunk.
-
-        Raises:
-            ApiError, RequestError: the request cannot be answered.
-        """
-        async with aclosing((await self._prepare(request)).chunks()) as chunks:
-            async for chunk in chunks:
-                yield chunk
+    def stream(self, request: CompletionRequest) -> AsyncGenerator[Completion, None]:
+        """The answer as it is made. Whatever is wrong with the request is raised before the first chunk."""
+        return streamed(lambda: self._prepare(request))
 
     async def _prepare(self, request: CompletionRequest) -> _Completion:
         serving, started = self._serving, time.monotonic()
@@ -73,7 +65,6 @@ class Completions:
             # max_tokens=0 runs as one token, which is discarded.
             max_tokens=_DEFAULT_MAX_TOKENS if request.max_tokens is None else max(request.max_tokens, 1),
             logprobs=request.logprobs,
-            structured=constraint(request),
         )
         if request.echo and request.logprobs is not None and request.prompt_logprobs is None:
             params = replace(params, prompt_logprobs=request.logprobs)

@@ -12,7 +12,7 @@ from opsin.results import PoolingRequestOutput
 from opsin.server.answers.generation import usage
 from opsin.server.http.errors import bad_request
 from opsin.server.http.gather import all_of
-from opsin.server.schema.embedding import EmbeddingRequest
+from opsin.server.schema.prompts import EmbeddingRequest
 from opsin.server.schema.responses import Embedding, EmbeddingList
 from opsin.server.serving import Serving
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
@@ -39,7 +39,7 @@ class Sent:
     ended: bool = False
 
     def advance(self, sample: CompletionOutput) -> tuple[str, Sequence[Mapping[int, Logprob]]]:
-        """The text and the log-probabilities that are new; they count as sent from now on."""
+        """The new text and log-probabilities; they count as sent from now on."""
         logprobs = sample.logprobs or ()
         new = sample.text[self.num_chars :], logprobs[self.num_tokens :]
         self.num_chars, self.num_tokens = len(sample.text), len(logprobs)
@@ -54,11 +54,11 @@ class Job(ABC, Generic[ChoiceT, ChunkT]):
     Attributes:
         serving: the model.
         request: what was asked for.
-        prompts: at least one.
+        prompts: what to generate from, at least one.
         id: unique.
         model: the name to answer under.
         started: arrival of the request, in seconds of `time.monotonic`.
-        params: of sampling; ``params.n`` is greater than `num_samples` where the most probable are chosen.
+        params: how to sample; ``params.n`` is greater than `num_samples` where the most probable are chosen.
         beams: search instead of sampling; there is only one output then.
         created: seconds since 1970.
     """
@@ -80,7 +80,7 @@ class Job(ABC, Generic[ChoiceT, ChunkT]):
 
     @abstractmethod
     def new_choices(self, number: int, sample: CompletionOutput) -> Iterable[ChoiceT]:
-        """What is to be sent of a sample of prompt ``number``, as far as it is generated."""
+        """What is new of a sample of prompt ``number``; it counts as sent from now on."""
 
     @abstractmethod
     def chunk(self, choices: list[ChoiceT]) -> ChunkT:
@@ -94,39 +94,13 @@ class Job(ABC, Generic[ChoiceT, ChunkT]):
         """
         return await all_of(self._last(number) for number in range(len(self.prompts)))
 
-    async def chunks(self) -> AsyncGenerator[ChunkT, None]:
-        """The events of a stream.
-
-        Raises:
-            RequestError: the engine refuses the request.
-        """
-        options = self.request.stream_options
-
-        def chunk(choices: list[ChoiceT], used: Usage | None) -> ChunkT:
-            made = self.chunk(choices)
-            if options is not None:
-                made.usage = used
-            return made
-
-        latest: dict[int, RequestOutput] = {}
-        streams = [self._outputs(number) for number in range(len(self.prompts))]
-        async with aclosing(merged(streams)) as together:
-            async for number, output in together:
-                latest[number] = output
-                so_far = usage(output) if options is not None and options.continuous_usage_stats else None
-                for sample in output.outputs:
-                    for choice in self.new_choices(number, sample):
-                        yield chunk([choice], so_far)
-        if options is not None and options.include_usage:
-            yield chunk([], usage(*latest.values()))
-
     async def _last(self, number: int) -> RequestOutput:
-        async with aclosing(self._outputs(number, finished_only=True)) as stream:
+        async with aclosing(self.outputs(number, finished_only=True)) as stream:
             async for output in stream:
                 return output
         raise AssertionError("a request ends with an output or an error")
 
-    async def _outputs(
+    async def outputs(
         self, number: int, *, finished_only: bool = False
     ) -> AsyncGenerator[RequestOutput, None]:
         """A prompt's outputs, each with all there is so far; with ``finished_only`` only the last one."""
@@ -167,6 +141,32 @@ class Job(ABC, Generic[ChoiceT, ChunkT]):
         ]
         times = RequestMetrics(arrived, finished_time=time.monotonic())
         return RequestOutput(request_id, prompt.text, list(prompt.token_ids), None, samples, True, times)
+
+
+async def streamed(
+    prepare: Callable[[], Awaitable[Job[ChoiceT, ChunkT]]],
+) -> AsyncGenerator[ChunkT, None]:
+    """The answer of a job as it is made; whatever ``prepare`` raises comes before the first chunk."""
+    job = await prepare()
+    options = job.request.stream_options
+
+    def chunk(choices: list[ChoiceT], used: Usage | None) -> ChunkT:
+        made = job.chunk(choices)
+        if options is not None:
+            made.usage = used
+        return made
+
+    latest: dict[int, RequestOutput] = {}
+    streams = [job.outputs(number) for number in range(len(job.prompts))]
+    async with aclosing(merged(streams)) as together:
+        async for number, output in together:
+            latest[number] = output
+            so_far = usage(output) if options is not None and options.continuous_usage_stats else None
+            for sample in output.outputs:
+                for choice in job.new_choices(number, sample):
+                    yield chunk([choice], so_far)
+    if options is not None and options.include_usage:
+        yield chunk([], usage(*latest.values()))
 
 
 def usage(*outputs: Output) -> Usage:

@@ -1,8 +1,9 @@
-"""A request's sampling fields -> `SamplingParams`, within the server's limits."""
+"""A request's fields -> `SamplingParams` and `BeamSearchParams`, within the server's limits."""
 
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 from opsin.config import BeamSearchParams, SamplingParams, StructuredOutput
 from opsin.errors import ConfigError
@@ -20,7 +21,7 @@ def decoding(
     *,
     max_tokens: int | None,
     logprobs: int | None,
-    structured: StructuredOutput | None,
+    calls: StructuredOutput | None = None,
 ) -> tuple[SamplingParams, BeamSearchParams | None]:
     """What the request asks for, over the checkpoint's generation_config; and its beam search, if any.
 
@@ -29,11 +30,15 @@ def decoding(
         serving: gives defaults and limits.
         max_tokens: None: to the end of the context.
         logprobs: alternatives per token; None: no log-probabilities.
-        structured: constrains the answer.
+        calls: constrains the answer to calls of tools.
 
     Raises:
         ApiError: a limit is exceeded, or two settings do not go together.
     """
+    structured = _constraint(request)
+    if calls is not None and structured is not None:
+        raise bad_request("tool_choice already constrains the answer; leave out the other constraint")
+    structured = calls or structured
     _check_limits(request, serving, logprobs)
     num_samples, best_of = request.n or 1, request.best_of or 1
     changes = request.model_dump(include=_SHARED, exclude_none=True) | {
@@ -65,6 +70,33 @@ def decoding(
     if logprobs is not None:
         raise bad_request("use_beam_search gives no log-probabilities", "logprobs")
     return params, beams
+
+
+def _constraint(request: SamplingRequest) -> StructuredOutput | None:
+    """What the answer's text has to be, None if it is free.
+
+    Raises:
+        ApiError: two constraints are asked for, or one is empty.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    wanted = request.response_format
+    if wanted is not None and wanted.json_schema is not None:
+        found["response_format"] = {"json": wanted.json_schema.schema_}
+    elif wanted is not None and wanted.type == "json_object":
+        found["response_format"] = {"json_object": True}
+    for kind in ("json", "regex", "choice", "grammar"):
+        value = getattr(request, f"guided_{kind}")
+        if value is not None:
+            found[f"guided_{kind}"] = {kind: value}
+    if request.structured_outputs is not None:
+        found["structured_outputs"] = request.structured_outputs.model_dump(by_alias=True, exclude_none=True)
+    try:
+        constraints = [StructuredOutput(**given) for given in found.values()]
+    except ConfigError as error:
+        raise bad_request(str(error)) from None
+    if len(constraints) > 1:
+        raise bad_request(f"{' and '.join(found)} constrain the same answer; set only one of them")
+    return constraints[0] if constraints else None
 
 
 def _check_limits(request: SamplingRequest, serving: Serving, logprobs: int | None) -> None:

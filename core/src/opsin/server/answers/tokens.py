@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from opsin.server.http.errors import bad_request
+from opsin.server.schema.prompts import DetokenizeRequest, TokenizeRequest
 from opsin.server.schema.responses import Text, Tokens
-from opsin.server.schema.tokens import DetokenizeRequest, TokenizeRequest
 from opsin.server.serving import Serving
 
 

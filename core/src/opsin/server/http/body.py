@@ -26,8 +26,8 @@ _DRAINED_LIMITS = 8
 everything gets the answer instead of a broken connection."""
 
 _TAGS = frozenset({"as_text", "as_parts"})
-"""Alternatives of a union in pydantic's locations; the client has no such fields. An index and the type of the
-part follow "as_parts"."""
+"""Alternatives of a union in pydantic's locations; the client has no such fields. "as_parts" is followed by
+an index and the type of the part."""
 
 
 async def read_body(request: Request, model: type[M], max_bytes: int) -> M:
