@@ -19,7 +19,7 @@ from opsin.inputs.chat import ChatOptions, ChatRenderer
 from opsin.inputs.conversation import Conversation
 from opsin.inputs.processor import PromptProcessor
 from opsin.inputs.prompt import Prompt
-from opsin.inputs.template import TemplateTraits, resolve_chat_template, template_traits
+from opsin.inputs.template import ChatTemplate, resolve_chat_template
 from opsin_models_qwen2vl import plugin as qwen2vl
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -52,7 +52,7 @@ PARTS_TEMPLATE = (
 
 def renderer(template: str | None = STRING_TEMPLATE, **settings: Any) -> ChatRenderer:
     arguments = {"tokenizer": TOKENIZER, "placeholders": FIXED, "local_files": True, **settings}
-    return ChatRenderer(chat_template=template, **arguments)
+    return ChatRenderer(template=ChatTemplate(template, TOKENIZER) if template else None, **arguments)
 
 
 def render(chat: ChatRenderer, messages: Any, **options: Any) -> Prompt:
@@ -102,6 +102,7 @@ def qwen2vl_inputs() -> tuple[ChatRenderer, PromptProcessor]:
         config=config,
         max_model_len=2048,
         vocab_size=config["vocab_size"],
+        hidden_size=config["hidden_size"],
     )
     template = json.loads((MODEL / "chat_template.json").read_text())["chat_template"]
     return renderer(template, placeholders=placeholders), processor
@@ -355,8 +356,9 @@ def test_templates_are_sandboxed_and_their_refusals_are_request_errors() -> None
     ],
 )
 def test_what_a_template_wants_is_read_from_its_syntax(template: str, traits: tuple[Any, bool]) -> None:
-    assert template_traits(template) == TemplateTraits(*traits)
-    assert template_traits(template, "string").format == "string"
+    found = ChatTemplate(template, TOKENIZER)
+    assert (found.format, found.takes_strings) == traits
+    assert ChatTemplate(template, TOKENIZER, "string").format == "string"
 
 
 def test_generation_tags_render() -> None:

@@ -1,4 +1,4 @@
-"""Checkpoint files -> a model's layers, one tensor at a time, with an account of every key."""
+"""Checkpoint files -> a model's layers, one tensor at a time; every key is accounted for."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class LoadReport:
 
     Attributes:
         loaded: keys that were put into a layer.
-        missing: keys that layers wait for and no file has.
-        unexpected: keys of the files that no layer takes and the model does not know.
-        ignored: keys the model says are not used, and weights of tied heads.
+        missing: keys that a layer needs and no file has.
+        unexpected: keys of the files that the model does not know.
+        ignored: keys that the model does not use, and weights of tied heads.
     """
 
     loaded: Sequence[str]
@@ -62,7 +62,7 @@ def model_slots(model: nn.Module) -> dict[str, Slot]:
 
 
 def load_weights(model: Model, tensors: Iterable[tuple[str, Tensor]]) -> LoadReport:
-    """Put (key, tensor) pairs into the model, each as it comes.
+    """Put (key, tensor) pairs into the model, in whatever order they come.
 
     Raises:
         CheckpointError: a tensor has another shape than its layer.
@@ -77,10 +77,10 @@ def load_weights(model: Model, tensors: Iterable[tuple[str, Tensor]]) -> LoadRep
         if name is None or name in tied:
             ignored.append(key)
             continue
-        slot = waiting.pop(name, None)
-        if slot is None:
+        if name not in waiting:
             unexpected.append(key)
             continue
+        slot = waiting.pop(name)
         if tuple(tensor.shape) != slot.shape:
             raise CheckpointError(
                 f"tensor {key} has shape {tuple(tensor.shape)}, its layer expects {slot.shape}; "
@@ -96,11 +96,8 @@ def read_safetensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     total = sum(file.stat().st_size for file in files)
-    # No progress bar for small checkpoints.
-    progress = tqdm(
-        total=total, unit="B", unit_scale=True, desc="loading weights", disable=total < 256 * 2**20
-    )
-    with progress:
+    small = total < 256 * 2**20
+    with tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", disable=small) as progress:
         for file in files:
             try:
                 with safe_open(file, framework="pt") as handle:

@@ -11,7 +11,7 @@ from opsin.errors import RequestError
 
 
 def pool(sequence: Sequence, start: int, hidden: Tensor) -> Tensor | None:
-    """Take the hidden states of a chunk; gives the embedding when it was the last one.
+    """Take the hidden states of a chunk; returns the embedding with the last one.
 
     Args:
         sequence: an embedding request's.
@@ -22,14 +22,15 @@ def pool(sequence: Sequence, start: int, hidden: Tensor) -> Tensor | None:
         float32 (H,) or (dimensions,) in host memory; None if more chunks are to come.
     """
     assert sequence.pooling is not None
-    end = start + len(hidden)
-    if sequence.pooling.type == "last":
-        pooled = hidden[-1].float()
-    elif sequence.pooling.type == "cls":
-        pooled = hidden[0].float() if start == 0 or sequence.pooled is None else sequence.pooled
-    else:
-        total = hidden.float().sum(0)
-        pooled = total if start == 0 or sequence.pooled is None else sequence.pooled + total
+    end, before = start + len(hidden), sequence.pooled if start > 0 else None
+    match sequence.pooling.type:
+        case "last":
+            pooled = hidden[-1].float()
+        case "cls":
+            pooled = hidden[0].float() if before is None else before
+        case "mean":
+            total = hidden.float().sum(0)
+            pooled = total if before is None else before + total
     sequence.pooled = pooled
     if end < sequence.num_tokens:
         return None

@@ -34,10 +34,6 @@ def decode_data_url(url: str, max_bytes: int) -> bytes:
 
 
 def check_num_bytes(num_bytes: int, max_bytes: int) -> None:
-    """Refuse encoded media over the limit.
-
-    Raises:
-        MediaError: there are more than ``max_bytes``.
-    """
+    """Raise a `MediaError` for encoded media over the limit."""
     if num_bytes > max_bytes:
         raise MediaError(f"the file has {num_bytes} bytes; at most {max_bytes} are accepted")

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from opsin.api import InputContext, ModelSpec, ProcessedPrompt, Tokenizer, ToolFormat
+from opsin.api import InputContext, ModelSpec, ProcessedPrompt, ToolFormat
 from opsin.api.hermes import HermesTools
 from opsin.checkpoint.files import Checkpoint
 from opsin.checkpoint.hub import locate
 from opsin.checkpoint.tokenizer import ChatTokenizer, load_tokenizer
 from opsin.config import EngineConfig
 from opsin.errors import CheckpointError
+from opsin.inputs.cache import ByteLRU
 from opsin.inputs.chat import ChatOptions, ChatRenderer
 from opsin.inputs.conversation import Conversation
 from opsin.inputs.grammar import GrammarCompiler
 from opsin.inputs.processor import PromptProcessor
-from opsin.inputs.template import resolve_chat_template
+from opsin.inputs.template import ChatTemplate, resolve_chat_template
 from opsin.plugins import Plugins
 
 
 @dataclass(frozen=True, kw_only=True)
 class Frontend:
-    """The parts, all of them usable from any thread.
+    """The parts, all of them thread-safe.
 
     Attributes:
         tokenizer: the checkpoint's, or the one asked for.
@@ -54,12 +54,7 @@ class Frontend:
     def chat(
         self, conversation: Conversation, options: ChatOptions, *, min_new_tokens: int = 1
     ) -> ProcessedPrompt:
-        """Render and process a conversation.
-
-        Args:
-            conversation: from `conversation`.
-            options: how it becomes a prompt.
-            min_new_tokens: room the context must leave; 0 for an embedding request.
+        """Render and process a conversation; ``min_new_tokens`` as for `PromptProcessor.process`.
 
         Raises:
             RequestError: it cannot be used.
@@ -84,8 +79,9 @@ def build_frontend(
         CheckpointError: the family cannot follow the checkpoint's settings, or its tokenizer is unreadable.
         ConfigError: a limit or an option is unknown to the family.
     """
-    tokenizer = load_tokenizer(locate(config.tokenizer) if config.tokenizer else checkpoint.path)
     architecture = checkpoint.architecture
+    mapper_specs, placeholder_specs = plugins.input_mappers(architecture), plugins.placeholders(architecture)
+    tokenizer = load_tokenizer(locate(config.tokenizer) if config.tokenizer else checkpoint.path)
     context = InputContext(
         config=checkpoint.config,
         preprocessor=checkpoint.preprocessor,
@@ -93,15 +89,9 @@ def build_frontend(
         options=config.mm_processor_kwargs,
     )
     try:
-        mappers = {
-            modality: mapper
-            for modality, mapper_spec in plugins.input_mappers(architecture).items()
-            if (mapper := mapper_spec.build(context)) is not None
-        }
+        mappers = {m: mapper for m, s in mapper_specs.items() if (mapper := s.build(context)) is not None}
         placeholders = {
-            modality: placeholder
-            for modality, placeholder_spec in plugins.placeholders(architecture).items()
-            if (placeholder := placeholder_spec.build(context)) is not None
+            m: text for m, s in placeholder_specs.items() if (text := s.build(context)) is not None
         }
     except ValueError as error:  # settings the family cannot follow
         raise CheckpointError(f"the settings in {checkpoint.path}: {error}") from error
@@ -111,25 +101,22 @@ def build_frontend(
         placeholders=placeholders,
         tokenizer=tokenizer,
         config=checkpoint.config,
-        limits=config.limit_mm_per_prompt,
-        options=config.mm_processor_kwargs,
         max_model_len=max_model_len,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
+        limits=config.limit_mm_per_prompt or {},
+        options=config.mm_processor_kwargs,
         media_limits=config,
-        media_cache_bytes=config.media_cache_memory,
+        mapped_media=ByteLRU(config.media_cache_memory),
     )
-    content_format = config.chat_template_content_format
-    tool_format = _tool_format(config, checkpoint, spec)
+    if config.tool_call_parser == "hermes":
+        tool_format: ToolFormat | None = HermesTools()
+    else:
+        tool_format = spec.tool_format and spec.tool_format(checkpoint.config)
     renderer = ChatRenderer(
         tokenizer=tokenizer,
-        chat_template=resolve_chat_template(
-            config.chat_template,
-            own=checkpoint.chat_template,
-            default=_default_chat_template(spec, checkpoint.config),
-        ),
+        template=_chat_template(config, checkpoint, spec, tokenizer),
         placeholders=placeholders,
-        content_format=None if content_format == "auto" else content_format,
         tool_format=tool_format,
         limits=processor.limits,
         media_limits=config,
@@ -146,18 +133,18 @@ def build_frontend(
     )
 
 
-def _tool_format(config: EngineConfig, checkpoint: Checkpoint, spec: ModelSpec) -> ToolFormat | None:
-    if config.tool_call_parser == "hermes":
-        return HermesTools()
-    return spec.tool_format and spec.tool_format(checkpoint.config)
+def _chat_template(
+    config: EngineConfig, checkpoint: Checkpoint, spec: ModelSpec, tokenizer: ChatTokenizer
+) -> ChatTemplate | None:
+    default = spec.default_chat_template
+    if callable(default):
+        default = default(checkpoint.config)
+    source = resolve_chat_template(config.chat_template, own=checkpoint.chat_template, default=default)
+    given = config.chat_template_content_format
+    return ChatTemplate(source, tokenizer, None if given == "auto" else given) if source else None
 
 
-def _default_chat_template(spec: ModelSpec, config: Mapping[str, Any]) -> str | None:
-    template = spec.default_chat_template
-    return template(config) if callable(template) else template
-
-
-def _eos_token_ids(checkpoint: Checkpoint, spec: ModelSpec, tokenizer: Tokenizer) -> frozenset[int]:
+def _eos_token_ids(checkpoint: Checkpoint, spec: ModelSpec, tokenizer: ChatTokenizer) -> frozenset[int]:
     """Ids that end a text: the checkpoint's, and the family's so far as the tokenizer has them."""
     ids = set(checkpoint.eos_token_ids)
     for text in spec.stop_tokens:

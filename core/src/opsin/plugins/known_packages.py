@@ -33,7 +33,5 @@ class KnownPackages:
 def known_packages() -> KnownPackages:
     """The packages that belong to this release."""
     data = json.loads(files("opsin").joinpath("data/known_packages.json").read_text(encoding="utf-8"))
-    checkpoints = {name: KnownCheckpoint(**entry) for name, entry in data["checkpoints"].items()}
-    return KnownPackages(
-        architectures=data["architectures"], devices=data["devices"], checkpoints=checkpoints
-    )
+    data["checkpoints"] = {name: KnownCheckpoint(**entry) for name, entry in data["checkpoints"].items()}
+    return KnownPackages(**data)

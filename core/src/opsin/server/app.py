@@ -204,7 +204,7 @@ class App:
                 parent=None,
                 max_model_len=info.max_model_len,
                 task=info.config.task,
-                modalities=["text", *serving.frontend.processor.modalities],
+                modalities=["text", *sorted(serving.frontend.processor.mappers)],
             )
             for name in serving.names
         ]

@@ -73,7 +73,7 @@ class EngineHost:
         try:
             started = time.monotonic()
             engine = self._build(self.config)
-            if self.config.task == "generate" and engine.frontend.renderer.chat_template is None:
+            if self.config.task == "generate" and engine.frontend.renderer.template is None:
                 raise ConfigError(
                     "this model has no chat template; pass one with --chat-template FILE (or its Jinja text)"
                 )
