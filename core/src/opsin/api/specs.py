@@ -36,7 +36,7 @@ class ModelSpec:
         positions: (config, token ids, placed media) -> rotary positions; None: 0, 1, 2, ...
         default_chat_template: used when the checkpoint has none; config -> template (or None) where
             checkpoints of one architecture differ.
-        content_format: how the chat template wants ``message["content"]``; None: detect.
+        content_format: how ``default_chat_template`` wants ``message["content"]``; None: found out from it.
         tool_format: config -> the form of tool calls it was trained with; None: it makes none. Since 1.1.
         tasks: what it can do: ``"generate"``, ``"embed"``.
         pooling: how the family's embedding models pool, unless the user says otherwise.
