@@ -93,7 +93,7 @@ class DeviceSpec:
 
     Attributes:
         name: as in ``device="cpu"`` or ``device="cuda:1"`` (the index goes to ``open``).
-        torch_type: torch's device type; an opened device of another type is an error. None: any.
+        torch_type: torch's device type; a device that opens as another one is warned about. None: any.
         probe: never raises; imports what it must.
         open: index -> an opened device; raises ValueError for an index or a setting that cannot be.
     """

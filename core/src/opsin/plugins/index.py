@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from opsin.api import Device, DeviceSpec, InputMapperSpec, KernelSpec, ModelSpec, PlaceholderSpec, Probe
-from opsin.errors import ConfigError, MissingPluginError, PluginError, did_you_mean
+from opsin.errors import ConfigError, MissingPluginError, did_you_mean
 from opsin.plugins.claims import Claim, Failure, Plugin, reason_of
 from opsin.plugins.contract import DENY_VARIABLE
 from opsin.plugins.known_packages import known_packages
+
+logger = logging.getLogger(__name__)
 
 ALLOW_VARIABLE = "OPSIN_PLUGINS"
 
@@ -102,16 +105,15 @@ class Plugins:
 
         Raises:
             ConfigError: there is no such index, or a setting of the device's own cannot be.
-            PluginError: it opens as another type of device than the plugin declares.
         """
         try:
             device = spec.open(index)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         if spec.torch_type not in (None, device.torch_device.partition(":")[0]):
-            raise PluginError(
-                f"device {spec.name!r} opened as {device.torch_device!r}, its plugin declares torch_type "
-                f"{spec.torch_type!r}; {self._report_to(spec)}"
+            logger.warning(
+                "device %s opened as %r, its plugin declares torch_type %r; %s",
+                *(spec.name, device.torch_device, spec.torch_type, self._report_to(spec)),
             )
         return device
 
