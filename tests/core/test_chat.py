@@ -13,13 +13,16 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer
 
-from opsin.api import Expansion, InputContext, MappedMedia, MediaItem, Placeholder
+from opsin.api import Expansion, InputContext, MappedMedia, MediaItem, ModelSpec, Placeholder
+from opsin.checkpoint.files import Checkpoint
+from opsin.config import EngineConfig
 from opsin.errors import ConfigError, MediaError, RequestError
 from opsin.inputs.chat import ChatOptions, ChatRenderer
 from opsin.inputs.conversation import Conversation
+from opsin.inputs.frontend import _chat_template
 from opsin.inputs.processor import PromptProcessor
 from opsin.inputs.prompt import Prompt
-from opsin.inputs.template import TemplateTraits, resolve_chat_template, template_traits
+from opsin.inputs.template import ChatTemplate, resolve_chat_template
 from opsin_models_qwen2vl import plugin as qwen2vl
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -52,7 +55,7 @@ PARTS_TEMPLATE = (
 
 def renderer(template: str | None = STRING_TEMPLATE, **settings: Any) -> ChatRenderer:
     arguments = {"tokenizer": TOKENIZER, "placeholders": FIXED, "local_files": True, **settings}
-    return ChatRenderer(chat_template=template, **arguments)
+    return ChatRenderer(template=ChatTemplate(template, TOKENIZER) if template else None, **arguments)
 
 
 def render(chat: ChatRenderer, messages: Any, **options: Any) -> Prompt:
@@ -102,6 +105,7 @@ def qwen2vl_inputs() -> tuple[ChatRenderer, PromptProcessor]:
         config=config,
         max_model_len=2048,
         vocab_size=config["vocab_size"],
+        hidden_size=config["hidden_size"],
     )
     template = json.loads((MODEL / "chat_template.json").read_text())["chat_template"]
     return renderer(template, placeholders=placeholders), processor
@@ -355,8 +359,9 @@ def test_templates_are_sandboxed_and_their_refusals_are_request_errors() -> None
     ],
 )
 def test_what_a_template_wants_is_read_from_its_syntax(template: str, traits: tuple[Any, bool]) -> None:
-    assert template_traits(template) == TemplateTraits(*traits)
-    assert template_traits(template, "string").format == "string"
+    found = ChatTemplate(template, TOKENIZER)
+    assert (found.format, found.takes_strings) == traits
+    assert ChatTemplate(template, TOKENIZER, "string").format == "string"
 
 
 def test_generation_tags_render() -> None:
@@ -381,3 +386,24 @@ def test_the_users_template_comes_before_the_checkpoints_and_the_plugins(tmp_pat
 def test_a_ready_made_item_passes_as_it_is() -> None:
     item = MediaItem(modality="image", digest="d", pixels=np.zeros((2, 2, 3), np.uint8))
     assert render(renderer(), [user(image(item))]).media["image"] == [item]
+
+
+def test_the_familys_content_format_is_that_of_its_own_template() -> None:
+    loops = "{% for m in messages %}{% for p in m.content %}{{ p }}{% endfor %}{% endfor %}"
+
+    def chosen(own: str | None = None, **settings: Any) -> str:
+        spec = ModelSpec(
+            architecture="Toy",
+            build=lambda context: None,  # type: ignore[arg-type,return-value]
+            default_chat_template=loops,
+            content_format="string",
+        )
+        checkpoint = Checkpoint(path=MODEL, architecture="Toy", config={}, chat_template=own)
+        template = _chat_template(EngineConfig(model="m", **settings), checkpoint, spec, TOKENIZER)
+        assert template is not None
+        return template.format
+
+    assert chosen() == "string"
+    assert chosen(own=loops + " ") == "openai", "the checkpoint's own template speaks for itself"
+    assert chosen(chat_template=loops + "\n") == "openai"
+    assert chosen(chat_template_content_format="openai") == "openai"

@@ -72,13 +72,15 @@ def _beyond_the_head(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Te
 
 def _spilling_write(k: Tensor, v: Tensor, layer: KVLayer, plan: kernels.ReferencePlan) -> None:
     kernels.write_kv(k, v, layer, plan)
-    layer.v[plan.slots // plan.block_size] = layer.v[plan.slots // plan.block_size].nan_to_num(0.0)
+    layer.v[plan.slots // plan.batch.block_size] = layer.v[plan.slots // plan.batch.block_size].nan_to_num(
+        0.0
+    )
 
 
 def _top_left(q: Tensor, layer: KVLayer, plan: kernels.ReferencePlan, scale: float) -> Tensor:
     outputs = []
     at = 0
-    for index, (count, length) in enumerate(zip(plan.query_lens, plan.context_lens)):
+    for index, (count, length) in enumerate(zip(plan.batch.query_lens, plan.batch.context_lens)):
         blocks = plan.block_ids[index]
         k, v = (x[blocks].flatten(0, 1)[:length].transpose(0, 1) for x in (layer.k, layer.v))
         rows = q[at : at + count].transpose(0, 1)
@@ -94,8 +96,8 @@ def _top_left(q: Tensor, layer: KVLayer, plan: kernels.ReferencePlan, scale: flo
 
 def _whole_blocks(q: Tensor, layer: KVLayer, plan: kernels.ReferencePlan, scale: float) -> Tensor:
     clean = KVLayer(k=layer.k, v=layer.v.clone())
-    for blocks, length in zip(plan.block_ids, plan.context_lens):
-        last = clean.v[blocks[-1], (length - 1) % plan.block_size]
+    for blocks, length in zip(plan.block_ids, plan.batch.context_lens):
+        last = clean.v[blocks[-1], (length - 1) % plan.batch.block_size]
         last += 0.0 * layer.v[blocks].sum(dim=(0, 1))
     return kernels.paged_attention(q, clean, plan, scale)
 

@@ -1,4 +1,4 @@
-"""`opsin.media`, `opsin.decoding`, `opsin.data_url`: whatever users pass becomes RGB, or a clear refusal."""
+"""`opsin.inputs.media`, `media_files`, `data_url`: whatever users pass becomes RGB, or a clear refusal."""
 
 import base64
 import io
@@ -6,6 +6,7 @@ import struct
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ from PIL import Image
 from opsin.config import MediaLimits
 from opsin.errors import ConfigError, MediaError
 from opsin.inputs.data_url import decode_data_url
-from opsin.inputs.media import embeds_item, image_item, video_item
+from opsin.inputs.media import embeds_item, media_item
 from opsin.inputs.media_files import sample_indices
+
+image_item, video_item = partial(media_item, "image"), partial(media_item, "video")
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "images"
 RNG = np.random.default_rng(7)
@@ -130,7 +133,7 @@ def test_grey_arrays_and_animated_pictures_are_images_too() -> None:
         (np.zeros((0, 4, 3), np.uint8), "0x4|4x0"),
         (Image.new("RGB", (0, 5)), "0x5"),
         ("no-such-file.png", "cannot read the file 'no-such-file.png'"),
-        ("A" * 100_000, r"cannot read the file 'A{97}\.\.\.'"),
+        ("A" * 100_000, r"cannot read the file 'A{100}'"),
         ("bad\0name", "cannot read the file"),
         (b"", "cannot be read; expected one of PNG"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "cannot be read"),

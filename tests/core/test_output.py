@@ -461,8 +461,7 @@ def test_abort_keeps_what_is_there() -> None:
     state = make_state(n=2, stop="END")
     feed(state, [*ids_of("the E")])
     state.append(1, SampledToken(EOS))
-    state.finish(0, "abort")
-    state.finish(1, "abort")
+    state.stop()
     output = state.output()
     assert output.finished
     assert [(o.text, o.finish_reason) for o in output.outputs] == [("the E", "abort"), ("", "stop")]
@@ -472,7 +471,7 @@ def test_failure() -> None:
     state = make_state(n=2)
     state.append(0, SampledToken(EOS))
     error = RequestError("no")
-    state.fail(error)
+    state.stop(error)
     output = state.output()
     assert output.finished
     assert output.error is error

@@ -16,7 +16,17 @@ import pytest
 
 import opsin.hookspecs
 from opsin import hookimpl
-from opsin.api import DeviceSpec, InputMapperSpec, KernelSpec, ModelSpec, PlaceholderSpec, Probe
+from opsin.api import (
+    Capabilities,
+    Device,
+    DeviceSpec,
+    InputMapperSpec,
+    KernelSpec,
+    MemoryInfo,
+    ModelSpec,
+    PlaceholderSpec,
+    Probe,
+)
 from opsin.errors import ConfigError, MissingPluginError, PluginConflictError, PluginError
 from opsin.plugins import Plugins, load_plugins
 from opsin.plugins.contract import HOOKS
@@ -109,7 +119,7 @@ def test_index_of_everything() -> None:
     assert found.device_spec("chip").name == "chip"
     assert found.kernel_specs("chip") == (act, norm)
     assert found.kernel_specs("other") == ()
-    rows = [(owner.kind, owner.key, owner.plugin.name) for owner in found.owners()]
+    rows = [(claim.kind, claim.key, claim.plugin.name) for claim in found.claims]
     assert rows == [
         ("model", "Toy", "toys"),
         ("input_mapper", "Toy/image", "toys"),
@@ -123,7 +133,7 @@ def test_index_of_everything() -> None:
 
 def test_loading_keeps_no_state() -> None:
     load(extra={"toys": plugin(models=[model()])})
-    assert load().owners() == ()
+    assert load().claims == ()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -155,7 +165,7 @@ def opsin_register_devices():
     return [DeviceSpec(name="chip", a_field_from_the_future=1)]
 """
     found = load([write_plugin(folder, "raising_hook", source)])
-    assert found.owners() == ()
+    assert found.claims == ()
     assert "a_field_from_the_future" in found.failures[0].reason
     assert found.loaded == ()
 
@@ -233,7 +243,7 @@ def test_allowed_plugins_only(folder: Path, monkeypatch: pytest.MonkeyPatch, thr
 
 def test_named_but_missing_plugin() -> None:
     with pytest.raises(
-        MissingPluginError, match=r"'device_cpuu'.*not installed; did you mean 'device_cpu'\?"
+        MissingPluginError, match=r"'device_cpuu'.*not installed \(did you mean 'device_cpu'\?\)"
     ):
         load(extra={"device_cpu": plugin()}, allow=["device_cpuu"])
 
@@ -250,7 +260,7 @@ def test_allowed_and_denied_at_once() -> None:
 
 def test_misspelt_hook() -> None:
     with pytest.raises(
-        PluginError, match=r"toys.*no hook opsin_register_model; did you mean opsin_register_models"
+        PluginError, match=r"toys.*no hook opsin_register_model \(did you mean 'opsin_register_models'\?\)"
     ):
         load(extra={"toys": plugin(model=[model()])})
 
@@ -318,7 +328,7 @@ def test_wrong_return_type(returned: Any, message: str) -> None:
 
 def test_kernel_for_an_unknown_op() -> None:
     kernel = KernelSpec(device="chip", op="rmsnorm", load=never)  # type: ignore[arg-type]
-    with pytest.raises(PluginError, match="unknown op 'rmsnorm'; did you mean rms_norm"):
+    with pytest.raises(PluginError, match=r"unknown op 'rmsnorm' \(did you mean 'rms_norm'\?\)"):
         load(extra={"chips": plugin(kernels=[kernel])})
 
 
@@ -365,12 +375,12 @@ def test_order_does_not_matter(order: tuple[str, ...]) -> None:
         load(extra=dict(sorted(extra.items())))
     assert str(caught.value) == str(again.value)
     prefer = {"model:Toy": "beta", "device:chip": "alpha"}
-    assert load(extra=extra, prefer=prefer).owners() == load(extra=plugins, prefer=prefer).owners()
+    assert load(extra=extra, prefer=prefer).claims == load(extra=plugins, prefer=prefer).claims
 
 
 def test_preference_decides_and_covers_the_parts() -> None:
     found = load(extra=rivals(), prefer={"model:Toy": "beta", "kernel:chip/rms_norm": "beta"})
-    owners = {f"{owner.kind}:{owner.key}": owner.plugin.name for owner in found.owners()}
+    owners = {f"{claim.kind}:{claim.key}": claim.plugin.name for claim in found.claims}
     assert owners == {
         "model:Toy": "beta",
         "input_mapper:Toy/image": "beta",
@@ -382,8 +392,7 @@ def test_preference_decides_and_covers_the_parts() -> None:
 def test_own_preference_of_a_part_goes_first() -> None:
     prefer = {"model:Toy": "beta", "input_mapper:Toy/image": "gamma", "device:chip": "alpha"}
     owners = {
-        f"{owner.kind}:{owner.key}": owner.plugin.name
-        for owner in load(extra=rivals(), prefer=prefer).owners()
+        f"{claim.kind}:{claim.key}": claim.plugin.name for claim in load(extra=rivals(), prefer=prefer).claims
     }
     assert owners["input_mapper:Toy/image"] == "gamma"
     assert owners["kernel:chip/rms_norm"] == "alpha"
@@ -405,12 +414,12 @@ def test_the_message_s_own_setting_works(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_argument_goes_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPSIN_PREFER", "model:Toy=a")
     extra = {"a": plugin(models=[model()]), "b": plugin(models=[model()])}
-    assert load(extra=extra).owners()[0].plugin.name == "a"
-    assert load(extra=extra, prefer={"model:Toy": "b"}).owners()[0].plugin.name == "b"
+    assert load(extra=extra).claims[0].plugin.name == "a"
+    assert load(extra=extra, prefer={"model:Toy": "b"}).claims[0].plugin.name == "b"
 
 
 def test_preferred_plugin_that_does_not_claim_the_key(folder: Path) -> None:
-    with pytest.raises(PluginError, match=r"model:Toy is to come from the plugin 'b'.*provided by: a"):
+    with pytest.raises(PluginError, match=r"prefer model:Toy=b: .*provided by: a"):
         load(extra={"a": plugin(models=[model()]), "b": plugin()}, prefer={"model:Toy": "b"})
     broken = write_plugin(folder, "broken_preferred", "raise OSError('no library')\n")
     with pytest.raises(PluginError, match="it failed: OSError: no library"):
@@ -504,7 +513,9 @@ def test_missing_device_names_its_package(name: str, package: str) -> None:
 
 
 def test_missing_with_a_near_name() -> None:
-    with pytest.raises(MissingPluginError, match="'Toyy', did you mean 'Toy'.*Provided architectures: Toy"):
+    with pytest.raises(
+        MissingPluginError, match=r"'Toyy' \(did you mean 'Toy'\?\).*Provided architectures: Toy"
+    ):
         load(extra={"toys": plugin(models=[model()])}).model("Toyy")
 
 
@@ -563,3 +574,30 @@ def test_loading_the_installed_plugins_loads_neither_torch_nor_transformers() ->
 def test_importing_opsin_loads_nothing_heavy() -> None:
     loaded = modules_after("import opsin; opsin.__version__")
     assert not loaded & {"torch", "transformers", "numpy", "pluggy", "cyclopts", "rich", "PIL", "dataclasses"}
+
+
+def test_a_device_opens_as_what_its_plugin_declares(caplog: pytest.LogCaptureFixture) -> None:
+    def opening(torch_device: str) -> Any:
+        def open_it(index: int) -> Device:
+            if index > 0:
+                raise ValueError(f"there is no chip {index}")
+            can = Capabilities(dtypes=("float32",), dtype_for={})
+            memory = MemoryInfo(free_bytes=1, total_bytes=1)
+            return Device(name="chip", torch_device=torch_device, capabilities=can, memory=lambda: memory)
+
+        return open_it
+
+    def spec(torch_device: str, **declared: Any) -> DeviceSpec:
+        return DeviceSpec(
+            name="chip", probe=lambda: Probe(score=1, reason=""), open=opening(torch_device), **declared
+        )
+
+    for right in (spec("chip:0", torch_type="chip"), spec("chip", torch_type="chip"), spec("anything:3")):
+        assert load(extra={"chips": plugin(devices=[right])}).open_device(right, 0).name == "chip"
+    assert not caplog.messages
+    wrong = spec("cpu", torch_type="chip")
+    plugins = load(extra={"chips": plugin(devices=[wrong])})
+    assert plugins.open_device(wrong, 0).torch_device == "cpu"
+    assert "opened as 'cpu', its plugin declares torch_type 'chip'; report this to" in caplog.text
+    with pytest.raises(ConfigError, match="there is no chip 1"):
+        plugins.open_device(wrong, 1)

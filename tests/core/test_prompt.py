@@ -431,7 +431,7 @@ def test_a_modality_of_a_plugins_own_takes_ready_made_items() -> None:
 # --- the rest of a processed prompt ---------------------------------------------------------------
 
 
-def test_positions_are_the_models_and_salts_are_joined() -> None:
+def test_positions_are_the_models_and_the_salt_is_the_requests() -> None:
     seen: list[tuple[Any, ...]] = []
 
     def positions(config: Mapping[str, Any], ids: Sequence[int], media: Sequence[PlacedMedia]) -> Positions:
@@ -439,15 +439,11 @@ def test_positions_are_the_models_and_salts_are_joined() -> None:
         return Positions(prompt=np.zeros((3, len(ids)), np.int64), delta=-1)
 
     spec = ModelSpec(architecture="Toy", build=lambda context: None, positions=positions)  # type: ignore[arg-type,return-value]
-    process = processor(model_spec=spec, config={"a": 1}, salt="revision").process
+    process = processor(model_spec=spec, config={"a": 1}).process
     asked = {"prompt": "x<img>", "multi_modal_data": {"image": picture(1)}, "cache_salt": "tenant"}
     result = process(asked)
     assert result.positions is not None
     assert result.positions.delta == -1
     assert seen == [({"a": 1}, [BOS, *b"x", *expanded(1)], [2])]
-    assert (result.salt, process("x").salt, processor().process("x").salt) == (
-        "revision|tenant",
-        "revision",
-        "",
-    )
+    assert (result.salt, process("x").salt) == ("tenant", "")
     assert processor().process("x").positions is None

@@ -46,8 +46,7 @@ def make_sequence(
         request_id=str(seq_id),
         index=0,
         prompt=ProcessedPrompt(token_ids=token_ids, media=media, salt=salt, positions=positions),
-        params=params or SamplingParams(max_tokens=max_tokens),
-        priority=priority,
+        params=params or SamplingParams(max_tokens=max_tokens, priority=priority),
     )
 
 

@@ -110,7 +110,7 @@ def rendering(template: str, family: str) -> Any:
     """Messages -> prompt, by a template of the examples."""
     tokenizer: Any = load_tokenizer(GOLDEN / family / "model")
     chat = ChatTemplate((EXAMPLES / template).read_text(), tokenizer)
-    assert chat.traits.format == "openai"
+    assert chat.format == "openai"
     return lambda messages: chat.render(
         messages, add_generation_prompt=True, continue_final_message=False, tools=None, variables={}
     )

@@ -185,7 +185,7 @@ def test_what_cannot_start_says_why_in_one_line(
 def test_a_chat_server_without_a_template_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     def build(config: EngineConfig) -> Engine:
         engine = Engine(config)
-        engine.frontend.renderer._template = None
+        engine.frontend.renderer.template = None
         return engine
 
     host = EngineHost(golden_config(), build)

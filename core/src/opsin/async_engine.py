@@ -10,8 +10,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from opsin.api import ProcessedPrompt
 from opsin.config import BeamSearchParams, EngineConfig, PoolingParams, SamplingParams
@@ -26,13 +25,14 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
+_Params = SamplingParams | PoolingParams
 _Result = Output | BaseException
 
 
 class _Stream:
-    """The way of one request's outputs from the engine's thread to its consumer's event loop.
+    """Carries one request's outputs from the engine's thread to its consumer's event loop.
 
-    Outputs hold all there is so far, so that only the latest is kept: a slow consumer costs no memory.
+    Each output holds all there is so far, so only the latest is kept: a slow consumer costs no memory.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, finished_only: bool) -> None:
@@ -47,7 +47,7 @@ class _Stream:
         self._ready.set()
 
     async def get(self) -> Output:
-        """The latest output that was not taken yet; raises what the engine's thread put instead."""
+        """Wait for an output that was not taken yet; raises an exception that came instead."""
         await self._ready.wait()
         self._ready.clear()
         result = self._latest
@@ -58,8 +58,8 @@ class _Stream:
 
 
 def _hand_over(results: Sequence[tuple[_Stream, _Result]]) -> None:
-    """Give streams their results, called on the engine's thread. Waking a loop up costs a system call, and
-    the interpreter's lock twice: it is done once, not once for each stream."""
+    """Give streams their results; called on the engine's thread. Waking up a loop costs a system call, and
+    the interpreter's lock twice, so each loop is woken once, not once per stream."""
     by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, _Result]]] = {}
     for stream, result in results:
         by_loop.setdefault(stream.loop, []).append((stream, result))
@@ -75,22 +75,22 @@ def _set_all(results: Sequence[tuple[_Stream, _Result]]) -> None:
         stream.set(result)
 
 
-@dataclass(frozen=True)
-class _Command:
-    """What the engine's thread is asked to do, or is told to refuse because it ends."""
+class _Command(NamedTuple):
+    """Work for the engine's thread, and what to do instead when the thread ends."""
 
     run: Callable[[], None]
-    refuse: Callable[[BaseException], None]
+    refuse: Callable[[BaseException], object]
 
 
 class AsyncEngine:
     """Runs an `Engine` on its own thread; any number of coroutines stream from it.
 
-    All engine state belongs to that thread; the outside talks to it through a queue of commands.
+    All engine state belongs to that thread, which takes commands from a queue.
 
     Attributes:
         frontend, info: the engine's, usable from any thread.
         engine: belongs to its thread; other threads use `frontend`, `info` and the methods here.
+        death: what ended the engine's thread; None while it runs.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -98,10 +98,10 @@ class AsyncEngine:
         self.engine = engine
         self._pool = ThreadPoolExecutor(engine.config.preprocess_threads, thread_name_prefix="opsin-media")
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
-        self._submitting = threading.Lock()  # between looking at _death and putting a command
+        self._submitting = threading.Lock()  # between looking at `death` and putting a command
         self._streams: dict[str, _Stream] = {}
         self._ids = itertools.count()
-        self._death: BaseException | None = None
+        self.death: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="opsin-engine", daemon=True)
         self._thread.start()
 
@@ -150,8 +150,8 @@ class AsyncEngine:
             OpsinError: the engine has stopped, or was closed.
         """
         processed = prompt if isinstance(prompt, ProcessedPrompt) else await self.process(prompt)
-        params = params if params is not None else self.info.default_params()
-        # Closed with this one, not when the garbage is collected: closing is what aborts the request.
+        params = params or self.info.default_params()
+        # Closed together with this generator, not at garbage collection: closing is what aborts the request.
         async with aclosing(self._outputs(processed, params, request_id, finished_only)) as outputs:
             async for output in outputs:
                 assert isinstance(output, RequestOutput)
@@ -170,12 +170,9 @@ class AsyncEngine:
         """
         if not isinstance(prompt, ProcessedPrompt):
             prompt = await self.process(prompt, min_new_tokens=0)
-        params = params or PoolingParams()
-        async with aclosing(self._outputs(prompt, params, request_id, finished_only=True)) as outputs:
-            async for output in outputs:
-                assert isinstance(output, PoolingRequestOutput)
-                return output
-        raise AssertionError("an embedding request ends with its embedding or an error")
+        output = await self._last(prompt, params or PoolingParams(), request_id)
+        assert isinstance(output, PoolingRequestOutput)
+        return output
 
     async def beam_search(
         self, prompt: ProcessedPrompt, params: BeamSearchParams, request_id: str | None = None
@@ -186,43 +183,35 @@ class AsyncEngine:
             RequestError, OpsinError: as in `generate`.
         """
         request_id = request_id if request_id is not None else f"async-{next(self._ids)}"
-        search = BeamSearch.begin(prompt, params, self.frontend.eos_token_ids, self.info.max_model_len)
-        for round_number in itertools.count():
+        search = BeamSearch(prompt, params, self.frontend.eos_token_ids, self.info.max_model_len)
+        goes_on, round_numbers = True, itertools.count()
+        while goes_on:
+            name = f"{request_id}-{next(round_numbers)}"
             tasks = [
-                asyncio.ensure_future(
-                    self._last(continued, search.one_token, f"{request_id}-{round_number}-{index}")
-                )
+                asyncio.ensure_future(self._last(continued, search.one_token, f"{name}-{index}"))
                 for index, continued in enumerate(search.prompts())
             ]
             try:
                 for index, output in enumerate(await asyncio.gather(*tasks)):
-                    search.take(index, output)
+                    assert isinstance(output, RequestOutput)
+                    goes_on = search.take(index, output)
             finally:
                 for task in tasks:
                     task.cancel()
-            if not search.advance():
-                break
         return search.output(self.frontend.tokenizer)
 
-    async def _last(self, prompt: ProcessedPrompt, params: SamplingParams, request_id: str) -> RequestOutput:
-        async for output in self.generate(prompt, params, request_id, finished_only=True):
-            return output
-        raise AssertionError("a request ends with an output or an error")
+    async def _last(self, prompt: ProcessedPrompt, params: _Params, request_id: str | None) -> Output:
+        async with aclosing(self._outputs(prompt, params, request_id, finished_only=True)) as outputs:
+            return await anext(outputs)
 
     async def _outputs(
-        self,
-        prompt: ProcessedPrompt,
-        params: SamplingParams | PoolingParams,
-        request_id: str | None,
-        finished_only: bool,
+        self, prompt: ProcessedPrompt, params: _Params, request_id: str | None, finished_only: bool
     ) -> AsyncGenerator[Output, None]:
         request_id = request_id if request_id is not None else f"async-{next(self._ids)}"
         stream = _Stream(asyncio.get_running_loop(), finished_only)
         self._submit(
-            _Command(
-                run=lambda: self._add(request_id, prompt, params, stream),
-                refuse=lambda error: _hand_over([(stream, error)]),
-            )
+            run=lambda: self._add(request_id, prompt, params, stream),
+            refuse=lambda error: _hand_over([(stream, error)]),
         )
         finished = False
         try:
@@ -237,17 +226,12 @@ class AsyncEngine:
                 with suppress(OpsinError):  # an engine that has stopped has nothing to abort
                     await self.abort(request_id)
 
-    @property
-    def death(self) -> BaseException | None:
-        """What ended the engine's thread; None while it runs."""
-        return self._death
-
     async def abort(self, request_id: str) -> None:
         """End a request; its stream gets a last output with what there is."""
-        self._submit(_Command(run=lambda: self._abort(request_id), refuse=lambda error: None))
+        self._submit(run=lambda: self._abort(request_id), refuse=lambda _: None)
 
     async def stats(self) -> EngineStats:
-        """Where the engine stands, asked between two steps.
+        """The engine's counters between two steps.
 
         Raises:
             OpsinError: the engine has stopped.
@@ -258,25 +242,25 @@ class AsyncEngine:
             if future.set_running_or_notify_cancel():
                 future.set_result(self.engine.stats())
 
-        self._submit(_Command(run=answer, refuse=future.set_exception))
+        self._submit(run=answer, refuse=future.set_exception)
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
         """Stop the thread, aborting what runs."""
         self._commands.put(None)
         self._thread.join()
-        self._pool.shutdown()  # what is queued is refused, by `in_pool`
+        self._pool.shutdown()  # `in_pool` refuses what is queued
 
     # ---- on the engine's thread ---------------------------------------------------------------
 
-    def _submit(self, command: _Command) -> None:
+    def _submit(self, run: Callable[[], None], refuse: Callable[[BaseException], object]) -> None:
         with self._submitting:
             self._check_running()
-            self._commands.put(command)
+            self._commands.put(_Command(run, refuse))
 
     def _check_running(self) -> None:
-        if self._death is not None:
-            raise OpsinError("the engine has stopped; restart the process") from self._death
+        if self.death is not None:
+            raise OpsinError("the engine has stopped; restart the process") from self.death
 
     def _run(self) -> None:
         try:
@@ -289,7 +273,7 @@ class AsyncEngine:
             self._end(error)
 
     def _take_commands(self) -> bool:
-        """Run what was asked for; sleeps while there is nothing to do. False: stop."""
+        """Run the commands that have come; wait for one if there is no other work. False: stop."""
         while True:
             try:
                 command = self._commands.get(block=not self.engine.has_unfinished())
@@ -299,13 +283,7 @@ class AsyncEngine:
                 return False
             command.run()
 
-    def _add(
-        self,
-        request_id: str,
-        prompt: ProcessedPrompt,
-        params: SamplingParams | PoolingParams,
-        stream: _Stream,
-    ) -> None:
+    def _add(self, request_id: str, prompt: ProcessedPrompt, params: _Params, stream: _Stream) -> None:
         try:
             self.engine.add(request_id, prompt, params)
         except Exception as error:  # whatever is wrong with one request ends no other
@@ -324,22 +302,19 @@ class AsyncEngine:
         results: list[tuple[_Stream, _Result]] = []
         for output in outputs:
             stream = self._streams.get(output.request_id)
-            if stream is None:
-                continue
-            if output.finished:
-                del self._streams[output.request_id]
-            if output.finished or not stream.finished_only:
+            if stream is not None and (output.finished or not stream.finished_only):
                 results.append((stream, output))
+            if output.finished:
+                self._streams.pop(output.request_id, None)
         _hand_over(results)
 
     def _end(self, error: BaseException) -> None:
         with self._submitting:
-            self._death = error
+            self.death = error
         _hand_over([(stream, error) for stream in self._streams.values()])
         self._streams.clear()
-        with suppress(queue.Empty):
-            while True:  # the last ones: no more are accepted
-                command = self._commands.get_nowait()
-                if command is not None:
-                    command.refuse(error)
+        while not self._commands.empty():  # the last ones: no more are accepted
+            command = self._commands.get()
+            if command is not None:
+                command.refuse(error)
         self.engine.close()

@@ -72,6 +72,11 @@ class DeviceLostError(OpsinError):
     """The device stopped answering; the engine cannot go on."""
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``" (did you mean 'temperature'?)"``; empty if no known name is near."""
+    return "".join(f" (did you mean {near!r}?)" for near in get_close_matches(name, known, n=1))
+
+
 def require_known(where: str, names: Iterable[Any], known: Iterable[str], error: type[OpsinError]) -> None:
     """Refuse names that are not known, suggesting the one that was probably meant.
 
@@ -81,7 +86,5 @@ def require_known(where: str, names: Iterable[Any], known: Iterable[str], error:
     accepted = sorted(known)
     for name in names:
         if name not in accepted:
-            close = get_close_matches(str(name), accepted, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            listed = ", ".join(accepted) or "none"
+            hint, listed = did_you_mean(str(name), accepted), ", ".join(accepted) or "none"
             raise error(f"{where}: unknown {str(name)[:50]!r}{hint}; accepted: {listed}")

@@ -10,36 +10,19 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opsin.api import (
-    Activation,
-    AttentionBatch,
-    DenseAttention,
-    GatedAct,
-    KernelQuery,
-    KernelSpec,
-    KVLayer,
-    LayerNorm,
-    LinearFn,
-    OpName,
-    PagedAttention,
-    PlanAttention,
-    PrepareLinear,
-    RMSNorm,
-    Rotary,
-    TopK,
-    WriteKV,
-)
-from opsin.errors import PluginError
+from opsin import api
+from opsin.errors import ConfigError, PluginError
 
 logger = logging.getLogger(__name__)
 
-ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: Mapping[api.Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -47,9 +30,7 @@ ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
-# --------------------------------------------------------------------------------------------------
-# References
-# --------------------------------------------------------------------------------------------------
+# ---- References ----------------------------------------------------------------------------------
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -66,7 +47,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     return F.layer_norm(x.float(), (x.shape[-1],), weight.float(), wide_bias, eps).to(x.dtype)
 
 
-def gated_act(x: Tensor, activation: Activation) -> Tensor:
+def gated_act(x: Tensor, activation: api.Activation) -> Tensor:
     """Reference of `opsin.api.GatedAct`."""
     gate, up = x.chunk(2, dim=-1)
     return ACTIVATIONS[activation](gate) * up
@@ -88,70 +69,53 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 
 @dataclass(frozen=True, kw_only=True)
 class ReferencePlan:
-    """What the reference attention needs once a step.
+    """What the reference attention needs, made once per step.
 
     Attributes:
-        query_lens, context_lens: per sequence, as in `AttentionBatch`.
         block_ids: per sequence, int64 (blocks,) of the context.
         slots: int64 (T,).
-        block_size: tokens per block.
     """
 
-    query_lens: Sequence[int]
-    context_lens: Sequence[int]
+    batch: api.AttentionBatch
     block_ids: Sequence[Tensor]
     slots: Tensor
-    block_size: int
 
 
-def plan_attention(batch: AttentionBatch) -> ReferencePlan:
+def plan_attention(batch: api.AttentionBatch) -> ReferencePlan:
     """Reference of `opsin.api.PlanAttention`."""
-    size = batch.block_size
-    tables = [
-        torch.tensor(table[: -(-length // size)], dtype=torch.int64, device=batch.device)
-        for table, length in zip(batch.block_tables, batch.context_lens)
-    ]
-    slots = torch.tensor(batch.slots, dtype=torch.int64, device=batch.device)
-    return ReferencePlan(
-        query_lens=batch.query_lens,
-        context_lens=batch.context_lens,
-        block_ids=tables,
-        slots=slots,
-        block_size=size,
-    )
+    to_tensor = partial(torch.tensor, dtype=torch.int64, device=batch.device)
+    tables = zip(batch.block_tables, batch.context_lens)
+    block_ids = [to_tensor(table[: -(-length // batch.block_size)]) for table, length in tables]
+    return ReferencePlan(batch=batch, block_ids=block_ids, slots=to_tensor(batch.slots))
 
 
-def write_kv(k: Tensor, v: Tensor, layer: KVLayer, plan: ReferencePlan) -> None:
+def write_kv(k: Tensor, v: Tensor, layer: api.KVLayer, plan: ReferencePlan) -> None:
     """Reference of `opsin.api.WriteKV`."""
-    block, offset = plan.slots // plan.block_size, plan.slots % plan.block_size
-    layer.k[block, offset] = k
-    layer.v[block, offset] = v
+    size = plan.batch.block_size
+    layer.k[plan.slots // size, plan.slots % size] = k
+    layer.v[plan.slots // size, plan.slots % size] = v
 
 
-def paged_attention(q: Tensor, layer: KVLayer, plan: ReferencePlan, scale: float) -> Tensor:
+def paged_attention(q: Tensor, layer: api.KVLayer, plan: ReferencePlan, scale: float) -> Tensor:
     """Reference of `opsin.api.PagedAttention`."""
     outputs = []
-    for chunk, length, blocks in zip(q.split(list(plan.query_lens)), plan.context_lens, plan.block_ids):
-        groups = q.shape[1] // layer.k.shape[2]
-        k = layer.k[blocks].flatten(0, 1)[:length].repeat_interleave(groups, dim=1).float()
-        v = layer.v[blocks].flatten(0, 1)[:length].repeat_interleave(groups, dim=1).float()
+    chunks = q.split(list(plan.batch.query_lens))
+    groups = q.shape[1] // layer.k.shape[2]
+    for chunk, length, blocks in zip(chunks, plan.batch.context_lens, plan.block_ids):
+        k, v = (
+            cache[blocks].flatten(0, 1)[:length].repeat_interleave(groups, dim=1).float()
+            for cache in (layer.k, layer.v)
+        )
         scores = torch.einsum("qnd,knd->nqk", chunk.float(), k) * scale
-        first = length - chunk.shape[0]
-        seen = torch.arange(length, device=q.device) <= first + torch.arange(
-            chunk.shape[0], device=q.device
-        ).unsqueeze(1)
+        places = torch.arange(length, device=q.device)
+        seen = places <= places[length - len(chunk) :].unsqueeze(1)
         weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
         outputs.append(torch.einsum("nqk,knd->qnd", weights, v))
     return torch.cat(outputs).to(q.dtype)
 
 
 def dense_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_lens: Sequence[int],
-    k_lens: Sequence[int] | None,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, q_lens: Sequence[int], k_lens: Sequence[int] | None, scale: float
 ) -> Tensor:
     """Reference of `opsin.api.DenseAttention`."""
     lens = list(k_lens if k_lens is not None else q_lens)
@@ -165,11 +129,11 @@ def dense_attention(
 def prepare_linear(
     weight: Tensor,
     bias: Tensor | None,
-    activation: Activation | None,
+    activation: api.Activation | None,
     *,
-    keep_weight: bool,
-    few_rows: bool = False,
-) -> LinearFn:
+    keep_weight: bool,  # noqa: ARG001 (the op's signature)
+    few_rows: bool = False,  # noqa: ARG001 (the op's signature)
+) -> api.LinearFn:
     """Reference of `opsin.api.PrepareLinear`."""
     act = None if activation is None else ACTIVATIONS[activation]
 
@@ -182,14 +146,11 @@ def prepare_linear(
 
 def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Reference of `opsin.api.TopK`."""
-    if k == 1:
-        values, ids = x.max(-1, keepdim=True)
-    else:
-        values, ids = x.topk(k, dim=-1)
+    values, ids = x.max(-1, keepdim=True) if k == 1 else x.topk(k, dim=-1)
     return values, ids
 
 
-REFERENCES: Mapping[OpName, Callable[..., Any]] = {
+REFERENCES: Mapping[api.OpName, Callable[..., Any]] = {
     "rms_norm": rms_norm,
     "layer_norm": layer_norm,
     "gated_act": gated_act,
@@ -202,19 +163,37 @@ REFERENCES: Mapping[OpName, Callable[..., Any]] = {
     "top_k": top_k,
 }
 
-_KV_OPS: frozenset[OpName] = frozenset({"plan_attention", "write_kv", "paged_attention"})
+_KV_OPS: tuple[api.OpName, ...] = ("plan_attention", "write_kv", "paged_attention")
 
 
-# --------------------------------------------------------------------------------------------------
-# The table
-# --------------------------------------------------------------------------------------------------
+def allocate_kv(
+    device: api.Device, num_blocks: int, block_size: int, geometry: api.KVGeometry, dtype: torch.dtype
+) -> Sequence[api.KVLayer]:
+    """The KV cache, laid out by the device, or [num_blocks, block_size, K, D] if it has no wish.
+
+    Raises:
+        ConfigError: the device allocated another number of layers than the model has.
+    """
+    if device.allocate_kv is None:
+        shape = (num_blocks, block_size, geometry.num_kv_heads, geometry.head_size)
+        zeros = partial(torch.zeros, shape, dtype=dtype, device=device.torch_device)
+        return [api.KVLayer(k=zeros(), v=zeros()) for _ in range(geometry.num_layers)]
+    layers = device.allocate_kv(num_blocks, block_size, geometry, dtype)
+    if len(layers) != geometry.num_layers:
+        raise ConfigError(
+            f"device {device.name} allocated {len(layers)} KV layers, the model has {geometry.num_layers}"
+        )
+    return layers
+
+
+# ---- The table -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Choice:
     """Who serves a query: a device's kernel or the reference."""
 
-    op: OpName
+    op: api.OpName
     provider: str
 
 
@@ -225,58 +204,56 @@ class Kernels:
     lacks one of them, all three are the reference's.
     """
 
-    def __init__(self, device: str = "reference", specs: Sequence[KernelSpec] = ()) -> None:
+    def __init__(self, device: str = "reference", specs: Sequence[api.KernelSpec] = ()) -> None:
         self._device = device
         self._specs = {spec.op: spec for spec in specs if spec.device == device}
-        self._loaded: dict[OpName, Callable[..., Any]] = {}
-        self._plan: PlanAttention | None = None
+        self._loaded: dict[api.OpName, Callable[..., Any]] = {}
+        self._plan: api.PlanAttention | None = None
         self.choices: Counter[Choice] = Counter()
         """How often each (op, provider) was bound: shown at start-up and by ``opsin doctor``."""
 
-    def rms_norm(self, query: KernelQuery) -> RMSNorm:
+    def rms_norm(self, query: api.KernelQuery) -> api.RMSNorm:
         """Bind `RMSNorm`."""
-        return cast(RMSNorm, self._bind(query))
+        return self._bind(query)
 
-    def layer_norm(self, query: KernelQuery) -> LayerNorm:
+    def layer_norm(self, query: api.KernelQuery) -> api.LayerNorm:
         """Bind `LayerNorm`."""
-        return cast(LayerNorm, self._bind(query))
+        return self._bind(query)
 
-    def gated_act(self, query: KernelQuery) -> GatedAct:
+    def gated_act(self, query: api.KernelQuery) -> api.GatedAct:
         """Bind `GatedAct`."""
-        return cast(GatedAct, self._bind(query))
+        return self._bind(query)
 
-    def rotary(self, query: KernelQuery) -> Rotary:
+    def rotary(self, query: api.KernelQuery) -> api.Rotary:
         """Bind `Rotary`."""
-        return cast(Rotary, self._bind(query))
+        return self._bind(query)
 
-    def dense_attention(self, query: KernelQuery) -> DenseAttention:
+    def dense_attention(self, query: api.KernelQuery) -> api.DenseAttention:
         """Bind `DenseAttention`."""
-        return cast(DenseAttention, self._bind(query))
+        return self._bind(query)
 
-    def prepare_linear(self, query: KernelQuery) -> PrepareLinear:
+    def prepare_linear(self, query: api.KernelQuery) -> api.PrepareLinear:
         """Bind `PrepareLinear`."""
-        return cast(PrepareLinear, self._bind(query))
+        return self._bind(query)
 
-    def top_k(self, query: KernelQuery) -> TopK:
+    def top_k(self, query: api.KernelQuery) -> api.TopK:
         """Bind `TopK`."""
-        return cast(TopK, self._bind(query))
+        return self._bind(query)
 
-    def paged(self, query: KernelQuery) -> tuple[WriteKV, PagedAttention]:
+    def paged(self, query: api.KernelQuery) -> tuple[api.WriteKV, api.PagedAttention]:
         """Bind the ops around the KV cache. With `plan_attention` they share a plan: one provider for all."""
-        ops: tuple[OpName, ...] = ("plan_attention", "write_kv", "paged_attention")
-        queries = [replace(query, op=op) for op in ops]
-        own = all(op in self._specs and self._specs[op].supports(q) for op, q in zip(ops, queries))
-        plan, write, attend = (self._take(op, own) for op in ops)
+        own = all(op in self._specs and self._specs[op].supports(replace(query, op=op)) for op in _KV_OPS)
+        plan, write, attend = (self._take(op, own) for op in _KV_OPS)
         if self._plan not in (None, plan):
             raise PluginError(
                 f"device {self._device} supports paged attention for some layers of this model and declines "
                 f"it for {query}; all layers of a model share one plan: support all of them or none"
             )
-        self._plan = cast(PlanAttention, plan)
-        return cast(WriteKV, write), cast(PagedAttention, attend)
+        self._plan = plan
+        return write, attend
 
     @property
-    def plan_attention(self) -> PlanAttention:
+    def plan_attention(self) -> api.PlanAttention:
         """The planning op that belongs to the attention the model's layers have bound."""
         assert self._plan is not None, "no layer has bound paged attention"
         return self._plan
@@ -288,12 +265,12 @@ class Kernels:
         names = f"{', '.join(own) or 'none'}; reference: {', '.join(fallback) or 'none'}"
         return f"kernels of {self._device}: {names}"
 
-    def _bind(self, query: KernelQuery) -> Callable[..., Any]:
+    def _bind(self, query: api.KernelQuery) -> Callable[..., Any]:
         assert query.op not in _KV_OPS, "bind the KV ops together, with paged()"
         spec = self._specs.get(query.op)
         return self._take(query.op, spec is not None and spec.supports(query))
 
-    def _take(self, op: OpName, own: bool) -> Callable[..., Any]:
+    def _take(self, op: api.OpName, own: bool) -> Callable[..., Any]:
         self.choices[Choice(op, self._device if own else "reference")] += 1
         if not own:
             return REFERENCES[op]

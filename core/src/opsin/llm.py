@@ -5,25 +5,22 @@ from __future__ import annotations
 import inspect
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from inspect import signature
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 from tqdm import tqdm
 
 from opsin.api import ProcessedPrompt, Tokenizer
 from opsin.config import BeamSearchParams, EngineConfig, PoolingParams, SamplingParams, parameters_of
+from opsin.engine.beam import beam_search
 from opsin.engine.engine import Engine
 from opsin.errors import ConfigError, RequestError, RequestsFailed, require_known
 from opsin.inputs.chat import ChatOptions, Tool
 from opsin.inputs.feed import Feed
 from opsin.inputs.prompt import PromptInput
 from opsin.plugins import Plugins
-from opsin.results import Output, PoolingRequestOutput, RequestMetrics, RequestOutput
-
-if TYPE_CHECKING:
-    from opsin.results import BeamSearchOutput
+from opsin.results import BeamSearchOutput, Output, PoolingRequestOutput, RequestMetrics, RequestOutput
 
 Message = Mapping[str, Any]
 OnError = Literal["raise", "return"]
@@ -31,7 +28,7 @@ OnError = Literal["raise", "return"]
 P = TypeVar("P", SamplingParams, PoolingParams)
 
 _FILL_WAIT_S = 0.05
-"""How long a batch with room waits for prompts that are being prepared before it starts without them."""
+"""How long a batch with room waits for prompts in preparation before it starts without them."""
 
 
 def _signature() -> inspect.Signature:
@@ -71,7 +68,7 @@ class LLM:
             CheckpointError: the checkpoint cannot be found or is not complete.
         """
         require_known("LLM", settings, EngineConfig.__dataclass_fields__, ConfigError)
-        # The caller is this machine's user: naming files is no privilege.
+        # The caller is this machine's user, who may read its files anyway.
         config = EngineConfig(**{"model": str(model), "local_media": True, **settings})
         self.engine = Engine(config, plugins)
         self._ids = itertools.count()
@@ -93,7 +90,7 @@ class LLM:
             sampling_params: for all, or one each; None: the checkpoint's generation_config.
             use_tqdm: show progress.
             on_error: ``"raise"``: if requests failed, raise `RequestsFailed` once all others are done
-                (a single prompt raises its own error). ``"return"``: give their outputs with ``error`` set.
+                (a single prompt raises its own error). ``"return"``: return their outputs with ``error`` set.
 
         Returns:
             Outputs in the order of the prompts.
@@ -124,19 +121,25 @@ class LLM:
         Args:
             messages: OpenAI-style messages; content parts as in `opsin.inputs.conversation`: ``text``,
                 ``image_url`` (``data:`` URLs), ``image_pil``, ``video`` and more.
-            sampling_params, use_tqdm, on_error: as in `generate`.
+            sampling_params: as in `generate`.
+            use_tqdm: as in `generate`.
+            on_error: as in `generate`.
             add_generation_prompt: end with the assistant's header; None: unless ``continue_final_message``.
             continue_final_message: leave the last message open, for the model to go on with.
-            tools: that the model may call, as in OpenAI's API; calls stand in the answer's text, in the form
-                the family was trained with.
+            tools: that the model may call, as in OpenAI's API; calls are part of the answer's text, in the
+                form the family was trained with.
             chat_template: Jinja text to use instead of the model's.
             chat_template_kwargs: further variables of the template.
-            mm_processor_kwargs, cache_salt: as in a prompt's dict.
+            mm_processor_kwargs: as in a prompt's dict.
+            cache_salt: as in a prompt's dict.
+            misspelt: names that are no parameters; each is an error.
 
         Raises:
             ConfigError: there is no such parameter.
         """
-        _refuse_unknown("chat", LLM.chat, misspelt)
+        # Python's own TypeError does not say what was meant.
+        known = [name for name in inspect.signature(LLM.chat).parameters if name not in ("self", "misspelt")]
+        require_known("LLM.chat", misspelt, known, ConfigError)
         one = bool(messages) and isinstance(messages[0], Mapping)
         many = cast(Sequence[Sequence[Message]], [messages] if one else messages)
         options = ChatOptions(
@@ -163,10 +166,7 @@ class LLM:
         """Turn prompts into vectors; ``output.outputs.embedding`` is a list, ``.data`` a tensor.
 
         How hidden states are pooled is the family's default, or ``LLM(pooling_type=, normalize=)``.
-
-        Args:
-            prompts, use_tqdm, on_error: as in `generate`.
-            pooling_params: for all, or one each.
+        ``pooling_params`` are for all prompts, or one each; the other arguments are those of `generate`.
         """
         process = partial(self.engine.frontend.processor.process, min_new_tokens=0)
         jobs = [partial(process, prompt) for prompt in _listed(prompts)]
@@ -180,15 +180,13 @@ class LLM:
         self, prompts: PromptInput | Sequence[PromptInput], params: BeamSearchParams
     ) -> list[BeamSearchOutput]:
         """The ``params.beam_width`` most probable continuations of each prompt, best first."""
-        from opsin.engine.beam import beam_search
-
-        process = self.engine.frontend.processor.process
+        frontend = self.engine.frontend
         return beam_search(
             self.engine,
-            [process(prompt) for prompt in _listed(prompts)],
+            [frontend.processor.process(prompt) for prompt in _listed(prompts)],
             params,
-            tokenizer=self.engine.frontend.tokenizer,
-            eos_token_ids=self.engine.frontend.eos_token_ids,
+            tokenizer=frontend.tokenizer,
+            eos_token_ids=frontend.eos_token_ids,
             max_len=self.engine.info.max_model_len,
         )
 
@@ -206,8 +204,9 @@ class LLM:
         """Answer one conversation, giving the output so far after every step.
 
         Args:
-            messages, sampling_params: as in `chat`.
-            options: fields of `opsin.inputs.chat.ChatOptions`, described in `chat`, too.
+            messages: as in `chat`.
+            sampling_params: as in `chat`.
+            options: fields of `opsin.inputs.chat.ChatOptions`, which `chat` describes.
 
         Raises:
             ConfigError: there is no such option.
@@ -226,7 +225,7 @@ class LLM:
         return self.engine.info.default_params()
 
     def close(self) -> None:
-        """Let go of the model."""
+        """Release the model."""
         self.engine.close()
 
     def __enter__(self) -> LLM:
@@ -235,7 +234,7 @@ class LLM:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    # ---- how ----------------------------------------------------------------------------------
+    # ---- inside -------------------------------------------------------------------------------
 
     def _process_chat(self, messages: Sequence[Message], options: ChatOptions) -> ProcessedPrompt:
         frontend = self.engine.frontend
@@ -243,9 +242,7 @@ class LLM:
 
     def _stream(self, prompt: ProcessedPrompt, params: SamplingParams | None) -> Iterator[RequestOutput]:
         request_id = f"stream-{next(self._ids)}"
-        self.engine.add(
-            request_id, prompt, params if params is not None else self.engine.info.default_params()
-        )
+        self.engine.add(request_id, prompt, params or self.engine.info.default_params())
         try:
             while self.engine.has_unfinished():
                 for output in self.engine.step():
@@ -284,7 +281,7 @@ class LLM:
         finally:
             feed.close()
             for request_id in ids:
-                self.engine.abort(request_id)  # only after an interruption is there anything to abort
+                self.engine.abort(request_id)  # without an interruption there is nothing left to abort
         outputs = [output for output in results.values() if output is not None]
         if on_error == "raise":
             _raise_failures(outputs)
@@ -297,8 +294,8 @@ class LLM:
         failed: list[Output] = []
         room = self.engine.config.max_num_batched_tokens
         while feed and self.engine.num_waiting < self.engine.config.max_num_seqs:
-            # An idle engine has to wait; one whose next batch is full need not; any other does briefly, for
-            # one more prompt in a batch is cheaper than one more batch.
+            # An idle engine has to wait. One whose next batch is full does not. Any other waits briefly: one
+            # more prompt in a batch is cheaper than one more batch.
             busy = self.engine.has_unfinished()
             if busy and room <= 0:
                 break
@@ -318,13 +315,6 @@ class LLM:
         self, count: int, given: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[SamplingParams]:
         return _one_each(count, given or self.engine.info.default_params(), SamplingParams, "sampling_params")
-
-
-def _refuse_unknown(name: str, method: Callable[..., Any], given: Mapping[str, Any]) -> None:
-    """Python's own TypeError does not say what was meant."""
-    if given:
-        known = [p.name for p in signature(method).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        require_known(f"LLM.{name}", given, known[1:], ConfigError)
 
 
 def _one_each(count: int, given: P | Sequence[P], kind: type[P], name: str) -> list[P]:
@@ -356,16 +346,14 @@ def _refused(request_id: str, error: RequestError) -> RequestOutput:
     )
 
 
-def _raise_failures(outputs: Iterable[Output]) -> None:
-    outputs = list(outputs)
+def _raise_failures(outputs: Sequence[Output]) -> None:
     failures = [(index, output.error) for index, output in enumerate(outputs) if output.error is not None]
-    if not failures:
-        return
-    if len(outputs) == 1:
+    if failures and len(outputs) == 1:
         raise failures[0][1]
-    lines = "\n".join(f"  request {index}: {error}" for index, error in failures)
-    raise RequestsFailed(
-        f"{len(failures)} of {len(outputs)} requests failed; the others are in this error's .outputs "
-        f'(or pass on_error="return"):\n{lines}',
-        outputs,
-    )
+    if failures:
+        lines = "\n".join(f"  request {index}: {error}" for index, error in failures)
+        raise RequestsFailed(
+            f"{len(failures)} of {len(outputs)} requests failed; the others are in this error's .outputs "
+            f'(or pass on_error="return"):\n{lines}',
+            outputs,
+        )

@@ -31,11 +31,10 @@ class Logprob:
 
 @dataclass(frozen=True, slots=True)
 class CompletionOutput:
-    """One sample of a request, as far as it is generated.
+    """Sample number ``index`` of a request, as far as it is generated.
 
     Attributes:
-        index: which sample.
-        text: generated text; while it grows, without what may become part of a stop string.
+        text: what was generated; while it grows, without what may become part of a stop string.
         token_ids: generated ids, the one that ended it included.
         cumulative_logprob: sum over the tokens; None unless ``logprobs`` was asked for.
         logprobs: for each token the chosen and the best ones: token id -> `Logprob`.
@@ -62,7 +61,7 @@ class RequestMetrics:
         first_token_time: its first token was there.
         finished_time: its last sample ended.
         num_cached_tokens: prompt tokens taken from the prefix cache.
-        num_preemptions: how often one of its samples had to give way and be computed again.
+        num_preemptions: how often one of its samples was preempted, to be computed again.
     """
 
     arrival_time: float
@@ -75,16 +74,14 @@ class RequestMetrics:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """A request, as far as it is computed. A snapshot: later tokens are in later ones.
+    """A snapshot of a request, as far as it is computed.
 
     Attributes:
-        request_id: as given.
         prompt: the text the user wrote, if it was text.
         prompt_token_ids: after expansion of media.
         prompt_logprobs: None first (nothing predicts the first token), then as in `CompletionOutput`.
         outputs: one per sample.
         finished: whether all samples have ended.
-        metrics: times and counts.
         error: why the request failed, or None.
     """
 
@@ -100,11 +97,7 @@ class RequestOutput:
 
 @dataclass(frozen=True)
 class EmbeddingOutput:
-    """One embedding.
-
-    Attributes:
-        data: float32 (H,), or (dimensions,).
-    """
+    """One embedding, ``data``: float32 (H,), or (dimensions,)."""
 
     data: Tensor
 
@@ -119,13 +112,11 @@ class PoolingRequestOutput:
     """The answer to an embedding request.
 
     Attributes:
-        request_id: as given.
         prompt: the text the user wrote, if it was text.
         prompt_token_ids: after expansion of media.
         outputs: the embedding; None if the request failed or was aborted.
-        finished: always true once it is returned.
-        metrics: times and cache hits.
-        error: why it failed, or None.
+        finished: whether it has ended; always true once it is returned.
+        error: why the request failed, or None.
     """
 
     request_id: str
@@ -138,7 +129,7 @@ class PoolingRequestOutput:
 
 
 Output = RequestOutput | PoolingRequestOutput
-"""What a step gives: an answer so far, or a finished embedding."""
+"""What a step returns: an answer so far, or a finished embedding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,11 +168,11 @@ class EngineStats:
         kv_blocks, kv_blocks_used: of the pool.
         prefix_queries, prefix_hits: blocks looked up and found when sequences were admitted.
         encoder_queries, encoder_hits: media items that steps needed, and found encoded.
-        encoder_cache_bytes: held now.
-        media_queries, media_hits: media items that prompts needed preprocessed, and found so.
+        encoder_cache_bytes: of encoded media held now.
+        media_queries, media_hits: media items that prompts needed preprocessed, and found preprocessed.
         media_cache_bytes: of preprocessed media held now.
         num_encoded: media items run through the encoder.
-        num_preemptions: sequences pushed out for want of blocks, so far.
+        num_preemptions: sequences preempted for want of blocks, so far.
         num_restarts: sequences computed again because they outgrew a length of `Positions.switch_lengths`.
     """
 

@@ -31,16 +31,16 @@ class Checkpoint:
         path: its folder.
         architecture: first of config.json's ``architectures``.
         config: config.json.
-        generation_config: generation_config.json, empty if there is none.
-        preprocessor: what processor_config.json has for images (as transformers 5 writes it), or
-            preprocessor_config.json; empty if there is neither.
-        video_preprocessor: the same for videos: of processor_config.json, video_preprocessor_config.json, or
-            preprocessor_config.json.
-        dtype: element type of the weights as config.json names it, ``"float32"`` if it does not.
+        generation_config: generation_config.json, or empty.
+        preprocessor: ``image_processor`` in processor_config.json (where transformers 5 writes it), else
+            preprocessor_config.json, or empty.
+        video_preprocessor: ``video_processor`` in processor_config.json, else video_preprocessor_config.json,
+            else preprocessor_config.json, or empty.
+        dtype: element type of the weights according to config.json, by default ``"float32"``.
         eos_token_ids: ids that end a text: those of generation_config.json and of config.json together.
         chat_templates: name -> Jinja source; the usual one is named "default".
-        revision_key: hex digest of what is in the folder (names, sizes, times, config.json): two checkpoints
-            with different keys must not share cached keys and values.
+        revision_key: hex digest of the folder's names, sizes, times and config.json. Checkpoints with
+            different keys must not share cached keys and values.
     """
 
     path: Path
@@ -71,11 +71,17 @@ class Checkpoint:
             if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in names):
                 raise CheckpointError(f"{index} names files outside of its folder")
             files = [self.path / name for name in names]
-            _check_complete(self.path, [file for file in files if not file.is_file()])
+            missing = [file for file in files if not file.is_file()]
         else:
-            # Some repositories keep a second, differently named copy beside the files to load.
+            # Some repositories keep a second copy under another name.
             files = sorted(self.path.glob("model*.safetensors")) or sorted(self.path.glob("*.safetensors"))
-            _check_complete(self.path, _missing_shards(files))
+            missing = _missing_shards(files)
+        if missing:
+            shown = ", ".join(file.name for file in missing[:4]) + ", ..." * (len(missing) > 4)
+            raise CheckpointError(
+                f"{self.path} is incomplete: {len(missing)} weight files are missing ({shown}); "
+                "download it again"
+            )
         if not files:
             raise CheckpointError(_no_weights(self.path))
         return files
@@ -115,7 +121,7 @@ def load(model: str, revision: str | None = None) -> Checkpoint:
     """Find a checkpoint and read its JSON files (not its weights).
 
     Args:
-        model: a folder, the name of an installed checkpoint, or a hub id; see `opsin.hub.locate`.
+        model: a folder, the name of an installed checkpoint, or a hub id; see `locate`.
         revision: branch, tag or commit on the hub.
 
     Raises:
@@ -130,6 +136,10 @@ def load(model: str, revision: str | None = None) -> Checkpoint:
         raise CheckpointError(
             f"{path / 'config.json'} names no architecture: expected a list under 'architectures', "
             f"got {architectures!r}"
+        )
+    if not isinstance(config.get("text_config") or {}, dict):
+        raise CheckpointError(
+            f"{path / 'config.json'}: text_config is {config['text_config']!r:.80}, no object"
         )
     generation_config = read_json(path / "generation_config.json", needed=False)
     return Checkpoint(
@@ -149,6 +159,11 @@ def load(model: str, revision: str | None = None) -> Checkpoint:
 
 
 def read_json(path: Path, *, needed: bool = True) -> dict[str, Any]:
+    """The JSON object in a file; empty if the file is absent and not ``needed``.
+
+    Raises:
+        CheckpointError: it is needed and absent, cannot be read, or is no object.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -241,23 +256,13 @@ def _revision_key(path: Path) -> str:
 
 
 def _missing_shards(files: Sequence[Path]) -> list[Path]:
-    """Files that names like ``model-00001-of-00003`` promise and that are not there."""
-    promised: set[Path] = set()
+    """Absent files that names like ``model-00001-of-00003`` imply."""
+    implied: set[Path] = set()
     for file in files:
-        found = re.fullmatch(r"(.*-)(\d+)(-of-)(\d+)\.safetensors", file.name)
-        if found:
-            stem, number, of, total = found.groups()
-            names = (f"{stem}{i:0{len(number)}}{of}{total}.safetensors" for i in range(1, int(total) + 1))
-            promised |= {file.with_name(name) for name in names}
-    return sorted(promised - set(files))
-
-
-def _check_complete(path: Path, missing: Sequence[Path]) -> None:
-    if missing:
-        names = ", ".join(file.name for file in missing[:4]) + (", ..." if len(missing) > 4 else "")
-        raise CheckpointError(
-            f"{path} is incomplete: {len(missing)} weight files are missing ({names}); download it again"
-        )
+        if found := re.fullmatch(r"(.*-)(\d+)(-of-(\d+)\.safetensors)", file.name):
+            stem, number, rest, total = found.groups()
+            implied |= {file.with_name(f"{stem}{i:0{len(number)}}{rest}") for i in range(1, int(total) + 1)}
+    return sorted(implied - set(files))
 
 
 @contextmanager
@@ -294,5 +299,5 @@ def _no_weights(path: Path) -> str:
         return f"{path} has no weights: expected *.safetensors{found}"
     return (
         f"{path} has no *.safetensors, only {', '.join(unsafe[:4])}: a format that can run code when it is "
-        "read. Convert the weights to safetensors (safetensors.torch.save_file), where you trust them"
+        "read. Convert the weights to safetensors (safetensors.torch.save_file), if you trust them"
     )

@@ -1,13 +1,10 @@
-"""Where a checkpoint's files are: a local folder, an installed package, ModelScope, or the Hugging Face hub.
-
-Only data is ever downloaded. Python files, and weights in formats that run code when read, are left where
-they are.
-"""
+"""Where a checkpoint's files are: a folder, an installed package, ModelScope, or the Hugging Face hub."""
 
 from __future__ import annotations
 
 import os
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from collections.abc import Sequence
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from pathlib import Path
 
 from opsin.api import CHECKPOINT_GROUP
@@ -15,7 +12,7 @@ from opsin.errors import CheckpointError, MissingPluginError
 from opsin.plugins.known_packages import known_packages
 
 DATA_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-"""The only files that are downloaded: no ``*.py``, no pickles."""
+"""The only files that are downloaded: no Python, no weights in formats that run code when they are read."""
 
 MODELSCOPE_VARIABLE = "OPSIN_USE_MODELSCOPE"
 
@@ -40,11 +37,9 @@ def locate(model: str, *, revision: str | None = None) -> Path:
         )
     if folder.exists():
         raise CheckpointError(f"{model!r} is a file; pass the folder that holds config.json and the weights")
-    installed = entry_points(group=CHECKPOINT_GROUP, name=model)
-    if installed:
-        return _installed_folder(model)
-    known = known_packages().checkpoints.get(model)
-    if known is not None:
+    if installed := sorted(entry_points(group=CHECKPOINT_GROUP, name=model), key=lambda entry: entry.value):
+        return _installed_folder(model, installed)
+    if model in known_packages().checkpoints:
         raise MissingPluginError(_not_installed(model))
     if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise CheckpointError(f"the folder {model!r} does not exist")
@@ -53,38 +48,31 @@ def locate(model: str, *, revision: str | None = None) -> Path:
     return _from_hugging_face(model, revision)
 
 
-def _installed_folder(model: str) -> Path:
-    found = sorted(entry_points(group=CHECKPOINT_GROUP, name=model), key=lambda entry: entry.value)
+def _installed_folder(model: str, found: Sequence[EntryPoint]) -> Path:
     if len(found) > 1:
         packages = " and ".join(entry.dist.name if entry.dist else entry.value for entry in found)
         raise CheckpointError(f"{model!r} is provided by {packages}; uninstall one, or pass a folder")
     try:
         folder = Path(found[0].load()())
     except Exception as error:
-        raise CheckpointError(
-            f"the package of {model!r} is broken: {type(error).__name__}: {error}"
-        ) from error
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"the package of {model!r} is broken: {reason}") from error
     if not folder.is_dir():
         raise CheckpointError(f"the package of {model!r} is broken: {folder} is not a folder; reinstall it")
     return folder
 
 
 def _not_installed(model: str) -> str:
-    """What to install for a checkpoint that comes as a package: it, and what runs its architecture."""
+    """What to install for a checkpoint that comes as a package: that, and the plugin of its architecture."""
     checkpoint = known_packages().checkpoints[model]
     plugin = known_packages().architectures[checkpoint.architecture]
+    missing = f"the checkpoint {model!r} is not installed"
     try:
         version(plugin)
     except PackageNotFoundError:
-        return (
-            f"the checkpoint {model!r} is not installed, and no plugin provides its architecture "
-            f"{checkpoint.architecture!r}: the packages {checkpoint.package} and {plugin} do. "
-            f"pip install {checkpoint.package} {plugin}"
-        )
-    return (
-        f"the checkpoint {model!r} is not installed; it comes in the package {checkpoint.package}: "
-        f"pip install {checkpoint.package}"
-    )
+        missing += f", and neither is a plugin for its architecture {checkpoint.architecture!r}"
+        return f"{missing}: pip install {checkpoint.package} {plugin}"
+    return f"{missing}: pip install {checkpoint.package}"
 
 
 def _from_modelscope(model: str, revision: str | None) -> Path:
@@ -102,40 +90,23 @@ def _from_modelscope(model: str, revision: str | None) -> Path:
 
 
 def _from_hugging_face(model: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors, snapshot_download
 
+    nowhere = f"{model!r} is neither a folder nor an installed checkpoint"
+    explanations = {  # the first that fits
+        errors.HFValidationError: f"{nowhere}, nor a hub id (owner/name)",
+        errors.GatedRepoError: f"{model!r} may be downloaded only after its terms are accepted on the hub; "
+        "accept them there, then log in with: hf auth login",
+        errors.RevisionNotFoundError: f"{model!r} has no revision {revision!r} on the hub",
+        errors.RepositoryNotFoundError: f"{nowhere}, nor on the hub (if it is private: hf auth login)",
+        errors.LocalEntryNotFoundError: f"{nowhere}, it is not in the hub's local cache, and the hub cannot "
+        "be reached (HF_ENDPOINT names a mirror, HF_HUB_OFFLINE=1 forbids downloads)",
+    }
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=DATA_FILES))
-    except HFValidationError as error:
-        raise CheckpointError(
-            f"{model!r} is neither a folder, nor an installed checkpoint, nor a hub id (owner/name)"
-        ) from error
-    except GatedRepoError as error:
-        raise CheckpointError(
-            f"{model!r} may be downloaded only after its terms are accepted on the hub; accept them there, "
-            "then log in with: hf auth login"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise CheckpointError(f"{model!r} has no revision {revision!r} on the hub") from error
-    except RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"{model!r} is neither a folder, nor an installed checkpoint, nor on the hub "
-            "(for a private repository: hf auth login)"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(
-            f"{model!r} is neither a folder nor an installed checkpoint, it is not in the hub's local cache, "
-            "and the hub cannot be reached (HF_ENDPOINT names a mirror, HF_HUB_OFFLINE=1 forbids downloads)"
-        ) from error
-    except OSError as error:
-        raise CheckpointError(_failed(model, "the hub", error)) from error
+    except (OSError, errors.HFValidationError) as error:
+        known = (text for kind, text in explanations.items() if isinstance(error, kind))
+        raise CheckpointError(next(known, None) or _failed(model, "the hub", error)) from error
 
 
 def _failed(model: str, where: str, error: Exception) -> str:

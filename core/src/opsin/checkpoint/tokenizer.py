@@ -19,8 +19,8 @@ class ChatTokenizer(Tokenizer, Protocol):
 def load_tokenizer(path: Path) -> ChatTokenizer:
     """The tokenizer in a checkpoint's folder.
 
-    Where the folder's own class is one that transformers ships, that class; otherwise whatever
-    tokenizer.json describes. A class that the folder would bring as Python code is never used.
+    Of the class that transformers ships for its model type, otherwise as tokenizer.json describes it. A class
+    that the folder brings as Python code is never used.
 
     Raises:
         CheckpointError: there is none, or it cannot be read.
@@ -38,12 +38,10 @@ def load_tokenizer(path: Path) -> ChatTokenizer:
             f"(tokenizer_class {settings.get('tokenizer_class')!r}); code from a checkpoint is never run. "
             "Add a tokenizer.json made from its tokenizer"
         )
+    loader = AutoTokenizer if known else PreTrainedTokenizerFast
     try:
-        if known:
-            tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-        else:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path), trust_remote_code=False)
-    except Exception as error:  # whatever a malformed file makes of the many readers behind this
+        tokenizer = loader.from_pretrained(str(path), trust_remote_code=False)
+    except Exception as error:  # the many readers behind this raise anything for a malformed file
         reason = " ".join(str(error).split())
         raise CheckpointError(f"the tokenizer in {path} cannot be read: {reason:.300}") from error
     return cast(ChatTokenizer, tokenizer)

@@ -1,4 +1,4 @@
-"""Checkpoint files -> a model's layers, one tensor at a time, with an account of every key."""
+"""Checkpoint files -> a model's layers, one tensor at a time; every key is accounted for."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class LoadReport:
 
     Attributes:
         loaded: keys that were put into a layer.
-        missing: names that layers wait for and no key became.
-        unexpected: keys of the files that no layer takes and the model does not know.
-        ignored: keys the model says are not used, constants, biases of zeros, and weights of tied heads.
-        renamed: key -> name, of all keys that the model renamed.
+        missing: names that a layer needs and no key has.
+        unexpected: keys of the files that the model does not know.
+        ignored: keys that the model does not use, constants, biases of zeros, and weights of tied heads.
+        renamed: key -> name, of keys that the model renames.
     """
 
     loaded: Sequence[str]
@@ -91,7 +91,7 @@ def model_slots(model: nn.Module) -> dict[str, Slot]:
 def load_weights(
     model: Model, tensors: Iterable[tuple[str, Tensor]], *, needs_head: bool = True
 ) -> LoadReport:
-    """Put (key, tensor) pairs into the model, each as it comes.
+    """Put (key, tensor) pairs into the model, in whatever order they come.
 
     Args:
         model: to fill.
@@ -161,12 +161,9 @@ def read_safetensors(
     from safetensors import SafetensorError, safe_open
 
     total = sum(file.stat().st_size for file in files)
-    # No progress bar for small checkpoints.
-    progress = tqdm(
-        total=total, unit="B", unit_scale=True, desc="loading weights", disable=total < 256 * 2**20
-    )
+    small = total < 256 * 2**20
     found_in: dict[str, str] = {}
-    with progress:
+    with tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", disable=small) as progress:
         for file in files:
             try:
                 with safe_open(file, framework="pt") as handle:

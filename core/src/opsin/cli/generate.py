@@ -104,15 +104,15 @@ def run(
 
 def _media(images: Sequence[str], videos: Sequence[str], limits: MediaLimits) -> list[dict[str, Any]]:
     """Content parts; decoded before the model is loaded, so that a bad file is known at once."""
-    from opsin.inputs.media import errors_at, image_item, video_item
+    from opsin.inputs.media import errors_at, media_item
 
     parts: list[tuple[str, MediaItem]] = []
     for name in images:
         with errors_at(f"--image {name:.80}"):
-            parts.append(("image", image_item(name, limits)))
+            parts.append(("image", media_item("image", name, limits)))
     for name in videos:
         with errors_at(f"--video {name:.80}"):
-            parts.append(("video", video_item(name, limits)))
+            parts.append(("video", media_item("video", name, limits)))
     return [{"type": kind, kind: item} for kind, item in parts]
 
 

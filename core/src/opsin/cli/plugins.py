@@ -53,7 +53,7 @@ def describe_plugins(found: Plugins) -> dict[str, Any]:
             for f in found.failures
         ],
         "disabled": [{"name": p.name, "distribution": p.distribution} for p in found.disabled],
-        "provides": [{"kind": o.kind, "key": o.key, "plugin": o.plugin.name} for o in found.owners()],
+        "provides": [{"kind": o.kind, "key": o.key, "plugin": o.plugin.name} for o in found.claims],
         "checkpoints": checkpoints,
         "advice": [*_missing_kinds(found), *(c["problem"] for c in checkpoints if c["problem"])],
     }
@@ -77,7 +77,7 @@ def _missing_kinds(found: Plugins) -> list[str]:
     """What to install where no plugin provides any model, or any device."""
     from opsin.plugins.known_packages import known_packages
 
-    kinds = {owner.kind for owner in found.owners()}
+    kinds = {claim.kind for claim in found.claims}
     known = known_packages()
     advice = []
     if "model" not in kinds:

@@ -6,27 +6,25 @@ import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence as SequenceOf
-from typing import TYPE_CHECKING
+from itertools import takewhile
+
+from torch import Tensor
 
 from opsin.engine.sequence import Sequence
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 def extend_block_keys(sequence: Sequence, block_size: int, root: bytes) -> list[bytes]:
-    """Prefix-cache keys of all full blocks of a sequence; works out only those not known yet.
+    """Prefix-cache keys of all full blocks of a sequence; computes only those not known yet.
 
     A block's key covers everything its keys and values depend on: all earlier blocks (by their key), its
     token ids, and for every media item it touches the item's content key and the part that is inside.
-    ``root`` stands for the model; the prompt's salt keeps requests apart whose user wishes so; the
-    sequence's variant keeps apart what is computed differently for its length.
+    ``root`` stands for the model. The prompt's salt separates requests whose user wants it; the sequence's
+    variant separates what is computed differently for its length.
     """
     keys = sequence.block_keys
     for index in range(len(keys), sequence.num_tokens // block_size):
         start, end = index * block_size, (index + 1) * block_size
-        digest = hashlib.blake2b(digest_size=16)
-        digest.update(keys[-1] if keys else _first_key(sequence, root))
+        digest = hashlib.blake2b(keys[-1] if keys else _first_key(sequence, root), digest_size=16)
         digest.update(array("q", sequence.token_ids[start:end]).tobytes())
         for item in sequence.media:
             if item.start < end and item.end > start:
@@ -44,8 +42,12 @@ class BlockPool:
     """Ownership of KV blocks. It knows ids and keys, never the memory.
 
     A block is *used* (referenced by one or more sequences) or *free*. A free block may still carry a key:
-    its contents are valid and a later sequence with that prefix takes it back; the block freed longest
-    ago is given away first, blocks without a key before all others.
+    its contents are valid and a later sequence with that prefix takes it back. Blocks without a key are
+    given away first, then those that were freed longest ago.
+
+    Attributes:
+        queries: blocks looked up by prefix.
+        hits: of these, blocks found.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -54,10 +56,7 @@ class BlockPool:
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._key_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
-        self.queries = 0
-        """Blocks looked up by prefix."""
-        self.hits = 0
-        """Of these, blocks found."""
+        self.queries = self.hits = 0
 
     @property
     def num_free(self) -> int:
@@ -71,16 +70,10 @@ class BlockPool:
 
     def find(self, keys: SequenceOf[bytes]) -> list[int]:
         """Blocks of the longest cached prefix of ``keys``."""
-        found = []
-        for key in keys:
-            block = self._block_of.get(key)
-            if block is None:
-                break
-            found.append(block)
-        return found
+        return [self._block_of[key] for key in takewhile(self._block_of.__contains__, keys)]
 
     def take(self, blocks: SequenceOf[int]) -> None:
-        """Add a reference to blocks that `find` gave."""
+        """Add a reference to each of the blocks, which `find` gave."""
         for block in blocks:
             self._references[block] += 1
             self._free.pop(block, None)
@@ -122,31 +115,24 @@ class EncoderCache:
 
     An entry is *reserved* when its encoding is scheduled and *stored* when it is done. Sequences pin the
     entries their next tokens need; what nobody pins is dropped when room is needed, least recently used
-    first. If a single item is larger than the whole budget it is let in alone.
+    first. An item larger than the whole budget is let in alone.
+
+    Attributes:
+        used_bytes: reserved and stored.
+        queries: items that a step needed encoded.
+        hits: of these, items that were already there or on their way.
     """
 
     def __init__(self, budget_bytes: int) -> None:
         self._budget = budget_bytes
-        self._used = 0
+        self.used_bytes = 0
         self._sizes: OrderedDict[str, int] = OrderedDict()
         self._outputs: dict[str, Tensor] = {}
         self._pins: dict[str, set[int]] = {}
-        self.queries = 0
-        """Items that a step needed encoded."""
-        self.hits = 0
-        """Of these, items that were already there or on their way."""
-
-    @property
-    def used_bytes(self) -> int:
-        """Bytes reserved and stored."""
-        return self._used
+        self.queries = self.hits = 0
 
     def reserve(self, key: str, num_bytes: int, seq_id: int) -> bool:
-        """Pin an entry for a sequence, making room for it if it is new.
-
-        Returns:
-            False if room cannot be made now because other sequences pin what is there.
-        """
+        """Pin an entry for a sequence, making room if it is new; False if pinned entries leave no room."""
         if key in self._sizes:
             if seq_id not in self._pins[key]:
                 self.queries += 1
@@ -155,16 +141,16 @@ class EncoderCache:
             self._sizes.move_to_end(key)
             return True
         for other in list(self._sizes):
-            if self._used + num_bytes <= self._budget:
+            if self.used_bytes + num_bytes <= self._budget:
                 break
             if not self._pins[other]:
                 self.drop(other)
-        if self._used + num_bytes > self._budget and self._sizes:
+        if self.used_bytes + num_bytes > self._budget and self._sizes:
             return False
         self.queries += 1
         self._sizes[key] = num_bytes
         self._pins[key] = {seq_id}
-        self._used += num_bytes
+        self.used_bytes += num_bytes
         return True
 
     def store(self, key: str, output: Tensor) -> None:
@@ -177,7 +163,7 @@ class EncoderCache:
         return self._outputs.get(key)
 
     def release(self, seq_id: int, keys: SequenceOf[str]) -> None:
-        """Remove a sequence's pins; entries that were never filled go away with their last pin."""
+        """Remove a sequence's pins; entries that were never filled go with their last pin."""
         for key in keys:
             pins = self._pins.get(key)
             if pins is not None and seq_id in pins:
@@ -187,6 +173,6 @@ class EncoderCache:
 
     def drop(self, key: str) -> None:
         """Forget an entry."""
-        self._used -= self._sizes.pop(key)
+        self.used_bytes -= self._sizes.pop(key)
         del self._pins[key]
         self._outputs.pop(key, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import time
 from collections.abc import Mapping
@@ -26,18 +25,13 @@ from opsin.inputs.processor import PromptProcessor
 from opsin.plugins import Plugins, load_plugins
 from opsin.results import EngineStats, Output
 
-_NO_SAMPLING = SamplingParams()
-
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True, kw_only=True)
 class EngineInfo:
     """What is fixed once an engine is loaded. Safe to read from any thread.
 
     Attributes:
-        config: what was asked for.
-        architecture: of the model.
+        config: the settings, as requested.
         max_model_len: most tokens of prompt and output together.
         vocab_size: token ids are below it.
         hidden_size: width of an embedding.
@@ -45,7 +39,6 @@ class EngineInfo:
     """
 
     config: EngineConfig
-    architecture: str
     max_model_len: int
     vocab_size: int
     hidden_size: int
@@ -60,8 +53,8 @@ class Engine:
     """Runs requests through one model on one device.
 
     Attributes:
-        frontend: turns prompts and conversations into what `add` takes. It may be used from any thread, as
-            may `info`; all else belongs to one thread.
+        frontend: turns prompts and conversations into what `add` takes. It and `info` may be used from any
+            thread; all else belongs to one thread.
         info: what is fixed.
     """
 
@@ -69,8 +62,7 @@ class Engine:
         """Load plugins, checkpoint, tokenizer and weights.
 
         Raises:
-            MissingPluginError: no plugin has the model's architecture or the device.
-            ConfigError, CheckpointError: see `LocalExecutor`.
+            MissingPluginError, ConfigError, CheckpointError: as `LocalExecutor`.
         """
         self.config = config
         self.plugins = plugins if plugins is not None else load_plugins(prefer=config.prefer)
@@ -84,15 +76,7 @@ class Engine:
             type=config.pooling_type or default.type,
             normalize=default.normalize if config.normalize is None else config.normalize,
         )
-        device_spec, device_index, _ = self.plugins.select_device(config.device)
-        self.executor = LocalExecutor(
-            config,
-            self.checkpoint,
-            model_spec=self.model_spec,
-            device_spec=device_spec,
-            device_index=device_index,
-            kernel_specs=self.plugins.kernel_specs(device_spec.name),
-        )
+        self.executor = LocalExecutor(config, self.checkpoint, self.plugins)
         self.resolved: Resolved = self.executor.resolved
         self.frontend = build_frontend(
             config,
@@ -105,7 +89,6 @@ class Engine:
         )
         self.info = EngineInfo(
             config=config,
-            architecture=self.checkpoint.architecture,
             max_model_len=self.resolved.max_model_len,
             vocab_size=self.executor.model.vocab_size,
             hidden_size=self.executor.model.hidden_size,
@@ -139,12 +122,7 @@ class Engine:
         length = len(prompt.token_ids)
         most = self.resolved.max_model_len - isinstance(params, SamplingParams)
         if not 0 < length <= most:
-            raise RequestError(f"the prompt has {length} tokens; 1 to {most} are possible")
-        if isinstance(params, SamplingParams) and params.priority and self.config.scheduling_policy == "fcfs":
-            raise RequestError(
-                f"priority={params.priority}: this engine serves first come, first served "
-                "(scheduling_policy, --scheduling-policy priority)"
-            )
+            raise RequestError(f"the prompt has {length} tokens; expected 1 to {most}")
         if isinstance(params, PoolingParams):
             self._add_pooling(request_id, prompt, params)
         else:
@@ -159,20 +137,24 @@ class Engine:
         width = self.info.hidden_size
         if params.dimensions is not None and params.dimensions > width:
             raise RequestError(f"dimensions={params.dimensions}: this model's embeddings have {width}")
+        request = PoolingState(request_id, prompt, time.monotonic())
         sequence = Sequence(
             seq_id=self._num_sequences,
             request_id=request_id,
             index=0,
             prompt=prompt,
-            params=_NO_SAMPLING,
+            params=SamplingParams(),
             pooling=self.pooling,
             dimensions=params.dimensions,
         )
-        request = PoolingState(request_id, prompt, time.monotonic())
-        self._requests[request_id] = request
         self._queue(request, sequence)
 
     def _add_sampling(self, request_id: str, prompt: ProcessedPrompt, params: SamplingParams) -> None:
+        if params.priority and self.config.scheduling_policy == "fcfs":
+            raise RequestError(
+                f"priority={params.priority}: this engine serves first come, first served; "
+                "set scheduling_policy (--scheduling-policy) to priority"
+            )
         wanted = params.structured
         grammars = [
             None if wanted is None else self.frontend.grammars.compile(wanted) for _ in range(params.n)
@@ -186,8 +168,7 @@ class Engine:
             max_len=self.resolved.max_model_len,
             arrival_time=time.monotonic(),
         )
-        self._requests[request_id] = request
-        for index in range(params.n):
+        for index, grammar in enumerate(grammars):
             sequence = Sequence(
                 seq_id=self._num_sequences,
                 request_id=request_id,
@@ -195,8 +176,7 @@ class Engine:
                 prompt=prompt,
                 params=params,
                 eos_token_ids=self.frontend.eos_token_ids,
-                grammar=grammars[index],
-                priority=params.priority,
+                grammar=grammar,
             )
             if not params.greedy:
                 seed = self._seeds.getrandbits(63) if params.seed is None else params.seed + index
@@ -205,18 +185,21 @@ class Engine:
 
     def _queue(self, request: RequestState | PoolingState, sequence: Sequence) -> None:
         self._num_sequences += 1
+        self._requests[request.request_id] = request
         request.sequences[sequence.index] = sequence
         self.scheduler.add(sequence)
 
     def abort(self, request_id: str) -> Output | None:
-        """End a request now; returns what it has so far, None if the id is unknown (or done)."""
-        request = self._requests.get(request_id)
-        if request is None:
-            return None
+        """End a request now. Returns what it has so far, or None if the id is unknown or the request done."""
+        return self._stop(request_id) if request_id in self._requests else None
+
+    def _stop(self, request_id: str, error: RequestError | None = None) -> Output:
+        """End a request with all its samples: aborted, or with an error."""
+        request = self._requests[request_id]
         for index in list(request.sequences):
-            request.finish(index, "abort")
             self._drop(request, index)
-        return self._close(request_id)
+        request.stop(error)
+        return self._output(request_id)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -225,7 +208,7 @@ class Engine:
 
     @property
     def processor(self) -> PromptProcessor:
-        """The frontend's: makes of a prompt what `add` takes."""
+        """The frontend's, which turns prompts into what `add` takes."""
         return self.frontend.processor
 
     def default_params(self, **changes: object) -> SamplingParams:
@@ -238,7 +221,7 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that have not begun, or were pushed out."""
+        """Sequences that have not begun, or were preempted."""
         return len(self.scheduler.waiting)
 
     # ---- a step -------------------------------------------------------------------------------
@@ -247,14 +230,20 @@ class Engine:
         """Compute one batch; returns the requests that changed, each with all it has so far.
 
         Raises:
-            DeviceLostError: nothing can be computed any more.
+            DeviceLostError: nothing more can be computed.
         """
         started = time.monotonic()
         step = self.scheduler.schedule()
         tokens = self.executor.run(step)
-        failed = [self._fail(step, seq_id, error) for seq_id, error in tokens.errors.items()]
+        failed = self._fail(step, tokens.errors)
         self.scheduler.commit(step, {seq_id: token.token_id for seq_id, token in tokens.sampled.items()})
-        return [output for output in failed if output is not None] + self._deliver(step, tokens, started)
+        return failed + self._deliver(step, tokens, started)
+
+    def _fail(self, step: Step, errors: Mapping[int, RequestError]) -> list[Output]:
+        """Fail the requests of sequences that could not be computed, with their other samples."""
+        sequences = [chunk.sequence for chunk in step.chunks if chunk.sequence.seq_id in errors]
+        failed = {sequence.request_id: errors[sequence.seq_id] for sequence in sequences}
+        return [self._stop(request_id, error) for request_id, error in failed.items()]
 
     def _deliver(self, step: Step, tokens: StepTokens, started: float) -> list[Output]:
         changed: dict[str, None] = {}
@@ -281,36 +270,25 @@ class Engine:
                     self._drop(request, sequence.index)
         return [self._output(request_id) for request_id in changed]
 
-    def _fail(self, step: Step, seq_id: int, error: RequestError) -> Output | None:
-        """Fail the request of one sequence, with its other samples."""
-        request_id = next(c.sequence.request_id for c in step.chunks if c.sequence.seq_id == seq_id)
-        request = self._requests.get(request_id)
-        if request is None:  # another of its samples has failed already
-            return None
-        for index in list(request.sequences):
-            self._drop(request, index)
-        request.fail(error)
-        return self._close(request_id)
-
     def _output(self, request_id: str) -> Output:
+        """A request's output; the request is forgotten with its last sample."""
         request = self._requests[request_id]
-        return request.output() if request.sequences else self._close(request_id)
+        if not request.sequences:
+            del self._requests[request_id]
+        return request.output()
 
     def _drop(self, request: RequestState | PoolingState, index: int) -> None:
         self.scheduler.remove(request.sequences.pop(index))
 
-    def _close(self, request_id: str) -> Output:
-        return self._requests.pop(request_id).output()
-
     # ---- around -------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
-        """Where the engine stands."""
+        """Counters and gauges of this moment."""
         blocks, encoder = self.scheduler.blocks, self.scheduler.encoder_cache
         media = self.frontend.processor.mapped_media
         return EngineStats(
             num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting),
+            num_waiting=self.num_waiting,
             kv_blocks=blocks.num_blocks,
             kv_blocks_used=blocks.num_used,
             prefix_queries=blocks.queries,
@@ -327,7 +305,7 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Abort everything and let go of the model."""
+        """Abort everything and release the model."""
         for request_id in list(self._requests):
             self.abort(request_id)
         self.executor.close()

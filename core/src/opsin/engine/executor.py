@@ -1,6 +1,6 @@
 """The wall between engine and runner: opens the device, loads the model, runs steps.
 
-In this process today. Several processes (tensor parallelism) would be another executor with the same three
+It works in this process. Several processes (tensor parallelism) would be another executor with the same
 methods: the engine never touches a tensor.
 """
 
@@ -8,30 +8,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from opsin.api import (
-    BuildContext,
-    Device,
-    DeviceSpec,
-    KernelQuery,
-    KernelSpec,
-    KVGeometry,
-    KVLayer,
-    ModelSpec,
-)
+from opsin.api import BuildContext, Device, KernelQuery, ModelSpec
 from opsin.checkpoint.files import Checkpoint, settings_explained
 from opsin.checkpoint.weights import load_weights, read_safetensors, torch_dtype
 from opsin.config import EngineConfig
 from opsin.engine.cache import EncoderCache
 from opsin.engine.runner import Runner, StepTokens
 from opsin.engine.scheduler import Step
-from opsin.engine.sizing import Resolved, resolve, resolve_dtype
+from opsin.engine.sizing import resolve, resolve_dtype
 from opsin.errors import ConfigError, PluginError
-from opsin.kernels import Kernels
+from opsin.kernels import Kernels, allocate_kv
+from opsin.plugins import Plugins
 
 logger = logging.getLogger(__name__)
 
@@ -39,30 +31,21 @@ logger = logging.getLogger(__name__)
 class LocalExecutor:
     """One device, in this process."""
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        checkpoint: Checkpoint,
-        *,
-        model_spec: ModelSpec,
-        device_spec: DeviceSpec,
-        device_index: int,
-        kernel_specs: Sequence[KernelSpec],
-    ) -> None:
+    def __init__(self, config: EngineConfig, checkpoint: Checkpoint, plugins: Plugins) -> None:
         """Open the device, build the model and stream its weights in.
 
         Raises:
+            MissingPluginError: no plugin has the model's architecture or the device.
             ConfigError: a setting does not fit device or model.
             CheckpointError: weights and config.json disagree.
         """
         started = time.perf_counter()
-        try:
-            self.device = device_spec.open(device_index)
-        except ValueError as error:  # an index that is not there, a setting of the device's own
-            raise ConfigError(str(error)) from error
+        model_spec = plugins.model(checkpoint.architecture)
+        device_spec, device_index, _ = plugins.select_device(config.device)
+        self.device = plugins.open_device(device_spec, device_index)
         name = resolve_dtype(config.dtype, checkpoint.dtype, self.device.capabilities)
         dtype = torch_dtype(name)
-        self.kernels = Kernels(device_spec.name, kernel_specs)
+        self.kernels = Kernels(device_spec.name, plugins.kernel_specs(device_spec.name))
         context = BuildContext(
             config=checkpoint.config, kernels=self.kernels, dtype=dtype, device=self.device.torch_device
         )
@@ -76,16 +59,22 @@ class LocalExecutor:
                 "expected a torch.nn.Module with the methods of opsin.api.Model"
             )
         with _out_of_memory_explained(self.device, "weights", 'pass a smaller checkpoint or dtype="float16"'):
+            load = model_spec.load_checkpoint
             tensors = (
-                read_safetensors(checkpoint.weight_files(), checkpoint.weight_map())
-                if model_spec.load_checkpoint is None
-                else model_spec.load_checkpoint(checkpoint.path)
+                load(checkpoint.path)
+                if load
+                else read_safetensors(checkpoint.weight_files(), checkpoint.weight_map())
             )
             self.weights = load_weights(self.model, tensors, needs_head=config.task != "embed")
         self.weights.check()
         geometry = self.model.kv_geometry
-        row_elements = _kv_row_elements(self.device, geometry)
-        self.resolved: Resolved = resolve(
+        # One token's keys in one layer, as the device lays them out.
+        row_elements = (
+            geometry.num_kv_heads * geometry.head_size
+            if self.device.kv_row_elements is None
+            else self.device.kv_row_elements(geometry)
+        )
+        self.resolved = resolve(
             config,
             self.device.capabilities,
             dtype=name,
@@ -96,9 +85,8 @@ class LocalExecutor:
         )
         self.encoder_cache = EncoderCache(config.encoder_cache_memory)
         self.embed_bytes = self.model.hidden_size * dtype.itemsize
-        num_blocks, block_size = self.resolved.num_blocks, self.resolved.block_size
         with _out_of_memory_explained(self.device, "KV cache", "pass a smaller kv_cache_memory"):
-            kv = allocate_kv(self.device, num_blocks, block_size, geometry, dtype)
+            kv = allocate_kv(self.device, self.resolved.num_blocks, self.resolved.block_size, geometry, dtype)
         self._runner = Runner(
             model=self.model,
             device=self.device,
@@ -106,7 +94,7 @@ class LocalExecutor:
             plan_attention=self.kernels.plan_attention,
             top_k=self.kernels.top_k(KernelQuery(op="top_k", dtype=name, size=self.model.vocab_size)),
             encoder_cache=self.encoder_cache,
-            block_size=block_size,
+            block_size=self.resolved.block_size,
             dtype=dtype,
         )
         logger.info(
@@ -130,29 +118,8 @@ class LocalExecutor:
         return self._runner.run(step)
 
     def close(self) -> None:
-        """Let go of model and caches."""
+        """Release model and caches."""
         del self._runner, self.model
-
-
-def allocate_kv(
-    device: Device, num_blocks: int, block_size: int, geometry: KVGeometry, dtype: torch.dtype
-) -> Sequence[KVLayer]:
-    """The KV cache, laid out by the device, or [num_blocks, block_size, K, D] if it has no wish."""
-    if device.allocate_kv is not None:
-        layers = device.allocate_kv(num_blocks, block_size, geometry, dtype)
-        if len(layers) != geometry.num_layers:
-            raise ConfigError(
-                f"device {device.name} allocated {len(layers)} KV layers, the model has {geometry.num_layers}"
-            )
-        return layers
-    shape = (num_blocks, block_size, geometry.num_kv_heads, geometry.head_size)
-    return [
-        KVLayer(
-            k=torch.zeros(shape, dtype=dtype, device=device.torch_device),
-            v=torch.zeros(shape, dtype=dtype, device=device.torch_device),
-        )
-        for _ in range(geometry.num_layers)
-    ]
 
 
 @contextmanager
@@ -167,18 +134,10 @@ def _out_of_memory_explained(device: Device, what: str, cure: str) -> Iterator[N
         ) from error
 
 
-def _kv_row_elements(device: Device, geometry: KVGeometry) -> int:
-    """Elements of one token's keys in one layer, as the device lays them out."""
-    if device.kv_row_elements is not None:
-        return device.kv_row_elements(geometry)
-    return geometry.num_kv_heads * geometry.head_size
-
-
 def _max_len(spec: ModelSpec, checkpoint: Checkpoint) -> int:
     if spec.max_len is not None:
         with settings_explained(checkpoint.path, spec.max_len):
             return spec.max_len(checkpoint.config)
-    text = checkpoint.config.get("text_config") or {}
-    return int(
-        checkpoint.config.get("max_position_embeddings") or text.get("max_position_embeddings") or 4096
-    )
+    config = checkpoint.config
+    text = config.get("text_config") or {}
+    return int(config.get("max_position_embeddings") or text.get("max_position_embeddings") or 4096)

@@ -1,10 +1,10 @@
-"""Requests on their way: tokens collected until a sample ends, or the embedding awaited; outputs made."""
+"""Requests in progress: tokens are collected until every sample ends, or an embedding; outputs are made."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence as SequenceOf
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -25,42 +25,29 @@ from opsin.results import (
 )
 
 
+@dataclass(slots=True, eq=False)
 class _Sample:
     """One growing sample."""
 
-    __slots__ = (
-        "cumulative_logprob",
-        "detokenizer",
-        "finish_reason",
-        "logprobs",
-        "num_visible",
-        "snapshot",
-        "stop_reason",
-        "text",
-        "token_ids",
-    )
-
-    def __init__(self, detokenizer: Detokenizer, wants_logprobs: bool) -> None:
-        self.detokenizer = detokenizer
-        self.text = ""
-        self.num_visible = 0
-        self.token_ids: list[int] = []
-        self.cumulative_logprob = 0.0
-        self.logprobs: list[dict[int, Logprob]] | None = [] if wants_logprobs else None
-        self.finish_reason: FinishReason | None = None
-        self.stop_reason: int | str | None = None
-        self.snapshot: CompletionOutput | None = None
+    detokenizer: Detokenizer
+    logprobs: list[dict[int, Logprob]] | None
+    text: str = ""
+    num_visible: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    snapshot: CompletionOutput | None = None
 
     def output(self, index: int) -> CompletionOutput:
         """The state as a snapshot; the same object until something changes."""
         if self.snapshot is None:
-            wants_logprobs = self.logprobs is not None
             self.snapshot = CompletionOutput(
                 index,
                 self.text[: self.num_visible],
                 self.token_ids.copy(),
-                self.cumulative_logprob if wants_logprobs else None,
-                self.logprobs.copy() if self.logprobs is not None else None,
+                None if self.logprobs is None else self.cumulative_logprob,
+                None if self.logprobs is None else self.logprobs.copy(),
                 self.finish_reason,
                 self.stop_reason,
             )
@@ -71,15 +58,12 @@ class _Request:
     """What generating and embedding requests have in common: their sequences and their times.
 
     Attributes:
-        request_id: the caller's name for it.
-        prompt: the processed prompt.
         sequences: live ones, by sample index.
         error: why the request failed, or None.
         metrics: times and counts so far.
     """
 
     def __init__(self, request_id: str, prompt: ProcessedPrompt, arrival_time: float) -> None:
-        """``arrival_time`` in seconds of `time.monotonic`."""
         self.request_id = request_id
         self.prompt = prompt
         self.sequences: dict[int, Sequence] = {}
@@ -87,7 +71,7 @@ class _Request:
         self.metrics = RequestMetrics(arrival_time)
 
     def computed(self, sequence: Sequence, started: float) -> None:
-        """A step that began at ``started`` has computed tokens of a sequence."""
+        """Note that a step, which began at ``started``, has computed tokens of a sequence."""
         if self.metrics.first_scheduled_time is None:
             self._note(first_scheduled_time=started, num_cached_tokens=sequence.num_cached)
         if sequence.num_preemptions > self.metrics.num_preemptions:
@@ -98,13 +82,13 @@ class _Request:
 
 
 class RequestState(_Request):
-    """A request on its way: collects tokens, decides when a sample ends, makes the outputs.
+    """A generating request: collects tokens, decides when a sample ends, makes the outputs.
 
     Args:
         request_id: the caller's name for it.
-        prompt: the processed prompt.
+        prompt: what was asked.
         params: sampling settings; ``params.n`` samples are collected.
-        tokenizer: see `Detokenizer`.
+        tokenizer: as for `Detokenizer`.
         eos_token_ids: ids that end a sample unless ``ignore_eos``.
         max_len: most tokens of prompt and output together.
         arrival_time: seconds of `time.monotonic`.
@@ -132,7 +116,7 @@ class RequestState(_Request):
         self._samples = [
             _Sample(
                 Detokenizer(tokenizer, prompt.token_ids, params.skip_special_tokens),
-                params.logprobs is not None,
+                logprobs=None if params.logprobs is None else [],
             )
             for _ in range(params.n)
         ]
@@ -177,7 +161,7 @@ class RequestState(_Request):
                         start, string = found
                         end = start + len(string) if params.include_stop_str_in_output else start
                         sample.text = sample.text[:end]
-                        sample.detokenizer.flush()  # what comes behind the stop string is not output
+                        sample.detokenizer.flush()  # what follows the stop string is not output
                         sample.stop_reason = string
                         reason = "stop"
         if reason is not None:
@@ -189,22 +173,17 @@ class RequestState(_Request):
             sample.num_visible = max(sample.num_visible, len(sample.text) - pending)
         return reason
 
-    def finish(self, index: int, reason: FinishReason) -> None:
-        """End sample ``index`` from outside (an abort). Nothing happens if it has ended already."""
-        sample = self._samples[index]
-        if sample.finish_reason is None:
-            self._end(sample, reason)
-
-    def fail(self, error: RequestError) -> None:
-        """End all samples that still grow: the request cannot be served."""
+    def stop(self, error: RequestError | None = None) -> None:
+        """End all samples that still grow: aborted, or with an error."""
         self.error = error
-        for index in range(len(self._samples)):
-            self.finish(index, "error")
+        for sample in self._samples:
+            if sample.finish_reason is None:
+                self._end(sample, "abort" if error is None else "error")
 
     def describe_prompt(self, first: int, tokens: SequenceOf[SampledToken]) -> None:
-        """Take log-probabilities of prompt tokens, of which ``first`` is the first one's index.
+        """Take log-probabilities of consecutive prompt tokens, from index ``first`` on.
 
-        Nothing predicts the prompt's first token. Tokens that were computed again are described again.
+        Nothing predicts the prompt's first token. Tokens that were computed again come again.
         """
         known = self._prompt_logprobs or [None]
         self._prompt_logprobs = known + [self._describe(token) for token in tokens[len(known) - first :]]
@@ -241,31 +220,26 @@ class RequestState(_Request):
         return entries
 
     def _text_of(self, token_id: int) -> str:
-        text = self._token_texts.get(token_id)
-        if text is None:
-            text = self._samples[0].detokenizer.token_text(token_id)
-            self._token_texts[token_id] = text
-        return text
+        if token_id not in self._token_texts:
+            self._token_texts[token_id] = self._samples[0].detokenizer.token_text(token_id)
+        return self._token_texts[token_id]
 
 
 class PoolingState(_Request):
-    """An embedding request on its way."""
+    """An embedding request."""
 
     _output: EmbeddingOutput | None = None
 
     def complete(self, embedding: Tensor) -> None:
         """Take the embedding."""
         self._output = EmbeddingOutput(embedding)
-        self._end()
+        self.stop()
 
-    def fail(self, error: RequestError) -> None:
-        """End without an embedding: the request cannot be served."""
+    def stop(self, error: RequestError | None = None) -> None:
+        """End: complete, aborted, or with an error."""
         self.error = error
-        self._end()
-
-    def finish(self, index: int, reason: FinishReason) -> None:
-        """End without an embedding (an abort)."""
-        self._end()
+        now = time.monotonic()
+        self._note(first_token_time=now, finished_time=now)
 
     def output(self) -> PoolingRequestOutput:
         """The embedding, or why there is none."""
@@ -274,7 +248,3 @@ class PoolingState(_Request):
         return PoolingRequestOutput(
             self.request_id, self.prompt.text, ids, self._output, finished, self.metrics, self.error
         )
-
-    def _end(self) -> None:
-        now = time.monotonic()
-        self._note(first_token_time=now, finished_time=now)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,7 +18,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from opsin.api import TopK
-from opsin.config import SamplingParams
 from opsin.engine.sequence import SampledToken, Sequence
 from opsin.errors import RequestError
 from opsin.kernels import top_k as reference_top_k
@@ -28,7 +26,7 @@ CANDIDATES = 128
 """How many of a row's best logits are looked at first; a row they cannot decide looks at 16 times more."""
 
 MIN_TEMPERATURE = 1e-6
-"""Below this, float32 logits cannot tell a temperature from 0."""
+"""For float32 logits, a lower temperature is no different from 0."""
 
 PROMPT_SLICE_ELEMENTS = 2**22
 """Most float32 elements of prompt logits worked on at once (16 MiB)."""
@@ -38,7 +36,7 @@ SUM_SLICE_ELEMENTS = 2**18
 
 
 def make_generator(seed: int) -> torch.Generator:
-    """A sequence's own random source, on the CPU. Any 64-bit integer will do, negative ones too."""
+    """A sequence's own random source, on the CPU. Any 64-bit integer is a seed, including negative ones."""
     low, high = seed % 2**32, (seed >> 32) % 2**32
     # torch's CPU generator looks at 32 bits only: fold the upper half in, or -1 and 2**32 - 1 are one seed.
     return torch.Generator().manual_seed((low + high * 0x9E3779B9) % 2**32)
@@ -61,7 +59,7 @@ def sample(
         are NaN or infinite, a ``logit_bias`` outside the vocabulary).
     """
     assert logits.shape[0] == len(sequences), "one row per sequence"
-    all_rules = [seq.sampler_state or _start(seq, logits) for seq in sequences]
+    all_rules = [seq.sampler_state or _Rules(seq, logits) for seq in sequences]
     if all(rules.plain for rules in all_rules):
         return [
             token if isinstance(token, RequestError) else SampledToken(token)
@@ -83,15 +81,10 @@ def sample(
             chosen[row] = token
     if other_rows:
         work = logits[other_rows].float()
-        failed: dict[int, RequestError] = {}
-        for index, row in enumerate(other_rows):
-            try:
-                all_rules[row].adjust(work[index], sequences[row])
-            except RequestError as problem:
-                failed[row] = problem
-        _choose_adjusted(work, other_rows, sequences, chosen, top_k)
-        for row, error in failed.items():
-            chosen[row] = error
+        problems = [all_rules[row].adjust(part, sequences[row]) for row, part in zip(other_rows, work)]
+        tokens = _choose(work, [sequences[row] for row in other_rows], top_k)
+        for row, problem, token in zip(other_rows, problems, tokens):
+            chosen[row] = problem or token
     return _with_logprobs(logits, chosen, all_rules, top_k)
 
 
@@ -103,7 +96,7 @@ def prompt_logprobs(
     Args:
         logits: (T, V), any floating dtype.
         next_ids: for each row the token that follows it.
-        k: how many best tokens to report besides it.
+        k: how many of the best tokens to report besides it.
         top_k: searches rows.
 
     Returns:
@@ -123,9 +116,7 @@ def prompt_logprobs(
     return found
 
 
-# --------------------------------------------------------------------------------------------------
-# What a sequence asks for, prepared once and kept in `Sequence.sampler_state`
-# --------------------------------------------------------------------------------------------------
+# ---- What a sequence asks for --------------------------------------------------------------------
 
 
 class _TokenCounts:
@@ -159,35 +150,49 @@ class _TokenCounts:
         self.num_counted = seq.num_output
 
 
-@dataclass(slots=True, eq=False)
 class _Rules:
-    """One sequence's sampling settings, ready to apply.
+    """One sequence's sampling settings, prepared at its first token and kept in `Sequence.sampler_state`.
 
     Attributes:
-        params: the settings.
         plain: greedy with nothing else asked: the row's best token is the answer.
-        grammar: whether the sequence's tokens are constrained.
         bias: (token ids, values to add), or None.
         ending: ids that may not be chosen before ``min_tokens``, or None.
         counts: tokens to penalise, or None.
         error: why no token can ever be chosen, or None.
     """
 
-    params: SamplingParams
-    plain: bool
-    grammar: bool
-    bias: tuple[Tensor, Tensor] | None
-    ending: Tensor | None
-    counts: _TokenCounts | None
-    error: RequestError | None
+    def __init__(self, seq: Sequence, logits: Tensor) -> None:
+        seq.sampler_state = self
+        params = self.params = seq.params
+        vocab, device = logits.shape[1], logits.device
+        self.error: RequestError | None = None
+        self.bias: tuple[Tensor, Tensor] | None = None
+        outside = [token for token in params.logit_bias or () if not 0 <= token < vocab]
+        if outside:
+            self.error = RequestError(f"logit_bias has token id {outside[0]}: expected 0 to {vocab - 1}")
+        elif params.logit_bias:
+            values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
+            self.bias = torch.tensor(list(params.logit_bias), device=device), values
+        self.ending: Tensor | None = None
+        if params.min_tokens:
+            stops = {*seq.eos_token_ids, *(params.stop_token_ids or ())}
+            ending = [token for token in stops if 0 <= token < vocab]
+            self.ending = torch.tensor(ending, dtype=torch.int64, device=device)
+        self.counts: _TokenCounts | None = None
+        if params.repetition_penalty != 1:
+            self.counts = _TokenCounts(seq.prompt.token_ids)
+        elif params.presence_penalty or params.frequency_penalty:
+            self.counts = _TokenCounts(())
+        extras = (seq.grammar, self.bias, self.ending, self.counts, self.error, params.logprobs)
+        self.plain = params.greedy and all(extra is None for extra in extras)
 
     def adjusts(self, seq: Sequence) -> bool:
         """Whether logits change in this step before temperature and cuts."""
         blocked = self.ending is not None and seq.num_output < self.params.min_tokens
-        return self.grammar or self.bias is not None or self.counts is not None or blocked
+        return blocked or any(x is not None for x in (seq.grammar, self.bias, self.counts))
 
-    def adjust(self, row: Tensor, seq: Sequence) -> None:
-        """Apply bias, mask and penalties in place. ``row``: float32 (V,)."""
+    def adjust(self, row: Tensor, seq: Sequence) -> RequestError | None:
+        """Apply bias, mask and penalties in place, or say why not. ``row``: float32 (V,)."""
         if self.bias is not None:
             ids, values = self.bias
             row[ids] += values
@@ -197,7 +202,11 @@ class _Rules:
             self.counts.catch_up(seq)
             self._penalise(row, self.counts)
         if seq.grammar is not None:
-            row[~seq.grammar.allowed(seq.output_ids, len(row)).to(row.device)] = -math.inf
+            try:
+                row[~seq.grammar.allowed(seq.output_ids, len(row)).to(row.device)] = -math.inf
+            except RequestError as problem:
+                return problem
+        return None
 
     def _penalise(self, row: Tensor, seen: _TokenCounts) -> None:
         """Repetition (Keskar et al. 2019, section 4.1), then frequency and presence (OpenAI API)."""
@@ -212,43 +221,7 @@ class _Rules:
         row[ids] = values
 
 
-def _start(seq: Sequence, logits: Tensor) -> _Rules:
-    """Prepare a sequence's rules at its first token."""
-    params = seq.params
-    vocab, device = logits.shape[1], logits.device
-    bias, error = None, None
-    if params.logit_bias:
-        outside = [token for token in params.logit_bias if not 0 <= token < vocab]
-        if outside:
-            error = RequestError(f"logit_bias has token id {outside[0]}: expected 0 to {vocab - 1}")
-        else:
-            ids = torch.tensor(list(params.logit_bias), device=device)
-            values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
-            bias = ids, values
-    ending = None
-    if params.min_tokens:
-        stops = {*seq.eos_token_ids, *(params.stop_token_ids or ())}
-        ending = torch.tensor(
-            [token for token in stops if 0 <= token < vocab], dtype=torch.int64, device=device
-        )
-    counts = None
-    if params.repetition_penalty != 1:
-        counts = _TokenCounts(seq.prompt.token_ids)
-    elif params.presence_penalty or params.frequency_penalty:
-        counts = _TokenCounts(())
-    extras = (bias, ending, counts, error, params.logprobs)
-    grammar = seq.grammar is not None
-    plain = params.greedy and not grammar and all(extra is None for extra in extras)
-    rules = _Rules(
-        params=params, plain=plain, grammar=grammar, bias=bias, ending=ending, counts=counts, error=error
-    )
-    seq.sampler_state = rules
-    return rules
-
-
-# --------------------------------------------------------------------------------------------------
-# Choosing
-# --------------------------------------------------------------------------------------------------
+# ---- Choosing ------------------------------------------------------------------------------------
 
 
 def _best(logits: Tensor, top_k: TopK) -> list[int | RequestError]:
@@ -260,31 +233,21 @@ def _best(logits: Tensor, top_k: TopK) -> list[int | RequestError]:
     ]
 
 
-def _choose_adjusted(
-    work: Tensor,
-    rows: SequenceOf[int],
-    sequences: SequenceOf[Sequence],
-    chosen: list[int | RequestError],
-    top_k: TopK,
-) -> None:
-    """Choose for rows that are not plainly greedy. ``work``: adjusted float32 (R, V)."""
-    greedy: list[int] = []
+def _choose(logits: Tensor, sequences: SequenceOf[Sequence], top_k: TopK) -> list[int | RequestError]:
+    """Choose for rows that are not plainly greedy. ``logits``: adjusted float32 (R, V)."""
     by_width: dict[int, list[int]] = {}
-    for index, row in enumerate(rows):
-        params = sequences[row].params
-        if params.greedy:
-            greedy.append(index)
-        else:
-            # A power of two, so that rows with like settings share one call; never the neighbours' width.
-            wanted = max(CANDIDATES, 1 << (params.top_k - 1).bit_length() if params.top_k else 0)
-            by_width.setdefault(min(wanted, work.shape[1]), []).append(index)
-    if greedy:
-        for index, token in zip(greedy, _best(_take_rows(work, greedy), top_k)):
-            chosen[rows[index]] = token
-    for width, indices in by_width.items():
-        seqs = [sequences[rows[index]] for index in indices]
-        for index, token in zip(indices, _draw(_take_rows(work, indices), seqs, width, top_k)):
-            chosen[rows[index]] = token
+    for row, seq in enumerate(sequences):
+        k = seq.params.top_k
+        # A power of two, so that rows with like settings share one call; never the neighbours' width.
+        width = 1 if seq.params.greedy else max(CANDIDATES, 1 << (k - 1).bit_length() if k else 0)
+        by_width.setdefault(min(width, logits.shape[1]), []).append(row)
+    chosen: list[int | RequestError] = [0] * len(sequences)
+    for width, rows in by_width.items():
+        part = _take_rows(logits, rows)
+        tokens = _best(part, top_k) if width == 1 else _draw(part, [sequences[r] for r in rows], width, top_k)
+        for row, token in zip(rows, tokens):
+            chosen[row] = token
+    return chosen
 
 
 def _draw(
@@ -294,7 +257,7 @@ def _draw(
 
     The draw is a race: the winner is argmax(weight / Exp(1) noise), which picks each token with its
     probability (the exponential form of Gumbel-max). All tokens beyond the candidates may enter as one
-    runner with their total weight. On the host in float64, since the candidates are few.
+    runner with their total weight. Computed on the host in float64, since the candidates are few.
 
     Args:
         logits: adjusted float32 (R, V).
@@ -308,8 +271,8 @@ def _draw(
     top_p = _column([p.top_p for p in params])
     best_values, best_ids = top_k(logits, width)
     values, ids = best_values.cpu().double().numpy(), best_ids.cpu().numpy()
-    # Every weight is relative to the best token's, which is 1: nothing can overflow. Rows that hold NaN or
-    # infinity give NaN here and are sorted out below.
+    # Weights are relative to the best token's, which is 1: nothing can overflow. Rows with NaN or infinity
+    # give NaN here; they are dealt with below.
     with np.errstate(invalid="ignore"):
         weights = np.exp((values - values[:, :1]) / temperatures)
     allowed = weights >= _column([p.min_p for p in params])
@@ -375,14 +338,14 @@ def _draw_beyond(logits: Tensor, candidates: Tensor, seq: Sequence) -> int:
     Args:
         logits: adjusted float32 (V,).
         candidates: int64 ids, best first.
-        seq: an uncut row: no top_k, top_p or min_p.
+        seq: one without top_k, top_p and min_p.
     """
     row, candidates = logits.cpu().double(), candidates.cpu()
     weights = ((row - row[candidates[0]]) / max(seq.params.temperature, MIN_TEMPERATURE)).exp()
     weights[candidates] = 0
     cumulative = weights.cumsum(-1)
     total = float(cumulative[-1])
-    if total == 0:  # the total's rounding had let an empty rest win
+    if total == 0:  # an empty rest won by a rounding error of the total
         return int(candidates[0])
     point = torch.rand(1, dtype=torch.float64, generator=_generator(seq)) * total
     return min(int(torch.searchsorted(cumulative, point, right=True)), int(weights.nonzero()[-1]))
@@ -393,9 +356,7 @@ def _generator(seq: Sequence) -> torch.Generator:
     return seq.generator
 
 
-# --------------------------------------------------------------------------------------------------
-# Log-probabilities
-# --------------------------------------------------------------------------------------------------
+# ---- Log-probabilities ---------------------------------------------------------------------------
 
 
 def _with_logprobs(
@@ -403,13 +364,13 @@ def _with_logprobs(
 ) -> list[SampledToken | RequestError]:
     """Wrap the chosen ids, with log-probabilities for the rows that asked."""
     tokens = [SampledToken(entry) if isinstance(entry, int) else entry for entry in chosen]
-    rows, ids, sizes = [], [], []
-    for row, (entry, rules) in enumerate(zip(chosen, all_rules)):
-        if isinstance(entry, int) and rules.params.logprobs is not None:
-            rows.append(row)
-            ids.append(entry)
-            sizes.append(rules.params.logprobs)
-    if rows:
+    wanted = [
+        (row, entry, rules.params.logprobs)
+        for row, (entry, rules) in enumerate(zip(chosen, all_rules))
+        if isinstance(entry, int) and rules.params.logprobs is not None
+    ]
+    if wanted:
+        rows, ids, sizes = (list(column) for column in zip(*wanted))
         for row, token in zip(rows, _describe(_take_rows(logits, rows), ids, sizes, top_k)):
             tokens[row] = token
     return tokens
@@ -423,7 +384,7 @@ def _describe(logits: Tensor, ids: list[int], sizes: list[int], top_k: TopK) -> 
     width = min(max([1, *sizes]), wide.shape[1])
     values, best = top_k(wide, width)
     ranks = ((values > picked).sum(-1) + 1).tolist()
-    # Every token more probable than one among the best is among the best too; others need a full count.
+    # Whatever is more probable than one of the best is one of the best; other tokens need a full count.
     outside = (picked < values[:, -1:]).squeeze(1).nonzero().squeeze(1).tolist()
     if outside:
         for row, count in zip(outside, (wide[outside] > picked[outside]).sum(-1).tolist()):

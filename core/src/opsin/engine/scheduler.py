@@ -1,7 +1,7 @@
 """Waiting and running sequences + budgets -> the next step; and the step's results -> their state.
 
-There is no prefill phase and no decode phase: every sequence has tokens that are not computed yet, one in
-steady decoding, many after arrival or preemption, and a step computes some of them.
+There is no prefill and no decode phase: every sequence has tokens that are not computed yet, one in steady
+decoding, many after arrival or preemption, and a step computes some of them.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from opsin.api import PlacedMedia
 from opsin.engine.cache import BlockPool, EncoderCache, extend_block_keys
 from opsin.engine.sequence import Sequence, Status
 
 MIN_SHARED_TOKENS = 64
-"""A request waits for a prefix that another one is just computing only if at least this many tokens are
-saved: below, computing them again beside the others costs less than the wait."""
+"""Tokens that a request must save to wait for a prefix that another one is computing. To compute fewer again
+alongside the others costs less than the wait."""
 
 
 @dataclass(frozen=True)
@@ -57,46 +58,41 @@ class Step:
 
 @dataclass
 class _Budget:
-    """What is left of one step's limits."""
+    """What is left of one step's limits, and the media to encode in it, by key."""
 
     tokens: int
     encoder: int
-    encoding: set[str] = field(default_factory=set)
+    encode: dict[str, PlacedMedia] = field(default_factory=dict)
 
 
+@dataclass(kw_only=True, eq=False)
 class Scheduler:
-    """Decides what runs next. Owns all sequences, the KV blocks and the encoder cache's pins."""
+    """Decides what runs next. Owns all sequences, the KV blocks and the encoder cache's pins.
 
-    def __init__(
-        self,
-        *,
-        blocks: BlockPool,
-        encoder_cache: EncoderCache,
-        block_size: int,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        max_encoder_tokens: int,
-        embed_bytes: int,
-        prefix_caching: bool = True,
-        root_key: bytes = b"",
-    ) -> None:
-        """``embed_bytes`` is the size of one media embedding; ``root_key`` identifies the model."""
-        self.blocks = blocks
-        self.encoder_cache = encoder_cache
-        self.waiting: list[Sequence] = []
-        """The next one first: by priority, then by arrival."""
-        self.running: list[Sequence] = []
-        """By priority, then by admission: the last one is the first to be pushed out."""
-        self.num_preemptions = 0
-        self.num_restarts = 0
-        self._block_size = block_size
-        self._max_num_seqs = max_num_seqs
-        self._max_num_batched_tokens = max_num_batched_tokens
-        self._max_encoder_tokens = max_encoder_tokens
-        self._embed_bytes = embed_bytes
-        self._prefix_caching = prefix_caching
-        self._root_key = root_key
-        self._in_flight: dict[bytes, int] = {}  # block key -> id of the running sequence computing it
+    Attributes:
+        embed_bytes: size of one media embedding.
+        root_key: identifies the model.
+        waiting: the next one first: by priority, then by arrival.
+        running: by priority, then by admission: the last one is the first to be preempted.
+        num_preemptions: sequences preempted for want of blocks, so far.
+        num_restarts: sequences computed again because their variant changed, so far.
+    """
+
+    blocks: BlockPool
+    encoder_cache: EncoderCache
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_encoder_tokens: int
+    embed_bytes: int
+    prefix_caching: bool = True
+    root_key: bytes = b""
+    waiting: list[Sequence] = field(default_factory=list, init=False)
+    running: list[Sequence] = field(default_factory=list, init=False)
+    num_preemptions: int = field(default=0, init=False)
+    num_restarts: int = field(default=0, init=False)
+    _in_flight: dict[bytes, int] = field(default_factory=dict, init=False)
+    """Block key -> id of the running sequence that computes it."""
 
     # ---- arrival and departure ----------------------------------------------------------------
 
@@ -117,22 +113,16 @@ class Scheduler:
 
     def schedule(self) -> Step:
         """The next step; empty only if nothing is unfinished."""
-        budget = _Budget(self._max_num_batched_tokens, self._max_encoder_tokens)
+        budget = _Budget(self.max_num_batched_tokens, self.max_encoder_tokens)
         chunks, preempted = self._continue_running(budget)
         if not preempted:
             chunks += self._admit_waiting(budget)
-        encode = {
-            item.key: item
-            for chunk in chunks
-            for item in chunk.media()
-            if item.mapped.embeds is None and self.encoder_cache.get(item.key) is None
-        }
-        return Step(chunks=tuple(chunks), encode=tuple(encode.values()))
+        return Step(chunks=tuple(chunks), encode=tuple(budget.encode.values()))
 
     def commit(self, step: Step, sampled: Mapping[int, int]) -> None:
         """Record that a step is done. ``sampled`` maps sequence ids to new tokens.
 
-        Sequences that were removed in the meantime are passed over.
+        Sequences that were removed in the meantime are skipped.
         """
         for chunk in step.chunks:
             sequence = chunk.sequence
@@ -146,8 +136,10 @@ class Scheduler:
             if token is not None:
                 variant = sequence.variant
                 sequence.token_ids.append(token)
-                if sequence.variant != variant:
-                    self._restart(sequence)
+                if sequence.variant != variant:  # none of its keys and values hold any longer
+                    self._send_back(sequence)
+                    sequence.block_keys.clear()
+                    self.num_restarts += 1
 
     # ---- parts of schedule --------------------------------------------------------------------
 
@@ -158,12 +150,14 @@ class Scheduler:
         while index < len(self.running) and budget.tokens > 0:
             sequence = self.running[index]
             length = self._chunk_length(sequence, budget)
-            if length == 0:  # its next picture has to wait for room among the encoder's outputs
+            if length == 0:  # its next picture waits for room in the encoder cache
                 index += 1
                 continue
             while not self._grow(sequence, sequence.num_computed + length):
                 victim = self.running[-1]
-                self._preempt(victim)
+                self._send_back(victim)
+                victim.num_preemptions += 1
+                self.num_preemptions += 1
                 preempted = True
                 if victim is sequence:
                     break
@@ -175,17 +169,17 @@ class Scheduler:
     def _admit_waiting(self, budget: _Budget) -> list[Chunk]:
         chunks: list[Chunk] = []
         for sequence in list(self.waiting):
-            if budget.tokens <= 0 or len(self.running) >= self._max_num_seqs:
+            if budget.tokens <= 0 or len(self.running) >= self.max_num_seqs:
                 break
             cached = self._cached_blocks(sequence)
             if cached is None:
                 continue  # a running sequence is computing its prefix
             self.blocks.take(cached)
             sequence.block_ids = list(cached)
-            sequence.num_computed = len(cached) * self._block_size
+            sequence.num_computed = len(cached) * self.block_size
             length = self._chunk_length(sequence, budget)
-            # Room for all that is known of it, not only for this chunk: admitting a sequence that will
-            # soon push another one out is work for nothing.
+            # Room for all its tokens, not only for this chunk: a sequence that soon preempts another one is
+            # not worth admitting.
             missing = self._blocks_for(sequence.num_tokens) - len(cached)
             fits = missing <= self.blocks.num_free or not self.running
             if length == 0 or not fits or not self._grow(sequence, sequence.num_computed + length):
@@ -195,7 +189,7 @@ class Scheduler:
             insort(self.running, sequence, key=lambda other: other.priority)
             sequence.status = Status.RUNNING
             sequence.num_cached = sequence.num_computed
-            self.blocks.queries += (sequence.num_tokens - 1) // self._block_size
+            self.blocks.queries += (sequence.num_tokens - 1) // self.block_size
             self.blocks.hits += len(cached)
             self._announce(sequence)
             chunks.append(self._chunk(sequence, length, budget))
@@ -207,36 +201,33 @@ class Scheduler:
         for item in chunk.media():
             if self._to_encode(item, budget):
                 budget.encoder -= item.mapped.num_embeds
-                budget.encoding.add(item.key)
+                budget.encode[item.key] = item
         return chunk
 
     def _chunk_length(self, sequence: Sequence, budget: _Budget) -> int:
-        """How many tokens the budgets allow; stops before media whose embeddings cannot be had now."""
+        """How many tokens the budgets allow, up to the first media item that cannot be encoded now."""
         length = min(sequence.num_remaining, budget.tokens)
         encoder = budget.encoder
         for item in Chunk(sequence, sequence.num_computed, length).media():
             if item.mapped.embeds is not None:
                 continue
             cost = item.mapped.num_embeds if self._to_encode(item, budget) else 0
-            affordable = cost <= encoder or (encoder == self._max_encoder_tokens)
+            affordable = cost <= encoder or encoder == self.max_encoder_tokens
             if not affordable or not self.encoder_cache.reserve(
-                item.key, item.mapped.num_embeds * self._embed_bytes, sequence.seq_id
+                item.key, item.mapped.num_embeds * self.embed_bytes, sequence.seq_id
             ):
                 return max(0, item.start - sequence.num_computed)
             encoder -= cost
         return length
 
     def _to_encode(self, item: PlacedMedia, budget: _Budget) -> bool:
-        return (
-            item.mapped.embeds is None
-            and self.encoder_cache.get(item.key) is None
-            and item.key not in budget.encoding
-        )
+        known = item.mapped.embeds is not None or self.encoder_cache.get(item.key) is not None
+        return not known and item.key not in budget.encode
 
     # ---- blocks -------------------------------------------------------------------------------
 
     def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_size)
+        return -(-num_tokens // self.block_size)
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         missing = self._blocks_for(num_tokens) - len(sequence.block_ids)
@@ -250,52 +241,35 @@ class Scheduler:
 
     def _cached_blocks(self, sequence: Sequence) -> list[int] | None:
         """Cached blocks of the sequence's prefix; None if waiting for a running sequence pays."""
-        if not self._prefix_caching or _needs_whole_prompt(sequence):
+        if not self.prefix_caching or _needs_whole_prompt(sequence):
             return []
-        # The last token is always computed: its logits are what the sequence came for.
-        usable = (sequence.num_tokens - 1) // self._block_size
-        keys = extend_block_keys(sequence, self._block_size, self._root_key)[:usable]
+        # The last token is always computed: its logits are needed.
+        usable = (sequence.num_tokens - 1) // self.block_size
+        keys = self._keys(sequence)[:usable]
         found = self.blocks.find(keys)
-        coming = 0
-        for key in keys[len(found) :]:
-            if key not in self._in_flight:
-                break
-            coming += 1
-        if coming * self._block_size >= MIN_SHARED_TOKENS:
-            return None
-        return found
+        num_coming = sum(1 for _ in takewhile(self._in_flight.__contains__, keys[len(found) :]))
+        return found if num_coming * self.block_size < MIN_SHARED_TOKENS else None
+
+    def _keys(self, sequence: Sequence) -> list[bytes]:
+        return extend_block_keys(sequence, self.block_size, self.root_key) if self.prefix_caching else []
 
     def _announce(self, sequence: Sequence) -> None:
-        if self._prefix_caching:
-            first = sequence.num_computed // self._block_size
-            for key in extend_block_keys(sequence, self._block_size, self._root_key)[first:]:
-                self._in_flight.setdefault(key, sequence.seq_id)
+        for key in self._keys(sequence)[sequence.num_computed // self.block_size :]:
+            self._in_flight.setdefault(key, sequence.seq_id)
 
     def _publish_blocks(self, sequence: Sequence, chunk: Chunk) -> None:
-        if not self._prefix_caching:
-            return
-        keys = extend_block_keys(sequence, self._block_size, self._root_key)
-        for index in range(chunk.start // self._block_size, chunk.end // self._block_size):
-            self.blocks.register(sequence.block_ids[index], keys[index])
-            self._withdraw(sequence, keys[index])
+        first, last = chunk.start // self.block_size, chunk.end // self.block_size
+        if first < last:
+            for block, key in zip(sequence.block_ids[first:last], self._keys(sequence)[first:last]):
+                self.blocks.register(block, key)
+                self._withdraw(sequence, key)
 
     def _withdraw(self, sequence: Sequence, key: bytes) -> None:
         if self._in_flight.get(key) == sequence.seq_id:
             del self._in_flight[key]
 
-    def _preempt(self, sequence: Sequence) -> None:
-        """Give back everything; the sequence is computed again, from the prefix cache where it can be."""
-        self._send_back(sequence)
-        sequence.num_preemptions += 1
-        self.num_preemptions += 1
-
-    def _restart(self, sequence: Sequence) -> None:
-        """Compute a sequence again that has outgrown its variant: none of its keys and values hold."""
-        self._send_back(sequence)
-        sequence.block_keys.clear()
-        self.num_restarts += 1
-
     def _send_back(self, sequence: Sequence) -> None:
+        """Give back everything; the sequence is computed again, from the prefix cache where it can be."""
         self.running.remove(sequence)
         self._release(sequence)
         sequence.status = Status.WAITING
@@ -315,7 +289,7 @@ def _turn(sequence: Sequence) -> tuple[int, int]:
 
 
 def _needs_whole_prompt(sequence: Sequence) -> bool:
-    """A cached prefix has keys and values but no hidden states; who asks for those computes it again."""
+    """Whether hidden states are needed of tokens other than the last: the prefix cache has none."""
     if sequence.pooling is not None:
         return sequence.pooling.type != "last"
     return sequence.params.prompt_logprobs is not None and sequence.index == 0

@@ -6,15 +6,13 @@ import enum
 from bisect import bisect_left
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from opsin.api import PlacedMedia, Pooling, Positions, ProcessedPrompt
+import torch
+
+from opsin.api import PlacedMedia, Pooling, ProcessedPrompt
 from opsin.config import SamplingParams
-
-if TYPE_CHECKING:
-    import torch
-
-    from opsin.inputs.grammar import Grammar
+from opsin.inputs.grammar import Grammar
 
 
 class SampledToken(NamedTuple):
@@ -34,7 +32,7 @@ class SampledToken(NamedTuple):
 
 
 class Status(enum.Enum):
-    """Where a sequence stands. There is no prefill or decode status: only tokens not yet computed."""
+    """The state of a sequence. Prefill and decode are one: there are only tokens not yet computed."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -47,22 +45,20 @@ class Sequence:
 
     Attributes:
         seq_id: unique in the engine.
-        request_id: the request it belongs to; index: which of its samples.
-        prompt: the processed prompt.
-        params: sampling settings.
+        request_id: the request it belongs to.
+        index: which of its samples.
         eos_token_ids: ids at which the model ends.
         token_ids: prompt, then output.
         num_computed: leading tokens whose keys and values are in the cache.
         num_cached: how many of them the prefix cache supplied when the sequence was admitted.
         block_ids: the cache blocks holding them, in order.
-        block_keys: prefix-cache keys of the leading full blocks, as far as worked out.
+        block_keys: prefix-cache keys of the leading full blocks, as far as they were needed.
         generator: this sequence's own random source, None for greedy.
-        pooling: how an embedding is made of its hidden states; None: tokens are generated.
+        pooling: how its hidden states become an embedding; None: tokens are generated.
         dimensions: leading dimensions of the embedding to keep; None: all.
         pooled: sum of the hidden states so far, where an embedding is their mean, or the first one.
-        grammar: constrains its tokens, None if nothing does.
-        priority: smaller numbers are computed first.
-        sampler_state: the sampler's incremental token counts.
+        grammar: constraint on its tokens, None if there is none.
+        sampler_state: what the sampler has prepared for it.
     """
 
     seq_id: int
@@ -83,7 +79,6 @@ class Sequence:
     dimensions: int | None = None
     pooled: torch.Tensor | None = None
     grammar: Grammar | None = None
-    priority: int = 0
     sampler_state: Any = None
 
     def __post_init__(self) -> None:
@@ -116,14 +111,14 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt
 
     @property
+    def priority(self) -> int:
+        """Smaller numbers are computed first."""
+        return self.params.priority
+
+    @property
     def media(self) -> SequenceOf[PlacedMedia]:
         """Media of the prompt, in order of their start."""
         return self.prompt.media
-
-    @property
-    def positions(self) -> Positions | None:
-        """Rotary positions of the prompt."""
-        return self.prompt.positions
 
     @property
     def variant(self) -> int:

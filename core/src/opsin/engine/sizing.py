@@ -1,8 +1,8 @@
-"""What was asked for, made definite against device and checkpoint: dtype, blocks of KV cache, context."""
+"""The sizes of a running engine, from settings, device and checkpoint: dtype, KV blocks, context."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from opsin.api import Capabilities
 from opsin.config import EngineConfig
@@ -11,9 +11,8 @@ from opsin.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Resolved:
-    """What was asked for, made definite against device and checkpoint. See `resolve`."""
+    """What `resolve` has settled."""
 
-    config: EngineConfig
     dtype: str
     block_size: int
     num_blocks: int
@@ -22,11 +21,11 @@ class Resolved:
 
 
 KV_SHARE = 0.3
-"""Share of free device memory taken for the KV cache by default: weights are already loaded when it is
-measured, the rest stays for activations, caches and everything else on a shared host."""
+"""Share of free device memory taken for the KV cache by default. Weights are loaded before it is measured;
+the rest stays for activations, caches and everything else on a shared host."""
 
 KV_DEFAULT_CEILING = 4 * 2**30
-"""Without ``kv_cache_memory`` a host is not asked for more than this."""
+"""Most bytes taken of a host without ``kv_cache_memory``."""
 
 
 def resolve_dtype(requested: str, checkpoint: str, capabilities: Capabilities) -> str:
@@ -69,19 +68,19 @@ def resolve(
     asked = config.max_model_len
     if asked is not None and asked > model_max_len:
         raise ConfigError(
-            f"max_model_len={asked} is more than the {model_max_len} tokens this model was made for; "
+            f"max_model_len={asked} is greater than the {model_max_len} tokens this model was made for; "
             f"pass at most {model_max_len}"
         )
     wanted_len = asked or model_max_len
     size = capabilities.kv_block_size
     budget = config.kv_cache_memory
     if budget is None:
-        share = capabilities.kv_memory_share
-        budget = (
-            min(int(free_bytes * KV_SHARE), KV_DEFAULT_CEILING) if share is None else int(free_bytes * share)
-        )
-        # More than every sequence at full length can never be used.
-        budget = min(budget, (config.max_num_seqs * (wanted_len + size)) * kv_bytes_per_token)
+        if capabilities.kv_memory_share is None:
+            budget = min(int(free_bytes * KV_SHARE), KV_DEFAULT_CEILING)
+        else:
+            budget = int(free_bytes * capabilities.kv_memory_share)
+        # More than all sequences at full length can never be used.
+        budget = min(budget, config.max_num_seqs * (wanted_len + size) * kv_bytes_per_token)
     num_blocks = budget // (kv_bytes_per_token * size)
     if num_blocks < 1:
         raise ConfigError(
@@ -95,18 +94,16 @@ def resolve(
     if asked is not None and max_len < asked:
         raise ConfigError(
             f"max_model_len={asked} needs {asked * kv_bytes_per_token} bytes of KV cache, "
-            f"{budget} are given; pass max_model_len={max_len} or a larger kv_cache_memory"
+            f"there are {budget}; pass max_model_len={max_len} or a larger kv_cache_memory"
         )
-    explanation = (
-        f"KV cache: {num_blocks} blocks x {size} tokens x {kv_bytes_per_token} B = "
-        f"{num_blocks * size * kv_bytes_per_token / 2**20:.0f} MiB = {capacity} tokens; "
-        f"context {max_len} tokens, {capacity / max_len:.1f} full-length sequences at once"
-    )
     return Resolved(
-        config=replace(config),
         dtype=dtype,
         block_size=size,
         num_blocks=num_blocks,
         max_model_len=max_len,
-        explanation=explanation,
+        explanation=(
+            f"KV cache: {num_blocks} blocks x {size} tokens x {kv_bytes_per_token} B = "
+            f"{capacity * kv_bytes_per_token / 2**20:.0f} MiB = {capacity} tokens; "
+            f"context {max_len} tokens, {capacity / max_len:.1f} full-length sequences at once"
+        ),
     )

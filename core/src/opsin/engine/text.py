@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from opsin.api import Tokenizer
 
 REPLACEMENT = "\ufffd"
-"""What a tokenizer decodes bytes to that are not UTF-8: also what half a character looks like."""
+"""What tokenizers decode bytes to that are not UTF-8, half a character among them."""
 
 MAX_HALF = 3
-"""Most replacement characters that half a character can look like: a UTF-8 character has up to 4 bytes."""
+"""Most replacement characters that half a character decodes to: a UTF-8 character has up to 4 bytes."""
 
 
 class Detokenizer:
     """Turns token ids into text piece by piece, in constant time per token.
 
-    Each token is decoded behind a few earlier ones, because tokenizers decode the first token of a text
-    differently (sentencepiece drops its leading space). Pieces put together equal the text decoded at
-    once; docs/decisions/0031-detokenisation.md names the one case where they cannot.
+    Each token is decoded after a few earlier ones, because tokenizers decode the first token of a text
+    differently (sentencepiece drops its leading space). The joined pieces equal the text decoded at once;
+    docs/decisions/0031-detokenisation.md names the one case where they cannot.
 
     Args:
         tokenizer: with ``clean_up_tokenization_spaces`` off.
@@ -27,13 +27,14 @@ class Detokenizer:
     """
 
     WINDOW = 4
-    """Tokens of context kept; twice as many are let grow before they are cut back."""
+    """Tokens of context kept; it grows to twice as many before it is cut back."""
 
     MAX_HELD = 16
-    """Tokens held back at most while no complete character comes (only garbage does that)."""
+    """Most tokens held back while no complete character comes (only garbage does that)."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], skip_special_tokens: bool) -> None:
-        self._decoder = getattr(tokenizer, "backend_tokenizer", tokenizer)  # transformers' wrapper costs 5x
+        # transformers' wrapper takes 5 times as long.
+        self._decoder: Tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
         self._skip = skip_special_tokens
         self._context: list[int] = []
         self._context_text = ""
@@ -51,7 +52,7 @@ class Detokenizer:
             piece = text[self._shown :]
             self._settle(text)
             return piece
-        # The last few replacement characters may be half a character; what is before them is final.
+        # The last few replacement characters may be half a character; what precedes them is final.
         stable = max(len(text.rstrip(REPLACEMENT)), len(text) - MAX_HALF)
         piece = text[self._shown : stable]
         self._text, self._shown = text, max(self._shown, stable)
@@ -60,26 +61,22 @@ class Detokenizer:
         return piece
 
     def flush(self) -> str:
-        """What is still held back: half a character comes out as U+FFFD. Call it once, at the end."""
+        """The text still held back, with half a character as U+FFFD. Call it once, at the end."""
         piece = self._text[self._shown :]
         self._held, self._text, self._shown = [], "", 0
         return piece
 
     def token_text(self, token_id: int) -> str:
         """Text of one token as it reads after other text; special tokens included."""
-        alone: str = self._decoder.decode([token_id], skip_special_tokens=False)
-        if not self._context:
-            return alone
-        context: str = self._decoder.decode(self._context, skip_special_tokens=False)
-        both: str = self._decoder.decode([*self._context, token_id], skip_special_tokens=False)
+        context = self._decoder.decode(self._context, skip_special_tokens=False)
+        both = self._decoder.decode([*self._context, token_id], skip_special_tokens=False)
         return both[len(context) :]
 
     def _decode(self, ids: list[int]) -> str:
-        text: str = self._decoder.decode(ids, skip_special_tokens=self._skip)
-        return text
+        return self._decoder.decode(ids, skip_special_tokens=self._skip)
 
     def _decode_held(self) -> str:
-        """Text of the held tokens behind the context."""
+        """Text of the held tokens after the context."""
         text = self._decode(self._context + self._held)
         if text.startswith(self._context_text):
             return text[len(self._context_text) :]
@@ -100,7 +97,7 @@ class Detokenizer:
                     return
 
     def _settle(self, text: str) -> None:
-        """All held tokens are final: go on behind them."""
+        """All held tokens are final: go on after them."""
         if len(self._held) == 1 or not self._context:
             self._context += self._held
             self._context_text += text
@@ -113,7 +110,7 @@ class Detokenizer:
         self._held, self._text, self._shown = [], "", 0
 
     def _drop_oldest_held(self) -> None:
-        """Keep garbage from growing; what was not shown yet stays."""
+        """Limit garbage; what was not shown yet stays."""
         unshown = len(self._text) - self._shown
         self._held = self._held[-(self.MAX_HELD - self.WINDOW) :]
         self._text = self._decode_held()
@@ -126,7 +123,7 @@ class StopStrings:
     def __init__(self, strings: Sequence[str]) -> None:
         self._strings = tuple(strings)
         self._prefixes = {string[:size] for string in strings for size in range(1, len(string))}
-        self._longest = max((len(prefix) for prefix in self._prefixes), default=0)
+        self._longest = max(map(len, self._prefixes), default=0)
 
     def find(self, text: str, num_old: int) -> tuple[int, str] | None:
         """The first stop string to be complete, if it ends after the ``num_old`` characters already searched.

@@ -1,4 +1,4 @@
-"""`ByteLRU`: a least-recently-used map under a byte budget. Holds mapped media, shared by threads."""
+"""A least-recently-used map under a byte budget, for mapped media."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ V = TypeVar("V")
 
 
 class ByteLRU(Generic[V]):
-    """A map that forgets what was unused longest once its values exceed ``max_bytes``. Thread-safe.
+    """A map that forgets the least recently used values once all exceed ``max_bytes``. Thread-safe.
 
     Attributes:
         max_bytes: the budget.
-        queries, hits: how often `get` was called, and found something.
+        num_bytes: bytes held now.
+        queries: calls of `get`.
+        hits: those that found something.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-        self.queries = 0
-        self.hits = 0
+        self.num_bytes = self.queries = self.hits = 0
         self._entries: OrderedDict[str, tuple[V, int]] = OrderedDict()
-        self._num_bytes = 0
         self._lock = threading.Lock()
 
     def get(self, key: str) -> V | None:
@@ -37,26 +37,17 @@ class ByteLRU(Generic[V]):
             return entry[0]
 
     def put(self, key: str, value: V, num_bytes: int) -> bool:
-        """Store a value that counts for ``num_bytes``, forgetting others, oldest first, to make room.
-
-        Returns:
-            Whether it was stored. What is larger than the whole budget is not, and nothing is forgotten.
-        """
+        """Store a value, forgetting others as needed; False if it exceeds the budget by itself."""
         if num_bytes > self.max_bytes:
             return False
         with self._lock:
             _, replaced = self._entries.pop(key, (None, 0))
-            self._num_bytes += num_bytes - replaced
-            while self._num_bytes > self.max_bytes:
+            self.num_bytes += num_bytes - replaced
+            while self.num_bytes > self.max_bytes:
                 _, (_, freed) = self._entries.popitem(last=False)
-                self._num_bytes -= freed
+                self.num_bytes -= freed
             self._entries[key] = value, num_bytes
             return True
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes held now; never more than ``max_bytes``."""
-        return self._num_bytes
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -6,7 +6,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from opsin.api import Modality, Placeholder, ToolFormat
 from opsin.checkpoint.tokenizer import ChatTokenizer
 from opsin.config import MediaLimits
 from opsin.errors import ConfigError, MediaError, RequestError
-from opsin.inputs.conversation import Conversation, MediaPart, Message, Part, check_limits
+from opsin.inputs.conversation import Conversation, MediaPart, Message, Part, check_limits, names_function
 from opsin.inputs.media import errors_at, media_item
 from opsin.inputs.placeholders import is_numbered, text_pattern
 from opsin.inputs.prompt import Prompt
-from opsin.inputs.template import ChatTemplate, ContentFormat
+from opsin.inputs.template import ChatTemplate
 
 Tool = Mapping[str, Any]
 """A tool as in OpenAI's API: ``{"type": "function", "function": {"name": ..., "parameters": schema}}``."""
@@ -53,8 +53,7 @@ class ChatOptions:
                 "one; set only one of them"
             )
         for tool in self.tools or ():
-            function = tool.get("function") if isinstance(tool, Mapping) else None
-            if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            if not names_function(tool):
                 raise RequestError(
                     f'tools: got {tool!r:.80}; expected {{"type": "function", "function": {{"name": ...}}}}'
                 )
@@ -66,79 +65,56 @@ class ChatOptions:
         return not self.continue_final_message if begin is None else begin
 
 
+@dataclass(kw_only=True, eq=False)
 class ChatRenderer:
     """Renders conversations for one model. Thread-safe.
 
-    Users write no placeholders. With an ``openai`` template the template writes them; with a ``string``
-    template they are written here, where the media stand among the text. A placeholder that the user did
-    write is kept and not doubled; items are numbered across all messages.
+    Users write no placeholders. An ``openai`` template writes them; for a ``string`` template they are
+    written here, in place of the media parts. A placeholder that the user did write is kept and not doubled.
+    Items are numbered across all messages.
+
+    Attributes:
+        tokenizer: renders templates that come with a request.
+        template: the model's; None: a chat without one of its own is refused.
+        placeholders: placeholder of each modality that the model takes.
+        tool_format: form of tool calls; None: tools need a template that knows them.
+        limits: most items of each modality.
+        media_limits: caps on the size of one item.
+        local_files: whether parts may name files of this machine. Only for trusted callers.
     """
 
-    def __init__(
-        self,
-        *,
-        tokenizer: ChatTokenizer,
-        chat_template: str | None,
-        placeholders: Mapping[Modality, Placeholder],
-        content_format: ContentFormat | None = None,
-        tool_format: ToolFormat | None = None,
-        limits: Mapping[Modality, int] | None = None,
-        media_limits: MediaLimits | None = None,
-        local_files: bool = False,
-    ) -> None:
-        """Set up for one model.
-
-        Args:
-            tokenizer: renders the template.
-            chat_template: Jinja text, see `opsin.inputs.template.resolve_chat_template`; None: every chat is
-                refused with a message that says what to pass.
-            placeholders: of the model, by modality.
-            content_format: what the template wants as content; None: found out from the template.
-            tool_format: of the model; None: tools are refused.
-            limits: most items of each modality, checked before anything is decoded.
-            media_limits: caps on the size of one item.
-            local_files: whether parts may name files of this machine. Only for trusted callers.
-
-        Raises:
-            ConfigError: the template is not valid Jinja.
-        """
-        self._tokenizer = tokenizer
-        self._template = chat_template and ChatTemplate(chat_template, tokenizer, content_format)
-        self._placeholders = placeholders
-        self._tool_format = tool_format
-        self._limits = limits or {}
-        self._media_limits = media_limits or MediaLimits()
-        self._local_files = local_files
-
-    @property
-    def chat_template(self) -> str | None:
-        """The Jinja text in use, None if there is none."""
-        return self._template.source if self._template else None
+    tokenizer: ChatTokenizer
+    template: ChatTemplate | None
+    placeholders: Mapping[Modality, Placeholder]
+    tool_format: ToolFormat | None = None
+    limits: Mapping[Modality, int] = field(default_factory=dict)
+    media_limits: MediaLimits = field(default_factory=MediaLimits)
+    local_files: bool = False
 
     def check(self, conversation: Conversation) -> None:
         """Refuse media that the model does not take, before anything is fetched or decoded.
 
         Raises:
-            RequestError: of a modality it does not have.
-            MediaError: more items than allowed.
+            RequestError: the model does not take a modality.
+            MediaError: there are more items than allowed.
         """
         for part in conversation.media:
-            if part.modality not in self._placeholders:
-                takes = ", ".join(sorted(self._placeholders)) or "text only"
+            if part.modality not in self.placeholders:
+                takes = ", ".join(sorted(self.placeholders)) or "text only"
                 raise RequestError(
                     f"{part.where}: this model does not take {part.modality} (it takes {takes})"
                 )
-        check_limits(conversation.counts, self._limits)
+        check_limits(conversation.counts, self.limits)
 
     def render(self, conversation: Conversation, options: ChatOptions) -> Prompt:
-        """A conversation that `check` let through -> its prompt, media decoded.
+        """A conversation that has passed `check` -> its prompt, media decoded.
 
         Raises:
-            RequestError: the template refuses the messages, or a placeholder stands where it cannot.
+            RequestError: the template refuses the messages, or placeholders in the text do not fit the media.
             MediaError: a media part cannot be used.
         """
-        template = self._template if options.chat_template is None else self._own(options.chat_template)
-        if not template:
+        template = self.template if options.chat_template is None else self._own(options.chat_template)
+        if template is None:
             raise RequestError(
                 "this model has no chat template; pass chat_template (opsin serve: --chat-template), "
                 "or use a plain prompt instead of messages"
@@ -154,30 +130,26 @@ class ChatRenderer:
         items: dict[Modality, list[Any]] = defaultdict(list)
         for part in conversation.media:
             items[part.modality].append(self._load(part))
-        return Prompt(
-            text=text,
-            media=items,
-            options=options.mm_processor_kwargs or {},
-            salt=options.cache_salt or "",
-        )
+        salt = options.cache_salt or ""
+        return Prompt(text=text, media=items, options=options.mm_processor_kwargs or {}, salt=salt)
 
     def _own(self, source: str) -> ChatTemplate:
         try:
-            return ChatTemplate(source, self._tokenizer)
+            return ChatTemplate(source, self.tokenizer)
         except ConfigError as error:
             raise RequestError(str(error)) from None
 
     def _load(self, part: MediaPart) -> Any:
         """A `MediaItem`, or the embeddings as they were given: only the model's mapper knows their layout."""
         if part.is_embeds:
-            # Further on, text or bytes would be taken for a file's name or content.
+            # The processor would take text or bytes for a file's name or content.
             if isinstance(part.value, (str, bytes, bytearray, Path)):
                 raise MediaError(
                     f"{part.where}: got embeddings as a {type(part.value).__name__}; expected tensors"
                 )
             return part.value
         with errors_at(part.where):
-            return media_item(part.modality, part.value, self._media_limits, local_files=self._local_files)
+            return media_item(part.modality, part.value, self.media_limits, local_files=self.local_files)
 
     # ---- tools --------------------------------------------------------------------------------
 
@@ -186,15 +158,15 @@ class ChatRenderer:
     ) -> tuple[Sequence[Message], Sequence[Tool] | None]:
         """Messages and tools as the template takes them.
 
-        A template that knows of tools gets them. Into the messages of one that does not, tools, calls and
-        results are written in the family's form.
+        A template that knows of tools gets them. For one that does not, tools, calls and results become text
+        of the messages, in the family's form.
         """
         used = any(message.role == "tool" or message.fields.get("tool_calls") for message in messages)
         if not tools and not used:
             return messages, None
         if "tool" in template.source:
             return [_with_parsed_arguments(message) for message in messages], tools or None
-        form = self._tool_format
+        form = self.tool_format
         if form is None or not form.fits(template.source):
             raise RequestError(
                 "this model's chat template has no tools; pass one that has (chat_template), or leave out "
@@ -218,8 +190,8 @@ class ChatRenderer:
                 done[part.modality] += 1
                 number = done[part.modality]
                 if (part.modality, number) not in written:
-                    as_text = template.traits.format == "string"
-                    parts.append(self._placeholders[part.modality].text(number) if as_text else part)
+                    as_text = template.format == "string"
+                    parts.append(self.placeholders[part.modality].text(number) if as_text else part)
             prepared.append({**message.fields, **_content(message, parts, template)})
         return prepared
 
@@ -227,15 +199,14 @@ class ChatRenderer:
         """Items of a message whose placeholder the user wrote into its text.
 
         Raises:
-            RequestError: the text has some but not all of a message's placeholders, or others: it would be
-                a guess which item stands where.
+            RequestError: the placeholders in the text do not say which item stands where.
         """
         written: set[tuple[Modality, int]] = set()
-        for modality, placeholder in self._placeholders.items():
+        for modality, placeholder in self.placeholders.items():
             found = re.findall(text_pattern(placeholder), message.text)
             if not found:
                 continue
-            count = sum(isinstance(part, MediaPart) and part.modality == modality for part in message.parts)
+            count = sum(part.modality == modality for part in message.media)
             numbers = range(done.get(modality, 0) + 1, done.get(modality, 0) + count + 1)
             own = {placeholder.text(number): number for number in numbers}
             if is_numbered(placeholder):
@@ -256,9 +227,9 @@ def _content(message: Message, parts: Sequence[Part], template: ChatTemplate) ->
     if not message.parts:
         return {}
     texts = [part for part in parts if isinstance(part, str)]
-    if template.traits.format == "string":
+    if template.format == "string":
         return {"content": "\n".join(texts)}
-    if template.traits.takes_strings and len(texts) == len(parts) == 1:
+    if template.takes_strings and len(texts) == len(parts) == 1:
         return {"content": texts[0]}
     return {
         "content": [
@@ -269,7 +240,7 @@ def _content(message: Message, parts: Sequence[Part], template: ChatTemplate) ->
 
 
 def _with_parsed_arguments(message: Message) -> Message:
-    """Templates write arguments with ``tojson``: as text they would be quoted twice."""
+    """Parse arguments given as text, which a template's ``tojson`` would quote again."""
     if not message.fields.get("tool_calls"):
         return message
     calls = [
@@ -318,7 +289,7 @@ def _written_out(messages: Sequence[Message], tools: Sequence[Tool], form: ToolF
 
 
 def _with_parts(message: Message, *parts: Part) -> Message:
-    """The message with these parts, neighbouring texts as one: between two, a line break would be written."""
+    """The message with these parts. Neighbouring texts are joined, so that no line break parts them."""
     joined: list[Part] = []
     for part in parts:
         if isinstance(part, str) and joined and isinstance(joined[-1], str):

@@ -1,18 +1,4 @@
-"""A conversation, parsed once: messages of text and media parts.
-
-==================  ======================================================================================
-``type``            its value, under the key of the same name unless said otherwise
-==================  ======================================================================================
-text, input_text    ``text``: a string
-image_url           ``{"url": ...}``: a ``data:`` or http(s) URL
-input_image         ``image_url``: the URL as a string
-image, image_pil    whatever `opsin.inputs.media.image_item` takes
-video_url           ``{"url": ...}`` of a video file
-video               frames, or whatever else `opsin.inputs.media.video_item` takes
-image_embeds,       ready-made embeddings of one item, in the layout of the model family
-video_embeds
-==================  ======================================================================================
-"""
+"""A conversation, parsed once: messages of text and media parts."""
 
 from __future__ import annotations
 
@@ -20,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from opsin.api import Modality
 from opsin.errors import MediaError, RequestError, require_known
@@ -33,9 +19,9 @@ class PartType:
     """How one type of content part is written.
 
     Attributes:
-        key: where its value stands.
-        modality: of the item; None for text.
-        form: of the value: a string, ``{"url": string}``, or any object.
+        key: key of its value.
+        modality: modality of the item; None for text.
+        form: form of the value: a string, ``{"url": string}``, or any object.
         is_embeds: whether the value is ready-made embeddings.
     """
 
@@ -57,6 +43,8 @@ PART_TYPES: Mapping[str, PartType] = {
     "image_embeds": PartType("image_embeds", "image", "object", is_embeds=True),
     "video_embeds": PartType("video_embeds", "video", "object", is_embeds=True),
 }
+"""A URL is a ``data:`` or http(s) URL; a picture or video as an object is whatever
+`opsin.inputs.media.media_item` takes; embeddings are those of one item, in the layout of the model family."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +52,9 @@ class MediaPart:
     """A media part, not decoded yet.
 
     Attributes:
-        where: its place, for error messages, e.g. ``messages[0].content[1]``.
-        modality: of the item.
-        value: what the user gave.
+        where: place of the part, for error messages, e.g. ``messages[0].content[1]``.
+        modality: modality of the item.
+        value: value as the user gave it.
         is_embeds: whether the value is ready-made embeddings.
     """
 
@@ -84,22 +72,26 @@ class Message:
     """One message.
 
     Attributes:
-        fields: all that is not content and not None, the role among them.
-        parts: of the content; none where it is absent.
+        fields: all fields but the content and those that are None.
+        parts: parts of the content; none where it is absent.
     """
 
     fields: Mapping[str, Any]
     parts: tuple[Part, ...]
 
     @property
+    def media(self) -> list[MediaPart]:
+        """The media parts, in order."""
+        return [part for part in self.parts if isinstance(part, MediaPart)]
+
+    @property
     def role(self) -> Role:
         """Who speaks."""
-        role: Role = self.fields["role"]
-        return role
+        return cast(Role, self.fields["role"])
 
     @property
     def text(self) -> str:
-        """The text parts, a line break between them."""
+        """The text parts, joined by line breaks."""
         return "\n".join(part for part in self.parts if isinstance(part, str))
 
 
@@ -111,7 +103,7 @@ class Conversation:
 
     @classmethod
     def parse(cls, messages: Any) -> Conversation:
-        """OpenAI-style messages: ``{"role": ..., "content": text or list of parts}``; see the table above.
+        """OpenAI-style messages: ``{"role": ..., "content": text or list of parts}``; see `PART_TYPES`.
 
         Raises:
             RequestError: a message or a part is malformed; the error names it.
@@ -125,7 +117,7 @@ class Conversation:
     @property
     def media(self) -> list[MediaPart]:
         """All media parts, in order."""
-        return [part for message in self.messages for part in message.parts if isinstance(part, MediaPart)]
+        return [part for message in self.messages for part in message.media]
 
     @cached_property
     def counts(self) -> Mapping[Modality, int]:
@@ -134,26 +126,20 @@ class Conversation:
 
     def with_values(self, values: Sequence[Any]) -> Conversation:
         """The same conversation with other values in its media parts, in their order."""
-        following = iter(values)
-        return Conversation(
-            tuple(
-                replace(
-                    message,
-                    parts=tuple(
-                        replace(part, value=next(following)) if isinstance(part, MediaPart) else part
-                        for part in message.parts
-                    ),
-                )
-                for message in self.messages
+        following, messages = iter(values), []
+        for message in self.messages:
+            parts = (
+                replace(p, value=next(following)) if isinstance(p, MediaPart) else p for p in message.parts
             )
-        )
+            messages.append(replace(message, parts=tuple(parts)))
+        return Conversation(tuple(messages))
 
 
 def check_limits(counts: Mapping[Modality, int], limits: Mapping[Modality, int]) -> None:
-    """Refuse a request with more items than allowed.
+    """Refuse more items than allowed.
 
     Raises:
-        MediaError: it has; the message names the setting.
+        MediaError: there are more; the message names the setting.
     """
     for modality, count in counts.items():
         limit = limits.get(modality)
@@ -163,6 +149,12 @@ def check_limits(counts: Mapping[Modality, int], limits: Mapping[Modality, int])
                 f"of earlier messages included; limit_mm_per_prompt={{{modality!r}: {count}}} would allow it "
                 f"(opsin serve: --limit-mm-per-prompt {modality}={count})"
             )
+
+
+def names_function(value: Any) -> bool:
+    """Whether a tool or a tool call has the form ``{"function": {"name": ...}}``."""
+    function = value.get("function") if isinstance(value, Mapping) else None
+    return isinstance(function, Mapping) and isinstance(function.get("name"), str)
 
 
 def _message(where: str, message: Any) -> Message:
@@ -175,8 +167,7 @@ def _message(where: str, message: Any) -> Message:
         raise RequestError(f"{where} has no content; expected text or a list of parts")
     fields = {key: value for key, value in message.items() if key != "content" and value is not None}
     for number, call in enumerate(fields.get("tool_calls", ())):
-        function = call.get("function") if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        if not names_function(call):
             raise RequestError(
                 f'{where}.tool_calls[{number}]: expected {{"function": {{"name": ..., "arguments": ...}}}}'
             )

@@ -12,11 +12,11 @@ from opsin.errors import MediaError
 def decode_data_url(url: str, max_bytes: int) -> bytes:
     """The content of ``data:[<type>][;<parameter>=<value>]*[;base64],<data>``.
 
-    Type and parameters are not trusted and not read: the content says what it is. Base64 may be in the
-    URL-safe alphabet, percent-encoded, unpadded, and broken over lines.
+    Type and parameters are ignored: the content says what it is. Base64 may be in the URL-safe alphabet,
+    percent-encoded, unpadded, and broken over lines.
 
     Raises:
-        MediaError: the URL has no comma, no valid base64, or more than ``max_bytes`` of content.
+        MediaError: the URL has no comma, its base64 is not valid, or its content exceeds ``max_bytes``.
     """
     header, comma, body = url.partition(",")
     if not comma:
@@ -34,10 +34,6 @@ def decode_data_url(url: str, max_bytes: int) -> bytes:
 
 
 def check_num_bytes(num_bytes: int, max_bytes: int) -> None:
-    """Refuse encoded media over the limit.
-
-    Raises:
-        MediaError: there are more than ``max_bytes``.
-    """
+    """Raise a `MediaError` for encoded media over the limit."""
     if num_bytes > max_bytes:
         raise MediaError(f"the file has {num_bytes} bytes; at most {max_bytes} are accepted")

@@ -1,4 +1,4 @@
-"""Prompts being prepared in a small thread pool, in order and only so many ahead."""
+"""Prompts prepared in a small thread pool, in order, a bounded number ahead."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from opsin.api import ProcessedPrompt
 
 
 class Feed:
-    """Decoding, mapping and hashing overlap with the engine's steps, and a thousand pictures are not all
-    in memory at once.
+    """Lets decoding, mapping and hashing overlap with the engine's steps, and bounds the pictures in memory.
 
     Args:
-        jobs: each prepares one prompt.
-        num_threads: of the pool.
-        ahead: how many are prepared before they are taken.
+        jobs: functions that prepare one prompt each.
+        num_threads: size of the pool.
+        ahead: most prompts prepared before they are taken.
     """
 
     def __init__(
@@ -29,7 +28,7 @@ class Feed:
             self._submit()
 
     def __bool__(self) -> bool:
-        """Whether there are more."""
+        """Whether any prompt is left to take."""
         return bool(self._coming)
 
     def take(self, timeout_s: float | None) -> tuple[int, Future[ProcessedPrompt]] | None:

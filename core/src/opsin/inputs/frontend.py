@@ -1,4 +1,4 @@
-"""What stands between a user's words and the engine, built for one checkpoint."""
+"""What is between a user's words and the engine, for one checkpoint."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from opsin.api import InputContext, ModelSpec, ProcessedPrompt, Tokenizer, ToolFormat
+from opsin.api import InputContext, ModelSpec, ProcessedPrompt, ToolFormat
 from opsin.api.hermes import HermesTools
 from opsin.checkpoint.files import Checkpoint, settings_explained
 from opsin.checkpoint.hub import locate
 from opsin.checkpoint.tokenizer import ChatTokenizer, load_tokenizer
 from opsin.config import EngineConfig
 from opsin.errors import CheckpointError
+from opsin.inputs.cache import ByteLRU
 from opsin.inputs.chat import ChatOptions, ChatRenderer
 from opsin.inputs.conversation import Conversation
 from opsin.inputs.grammar import GrammarCompiler
 from opsin.inputs.processor import PromptProcessor
-from opsin.inputs.template import resolve_chat_template
+from opsin.inputs.template import ChatTemplate, resolve_chat_template
 from opsin.plugins import Plugins
 
 
 @dataclass(frozen=True, kw_only=True)
 class Frontend:
-    """The parts, all of them usable from any thread.
+    """The parts, all of them thread-safe.
 
     Attributes:
         tokenizer: the checkpoint's, or the one asked for.
@@ -54,12 +55,7 @@ class Frontend:
     def chat(
         self, conversation: Conversation, options: ChatOptions, *, min_new_tokens: int = 1
     ) -> ProcessedPrompt:
-        """Render and process a conversation.
-
-        Args:
-            conversation: from `conversation`.
-            options: how it becomes a prompt.
-            min_new_tokens: room the context must leave; 0 for an embedding request.
+        """Render and process a conversation; ``min_new_tokens`` as for `PromptProcessor.process`.
 
         Raises:
             RequestError: it cannot be used.
@@ -84,8 +80,9 @@ def build_frontend(
         CheckpointError: the family cannot follow the checkpoint's settings, or its tokenizer is unreadable.
         ConfigError: a limit or an option is unknown to the family.
     """
-    tokenizer = load_tokenizer(locate(config.tokenizer) if config.tokenizer else checkpoint.path)
     architecture = checkpoint.architecture
+    mapper_specs, placeholder_specs = plugins.input_mappers(architecture), plugins.placeholders(architecture)
+    tokenizer = load_tokenizer(locate(config.tokenizer) if config.tokenizer else checkpoint.path)
     context = InputContext(
         config=checkpoint.config,
         preprocessor=checkpoint.preprocessor,
@@ -94,33 +91,30 @@ def build_frontend(
         video_preprocessor=checkpoint.video_preprocessor,
         read_json=checkpoint.read_json,
     )
-    mappers = _built(plugins.input_mappers(architecture), context, checkpoint)
-    placeholders = _built(plugins.placeholders(architecture), context, checkpoint)
+    mappers = _built(mapper_specs, context, checkpoint)
+    placeholders = _built(placeholder_specs, context, checkpoint)
     processor = PromptProcessor(
         model_spec=spec,
         mappers=mappers,
         placeholders=placeholders,
         tokenizer=tokenizer,
         config=checkpoint.config,
-        limits=config.limit_mm_per_prompt,
-        options=config.mm_processor_kwargs,
         max_model_len=max_model_len,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
+        limits=config.limit_mm_per_prompt or {},
+        options=config.mm_processor_kwargs,
         media_limits=config,
-        media_cache_bytes=config.media_cache_memory,
+        mapped_media=ByteLRU(config.media_cache_memory),
     )
-    content_format = config.chat_template_content_format
-    tool_format = _tool_format(config, checkpoint, spec)
+    if config.tool_call_parser == "hermes":
+        tool_format: ToolFormat | None = HermesTools()
+    else:
+        tool_format = spec.tool_format and spec.tool_format(checkpoint.config)
     renderer = ChatRenderer(
         tokenizer=tokenizer,
-        chat_template=resolve_chat_template(
-            None if config.chat_template in checkpoint.chat_templates else config.chat_template,
-            own=checkpoint.chat_templates.get(config.chat_template or "default"),
-            default=_default_chat_template(spec, checkpoint, chosen=config.chat_template is not None),
-        ),
+        template=_chat_template(config, checkpoint, spec, tokenizer),
         placeholders=placeholders,
-        content_format=None if content_format == "auto" else content_format,
         tool_format=tool_format,
         limits=processor.limits,
         media_limits=config,
@@ -148,34 +142,35 @@ def _built(specs: Mapping[str, Any], context: InputContext, checkpoint: Checkpoi
     return built
 
 
-def _tool_format(config: EngineConfig, checkpoint: Checkpoint, spec: ModelSpec) -> ToolFormat | None:
-    if config.tool_call_parser == "hermes":
-        return HermesTools()
-    return spec.tool_format and spec.tool_format(checkpoint.config)
-
-
-def _default_chat_template(spec: ModelSpec, checkpoint: Checkpoint, *, chosen: bool) -> str | None:
-    template = spec.default_chat_template
-    if checkpoint.chat_templates and checkpoint.chat_template is None and not chosen:
+def _chat_template(
+    config: EngineConfig, checkpoint: Checkpoint, spec: ModelSpec, tokenizer: ChatTokenizer
+) -> ChatTemplate | None:
+    default = spec.default_chat_template
+    if callable(default):
+        with settings_explained(checkpoint.path, default):
+            default = default(checkpoint.config)
+    given, named = config.chat_template, checkpoint.chat_templates
+    if named and given is None and "default" not in named:
         raise CheckpointError(
-            f"{checkpoint.path} has chat templates named {', '.join(checkpoint.chat_templates)}, and none "
-            "named default; pass the name of one as chat_template"
+            f"{checkpoint.path} has chat templates named {', '.join(named)}, and none named default; pass "
+            "the name of one as chat_template"
         )
-    if not callable(template):
-        return template
-    with settings_explained(checkpoint.path, template):
-        return template(checkpoint.config)
+    own = named.get(given or "default")
+    source = resolve_chat_template(None if given in named else given, own=own, default=default)
+    if source is None:
+        return None
+    if config.chat_template_content_format != "auto":
+        return ChatTemplate(source, tokenizer, config.chat_template_content_format)
+    return ChatTemplate(source, tokenizer, spec.content_format if source is default else None)
 
 
-def _eos_token_ids(checkpoint: Checkpoint, spec: ModelSpec, tokenizer: Tokenizer) -> frozenset[int]:
-    """Ids that end a text: the checkpoint's, its tokenizer's, and the family's that the tokenizer has."""
-    ids = {*checkpoint.eos_token_ids}
+def _eos_token_ids(checkpoint: Checkpoint, spec: ModelSpec, tokenizer: ChatTokenizer) -> frozenset[int]:
+    """Ids that end a text: the checkpoint's, its tokenizer's, and those of the family that the latter has."""
     own = getattr(tokenizer, "eos_token_id", None)
-    if own is not None:
-        ids.add(own)
+    ids = {*checkpoint.eos_token_ids, *([] if own is None else [own])}
     for text in spec.stop_tokens:
         token = tokenizer.convert_tokens_to_ids(text)
-        # A text that is no token is given the id of the unknown one, or None.
+        # For a text that is no token, the tokenizer returns the id of the unknown token, or None.
         if token is not None and tokenizer.decode([token], skip_special_tokens=False) == text:
             ids.add(token)
     return frozenset(ids)

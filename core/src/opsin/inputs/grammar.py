@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 _JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""JSON as json.dumps writes it: a model left free may go on with white space for ever."""
+"""JSON as json.dumps writes it. Free white space would let a model write it forever."""
 
 
 class Grammar:
-    """One sequence's constraint and how far it has got. Steps with the sequence's tokens, in order."""
+    """One sequence's constraint, and how many of its tokens it has seen."""
 
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
@@ -40,10 +40,7 @@ class Grammar:
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         if self._matcher.is_error():
             raise RequestError(f"the output constraint failed: {_first_line(self._matcher.get_error())}")
-        flags = np.unpackbits(bits, bitorder="little").astype(bool)[:vocab_size]
-        if len(flags) < vocab_size:
-            flags = np.pad(flags, (0, vocab_size - len(flags)))
-        return torch.from_numpy(flags)
+        return torch.from_numpy(np.unpackbits(bits, count=vocab_size, bitorder="little").view(np.bool_))
 
 
 class GrammarCompiler:
@@ -66,12 +63,12 @@ class GrammarCompiler:
             from llguidance import LLMatcher
         except ImportError:
             raise RequestError("constrained output needs llguidance; pip install llguidance") from None
+        tables = self._load_tables()
         try:
             source = _source(wanted)
+            problem = LLMatcher.validate_grammar(source, tables)
         except ValueError as error:
-            raise RequestError(f"the output constraint is not valid: {_first_line(str(error))}") from None
-        tables = self._load_tables()
-        problem = LLMatcher.validate_grammar(source, tables)
+            problem = str(error)
         if problem:
             raise RequestError(f"the output constraint is not valid: {_first_line(problem)}")
         return Grammar(LLMatcher(tables, source))
@@ -91,18 +88,16 @@ def _source(wanted: StructuredOutput) -> str:
     """llguidance's form of a constraint."""
     from llguidance import LLMatcher
 
-    if wanted.json is not None:
-        schema = wanted.json if isinstance(wanted.json, str) else json.dumps(wanted.json)
-        return str(LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_STYLE))
-    if wanted.json_object:
-        return str(LLMatcher.grammar_from_json_schema('{"type": "object"}', overrides=_JSON_STYLE))
+    schema = {"type": "object"} if wanted.json_object else wanted.json
+    if schema is not None:
+        text = schema if isinstance(schema, str) else json.dumps(schema)
+        return LLMatcher.grammar_from_json_schema(text, overrides=_JSON_STYLE)
     if wanted.regex is not None:
-        return str(LLMatcher.grammar_from_regex(wanted.regex))
+        return LLMatcher.grammar_from_regex(wanted.regex)
     if wanted.choice is not None:
-        options = " | ".join(json.dumps(option) for option in wanted.choice)
-        return str(LLMatcher.grammar_from_lark(f"start: {options}"))
+        return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, wanted.choice)))
     assert wanted.grammar is not None
-    return str(LLMatcher.grammar_from_lark(wanted.grammar))
+    return LLMatcher.grammar_from_lark(wanted.grammar)
 
 
 def _first_line(text: str) -> str:

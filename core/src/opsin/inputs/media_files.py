@@ -14,7 +14,6 @@ from PIL import Image
 
 from opsin.config import MediaLimits
 from opsin.errors import MediaError
-from opsin.inputs.data_url import check_num_bytes
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """What is ever handed to a decoder. No EPS or PS: those run an interpreter."""
@@ -28,8 +27,8 @@ def rgb_array(image: Image.Image, limits: MediaLimits) -> Array:
     """A PIL image of any mode -> uint8 (height, width, 3).
 
     As transformers' and vLLM's processors do it: ``convert("RGB")``, which drops alpha and clips float
-    modes; EXIF orientation is not applied. 16-bit greyscale is scaled to 8 bits first: there, PIL would
-    clip and leave an all but white picture.
+    modes; EXIF orientation is not applied. 16-bit greyscale is scaled to 8 bits first, because PIL would clip
+    it to an almost white picture.
 
     Raises:
         MediaError: too large, or its file turns out to be damaged while it is decoded.
@@ -90,14 +89,13 @@ def stack_frames(frames: Sequence[Array]) -> Array:
 
 def sample_indices(num_frames: int, most: int) -> list[int]:
     """At most ``most`` of ``range(num_frames)``, evenly spread, first and last included."""
-    if num_frames <= most:
-        return list(range(num_frames))
-    return [round(i * (num_frames - 1) / max(most - 1, 1)) for i in range(most)]
+    count = min(num_frames, most)
+    return [round(i * (num_frames - 1) / max(count - 1, 1)) for i in range(count)]
 
 
 @contextmanager
 def _decode_errors(what: str) -> Iterator[None]:
-    """Turn whatever a decoder raises into one generic sentence: its own text may hold addresses and paths."""
+    """Replace a decoder's error by one generic sentence: its own text may hold addresses and paths."""
     try:
         yield
     except (MediaError, MemoryError):
@@ -107,7 +105,6 @@ def _decode_errors(what: str) -> Iterator[None]:
 
 
 def _open_image(data: bytes, limits: MediaLimits, what: str) -> Image.Image:
-    check_num_bytes(len(data), limits.max_media_bytes)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:  # PIL's own check of the header
@@ -124,8 +121,7 @@ def _open_image(data: bytes, limits: MediaLimits, what: str) -> Image.Image:
 def _video_container(data: bytes) -> str | None:
     """FFmpeg's name of the container, from its first bytes.
 
-    The container is always named to FFmpeg: left to guess, it would also take playlists, which open other
-    files and addresses.
+    FFmpeg is always told the container: its own guess may be a playlist, which opens other files and URLs.
     """
     if data[4:8] == b"ftyp":
         return "mp4"
@@ -137,7 +133,6 @@ def _video_container(data: bytes) -> str | None:
 
 
 def _decode_video(data: bytes, container: str, limits: MediaLimits) -> Array:
-    check_num_bytes(len(data), limits.max_media_bytes)
     try:
         av: Any = importlib.import_module("av")
     except ImportError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -14,12 +15,7 @@ from opsin.errors import RequestError
 
 @dataclass(frozen=True)
 class Marker:
-    """The place of one media item.
-
-    Attributes:
-        modality: of the item.
-        number: which item of that modality, counted from 1.
-    """
+    """The place of one media item: the ``number``-th of its modality, counted from 1."""
 
     modality: Modality
     number: int
@@ -27,7 +23,7 @@ class Marker:
 
 @dataclass(frozen=True)
 class _Found:
-    """A placeholder as it stands in the prompt; ``text`` None: as the token id that stands for it."""
+    """A placeholder as it stands in the prompt; ``text`` None: as its `Placeholder.token_id`."""
 
     modality: Modality
     text: str | None
@@ -55,8 +51,8 @@ class PlaceholderFinder:
     ) -> list[int | Marker]:
         """Token ids of a text, with a marker for each of ``counts[modality]`` items.
 
-        Special tokens are added at the front (a BOS), unless the text brings its BOS along. ``options`` are
-        the ``mm_processor_kwargs`` of the request, merged into the engine's.
+        Special tokens (a BOS) are added at the front, unless the text begins with them. ``options`` are the
+        ``mm_processor_kwargs`` of the request over those of the engine.
 
         Raises:
             RequestError: the placeholders in the text are not one for each item, or an option is wrong.
@@ -109,14 +105,14 @@ class PlaceholderFinder:
             raise RequestError(str(error)) from None
 
     def _in_whole_text(self, text: str, counts: Mapping[Modality, int]) -> list[int | Marker]:
-        # The text tells surely what is written; its ids only where.
+        # Only the text is sure to show all placeholders; only the ids show where.
         written = list(map(self._found_text, self._cut_pattern.finditer(text)))
         self._number(written, {modality: counts.get(modality, 0) for modality in self._cut})
         parts = self._find(self._encode(text, first=True), counts)
         if sum(isinstance(part, _Found) and part.text is not None for part in parts) < len(written):
             raise RequestError(
-                "tokenized as a whole, a placeholder of this prompt has grown together with the text beside "
-                "it; put a line break or a space before and after it"
+                "tokenized as a whole, a placeholder of this prompt shares a token with the text next to it; "
+                "put a line break or a space before and after it"
             )
         return self._number(parts, counts)
 
@@ -139,10 +135,9 @@ class PlaceholderFinder:
 
         A sentencepiece tokenizer writes the two differently.
         """
-        alone = self._tokenizer.encode(text, add_special_tokens=False)
-        line_break = self._tokenizer.encode("\n", add_special_tokens=False)
-        later = self._tokenizer.encode("\n" + text, add_special_tokens=False)
-        sequences = {tuple(alone)}
+        encode = partial(self._tokenizer.encode, add_special_tokens=False)
+        line_break, later = encode("\n"), encode("\n" + text)
+        sequences = {tuple(encode(text))}
         if later[: len(line_break)] == line_break:
             sequences.add(tuple(later[len(line_break) :]))
         return sequences
@@ -162,7 +157,8 @@ class PlaceholderFinder:
             numbered.append(Marker(part.modality, number))
         for modality, texts in found.items():
             given = counts.get(modality, 0)
-            if len(texts) != given or (None not in texts and self._repeats(modality, texts)):
+            twice = None not in texts and len(set(texts)) < len(texts)
+            if len(texts) != given or (twice and is_numbered(self._placeholders[modality])):
                 raise RequestError(self._mismatch(modality, len(texts), given))
         return numbered
 
@@ -171,9 +167,6 @@ class PlaceholderFinder:
             if self._placeholders[modality].text(number) == text:
                 return number
         raise RequestError(f"the prompt has {text!r}, but {given} {modality} item(s) were given")
-
-    def _repeats(self, modality: Modality, texts: Sequence[str | None]) -> bool:
-        return is_numbered(self._placeholders[modality]) and len(set(texts)) < len(texts)
 
     def _mismatch(self, modality: Modality, found: int, given: int) -> str:
         placeholder = self._placeholders[modality]

@@ -6,6 +6,7 @@ import hashlib
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -32,77 +33,56 @@ from opsin.inputs.placeholders import Marker, PlaceholderFinder
 from opsin.inputs.prompt import Prompt, PromptInput
 
 
+@dataclass(kw_only=True, eq=False)
 class PromptProcessor:
-    """Turns prompts into `ProcessedPrompt`s. Built once per engine; `process` is thread-safe.
+    """Turns prompts into `ProcessedPrompt`s, for one model. `process` is thread-safe.
 
     Attributes:
-        limits: most items of each modality in one prompt; a modality not named is unlimited.
-        modalities: those that the model takes besides text.
-        mapped_media: the mapped items kept by content and options, with their hit counters.
+        model_spec: source of positions and default limits.
+        mappers: input mapper of each modality that the model takes.
+        placeholders: placeholder of each of them.
+        tokenizer: the checkpoint's.
+        config: its config.json.
+        max_model_len: longest prompt plus output.
+        vocab_size: token ids are below it.
+        hidden_size: width of embeddings.
+        limits: most items of each modality in one prompt, over the family's defaults; a modality not named is
+            unlimited.
+        options: ``mm_processor_kwargs`` for every prompt.
+        media_limits: caps on the size of one item.
+        mapped_media: mapped items, by content and options.
+
+    Raises:
+        ConfigError: a limit or an option has a name this model does not know.
     """
 
-    def __init__(
-        self,
-        *,
-        model_spec: ModelSpec,
-        mappers: Mapping[Modality, InputMapper],
-        placeholders: Mapping[Modality, Placeholder],
-        tokenizer: Tokenizer,
-        config: Mapping[str, Any],
-        max_model_len: int,
-        vocab_size: int,
-        hidden_size: int | None = None,
-        limits: Mapping[Modality, int] | None = None,
-        options: Mapping[str, Any] | None = None,
-        media_limits: MediaLimits | None = None,
-        media_cache_bytes: int = 512 * 2**20,
-        salt: str = "",
-    ) -> None:
-        """Set up for one model.
+    model_spec: ModelSpec
+    mappers: Mapping[Modality, InputMapper]
+    placeholders: Mapping[Modality, Placeholder]
+    tokenizer: Tokenizer
+    config: Mapping[str, Any]
+    max_model_len: int
+    vocab_size: int
+    hidden_size: int
+    limits: Mapping[Modality, int] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    media_limits: MediaLimits = field(default_factory=MediaLimits)
+    mapped_media: ByteLRU[MappedMedia] = field(default_factory=lambda: ByteLRU(512 * 2**20))
 
-        Args:
-            model_spec: gives positions and default limits.
-            mappers, placeholders: of the model, by modality; their keys are the modalities it takes.
-            tokenizer: its tokenizer.
-            config: its config.json.
-            max_model_len: longest prompt plus output.
-            vocab_size: token ids are below it.
-            hidden_size: width that ready-made embeddings must have; None: not checked here.
-            limits: the user's ``limit_mm_per_prompt``, over the family's defaults.
-            options: the user's ``mm_processor_kwargs`` for every prompt.
-            media_limits: caps on the size of one item.
-            media_cache_bytes: host memory for mapped items.
-            salt: goes into every prompt's salt, e.g. the model's revision.
-
-        Raises:
-            ConfigError: a limit or an option has a name this model does not know.
-        """
-        if set(mappers) != set(placeholders):
+    def __post_init__(self) -> None:
+        if set(self.mappers) != set(self.placeholders):
             raise ConfigError(
-                f"{model_spec.architecture} has input mappers for {sorted(mappers)} but placeholders for "
-                f"{sorted(placeholders)}; its plugin must register both for each modality"
+                f"{self.model_spec.architecture} has input mappers for {sorted(self.mappers)} but "
+                f"placeholders for {sorted(self.placeholders)}; its plugin must register both for each"
             )
-        require_known("limit_mm_per_prompt", limits or {}, mappers, ConfigError)
-        names = [
-            *(m.option_names for m in mappers.values()),
-            *(p.option_names for p in placeholders.values()),
-        ]
-        self._option_names = frozenset(chain.from_iterable(names))
-        require_known("mm_processor_kwargs", options or {}, self._option_names, ConfigError)
-        self.limits: Mapping[Modality, int] = {**model_spec.default_limits, **(limits or {})}
-        self.modalities: Sequence[Modality] = sorted(mappers)
-        self.mapped_media: ByteLRU[MappedMedia] = ByteLRU(media_cache_bytes)
-        self._model_spec = model_spec
-        self._mappers = mappers
-        self._placeholders = placeholders
-        self._finder = PlaceholderFinder(tokenizer, placeholders)
-        self._config = config
-        self._max_model_len = max_model_len
-        self._vocab_size = vocab_size
-        self._hidden_size = hidden_size
-        self._options = dict(options or {})
-        self._media_limits = media_limits or MediaLimits()
-        self._salt = salt
+        require_known("limit_mm_per_prompt", self.limits, self.mappers, ConfigError)
+        self.limits = {**self.model_spec.default_limits, **self.limits}
+        self._option_names = frozenset[str]().union(
+            *(mapper.option_names for mapper in self.mappers.values()),
+            *(placeholder.option_names for placeholder in self.placeholders.values()),
+        )
+        require_known("mm_processor_kwargs", self.options, self._option_names, ConfigError)
+        self._finder = PlaceholderFinder(self.tokenizer, self.placeholders)
         self._mapping_now: dict[str, Future[MappedMedia]] = {}
         self._lock = threading.Lock()
 
@@ -124,23 +104,23 @@ class PromptProcessor:
         counts = {modality: len(values) for modality, values in media.items()}
         check_limits(counts, self.limits)
 
-        options = {**self._options, **parsed.options}
+        options = {**self.options, **parsed.options}
         parts = self._parts(parsed, counts, options)
         token_ids, placed = self._expand(parts, media, options)
         self._check_len(len(token_ids), sum(sum(item.is_embed) for item in placed), min_new_tokens)
 
-        positions = self._model_spec.positions
+        positions = self.model_spec.positions
         return ProcessedPrompt(
             token_ids=token_ids,
             media=placed,
-            positions=positions and positions(self._config, token_ids, placed),
+            positions=positions and positions(self.config, token_ids, placed),
             text=parsed.text,
-            salt="|".join(filter(None, (self._salt, parsed.salt))),
+            salt=parsed.salt,
         )
 
     def _media(self, data: Mapping[str, Any]) -> dict[Modality, list[Any]]:
-        """Modality -> one value per item: not decoded yet, so that a count over the limit costs nothing."""
-        require_known("multi_modal_data", data, self._mappers, RequestError)
+        """Modality -> one value per item, not decoded yet: too many items are refused before any work."""
+        require_known("multi_modal_data", data, self.mappers, RequestError)
         return {modality: list(self._values(modality, value)) for modality, value in data.items()}
 
     def _values(self, modality: Modality, value: Any) -> Iterable[Any]:
@@ -157,12 +137,8 @@ class PromptProcessor:
         )
 
     def _split_embeds(self, modality: Modality, value: Any) -> list[MediaItem]:
-        try:
-            return [embeds_item(modality, part) for part in self._mappers[modality].split_embeds(value)]
-        except MediaError:
-            raise
-        except ValueError as error:
-            raise MediaError(str(error)) from None
+        with errors_at(modality):
+            return [embeds_item(modality, part) for part in self.mappers[modality].split_embeds(value)]
 
     def _parts(
         self, parsed: Prompt, counts: Mapping[Modality, int], options: Mapping[str, Any]
@@ -170,11 +146,10 @@ class PromptProcessor:
         if parsed.token_ids is None:
             parts = self._finder.in_text(parsed.text or "", counts, options)
         else:
-            wrong = next((i for i in parsed.token_ids if not 0 <= i < self._vocab_size), None)
-            if wrong is not None:
-                raise RequestError(
-                    f"token id {wrong} is out of vocabulary; expected 0 to {self._vocab_size - 1}"
-                )
+            for token in parsed.token_ids:
+                if not 0 <= token < self.vocab_size:
+                    expected = f"expected 0 to {self.vocab_size - 1}"
+                    raise RequestError(f"token id {token} is out of vocabulary; {expected}")
             parts = self._finder.in_ids(parsed.token_ids, counts)
         if not parts:
             raise RequestError("the prompt is empty; expected at least one token")
@@ -195,9 +170,9 @@ class PromptProcessor:
                 continue
             modality, number = part.modality, part.number
             with errors_at(f"{modality} {number}"):
-                item = media_item(modality, media[modality][number - 1], self._media_limits)
+                item = media_item(modality, media[modality][number - 1], self.media_limits)
                 key, mapped = self._map(item, options)
-                expansion = self._placeholders[modality].expand(mapped, number)
+                expansion = self.placeholders[modality].expand(mapped, number)
                 self._check_embeds(mapped, expansion)
             placed.append(
                 PlacedMedia(
@@ -212,8 +187,8 @@ class PromptProcessor:
         return token_ids, placed
 
     def _map(self, item: MediaItem, options: Mapping[str, Any]) -> tuple[str, MappedMedia]:
-        """The item's cache key and tensors. Equal items asked for at the same time are mapped once."""
-        mapper = self._mappers[item.modality]
+        """The item's cache key and tensors. Equal items that arrive at the same time are mapped once."""
+        mapper = self.mappers[item.modality]
         mine = {name: value for name, value in sorted(options.items()) if name in mapper.option_names}
         key = item.digest
         if mine:
@@ -224,48 +199,45 @@ class PromptProcessor:
             known = self.mapped_media.get(key)
             if known is not None:
                 return key, known
-            running = self._mapping_now.get(key)
-            if running is None:
-                mine_to_do = self._mapping_now[key] = Future()
-        if running is not None:
+            own: Future[MappedMedia] = Future()
+            running = self._mapping_now.setdefault(key, own)
+        if running is not own:
             return key, running.result()
         try:
             mapped = mapper.map(item, mine)
             self.mapped_media.put(key, mapped, sum(tensor.nbytes for tensor in mapped.tensors.values()))
-            mine_to_do.set_result(mapped)
+            own.set_result(mapped)
             return key, mapped
         except BaseException as error:
-            mine_to_do.set_exception(error)
+            own.set_exception(error)
             raise
         finally:
             del self._mapping_now[key]
 
     def _check_embeds(self, mapped: MappedMedia, expansion: Expansion) -> None:
-        """An item must have as many embeddings as embed tokens, as wide as the model."""
+        """Refuse an item without one embedding per embed token, each as wide as the model."""
         num_rows = mapped.num_embeds
         if mapped.embeds is not None:
-            shape, hidden = tuple(mapped.embeds.shape), self._hidden_size
-            if len(shape) != 2 or (hidden is not None and shape[1] != hidden):
-                raise MediaError(
-                    f"the embeddings have shape {shape}; expected (tokens, {hidden or 'hidden size'})"
-                )
+            shape = tuple(mapped.embeds.shape)
+            if len(shape) != 2 or shape[1] != self.hidden_size:
+                raise MediaError(f"the embeddings have shape {shape}; expected (tokens, {self.hidden_size})")
             num_rows = shape[0]
         num_embed_tokens = sum(expansion.is_embed)
         if not num_rows == mapped.num_embeds == num_embed_tokens:
             raise MediaError(f"{num_rows} embeddings for {num_embed_tokens} embed tokens; expected as many")
         if len(expansion.is_embed) != len(expansion.token_ids):
             raise MediaError(
-                f"the placeholder expands to {len(expansion.token_ids)} tokens but tells of "
-                f"{len(expansion.is_embed)}; the plugin of {self._model_spec.architecture} is at fault"
+                f"the placeholder expands to {len(expansion.token_ids)} tokens but describes "
+                f"{len(expansion.is_embed)}; the plugin of {self.model_spec.architecture} is at fault"
             )
 
     def _check_len(self, num_tokens: int, num_embeds: int, min_new_tokens: int) -> None:
-        if num_tokens + min_new_tokens > self._max_model_len:
+        if num_tokens + min_new_tokens > self.max_model_len:
             of_media = f" ({num_embeds} of them for media)" if num_embeds else ""
             room = f", at least {min_new_tokens} of them for output" if min_new_tokens else ""
             raise PromptTooLongError(
                 f"the prompt has {num_tokens} tokens{of_media}; the context holds "
-                f"{self._max_model_len}{room}. Shorten the prompt, use smaller or fewer media, or raise "
+                f"{self.max_model_len}{room}. Shorten the prompt, use smaller or fewer media, or raise "
                 "max_model_len"
             )
 

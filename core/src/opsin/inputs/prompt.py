@@ -10,8 +10,7 @@ from typing import Any
 from opsin.errors import RequestError, require_known
 
 PromptInput = str | Sequence[int] | Mapping[str, Any]
-"""Text; token ids; or a dict with ``prompt`` or ``prompt_token_ids``, and optionally ``multi_modal_data``,
-``mm_processor_kwargs`` and ``cache_salt``."""
+"""Text; token ids; or a dict with ``prompt`` or ``prompt_token_ids``, and the other `KEYS` as needed."""
 
 KEYS = ("prompt", "prompt_token_ids", "multi_modal_data", "mm_processor_kwargs", "cache_salt")
 
@@ -48,13 +47,13 @@ class Prompt:
         elif not isinstance(prompt, Mapping):
             prompt = {"prompt_token_ids": prompt}
         require_known("the prompt", prompt, KEYS, RequestError)
-        text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        text, ids = _of(str, "a string", prompt, "prompt"), prompt.get("prompt_token_ids")
         if text is None and ids is None:
             raise RequestError('the prompt has neither "prompt" nor "prompt_token_ids"; expected one of them')
         if ids is None and text == "":
             raise RequestError("the prompt is empty; expected text")
         return cls(
-            text=None if text is None else _of(str, "a string", prompt, "prompt"),
+            text=text,
             token_ids=None if ids is None else _token_ids(ids),
             media=_of(Mapping, "a dict", prompt, "multi_modal_data") or {},
             options=_of(Mapping, "a dict", prompt, "mm_processor_kwargs") or {},

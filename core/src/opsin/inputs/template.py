@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,43 +14,45 @@ from opsin.checkpoint.tokenizer import ChatTokenizer
 from opsin.errors import ConfigError, RequestError
 
 ContentFormat = Literal["openai", "string"]
-
-
-_OPTIONS = frozenset(
-    {"chat_template", "tokenize", "tools", "add_generation_prompt", "continue_final_message"}
-)
-
-
-@dataclass(frozen=True)
-class TemplateTraits:
-    """What a template does with ``message["content"]``.
-
-    Attributes:
-        format: ``"openai"`` if it walks over content parts, ``"string"`` if it wants text.
-        takes_strings: whether a template that walks over parts also tests for plain text.
-    """
-
-    format: ContentFormat
-    takes_strings: bool
+_OPTIONS = {"chat_template", "tokenize", "tools", "add_generation_prompt", "continue_final_message"}
 
 
 class ChatTemplate:
-    """A Jinja chat template bound to a tokenizer."""
+    """A Jinja chat template bound to a tokenizer.
+
+    Attributes:
+        source: Jinja text.
+        format: ``"openai"`` if it loops over the parts of a message's content, ``"string"`` if it wants text.
+        takes_strings: whether a template that loops over parts also tests for plain text.
+    """
 
     def __init__(self, source: str, tokenizer: ChatTokenizer, content_format: ContentFormat | None = None):
         """Parse the template.
 
+        Its syntax tree shows whether it loops over the content: directly, through filters, under another name
+        (``{% set content = message.content %}``), or in a macro whose argument is the content.
+
         Args:
             source: Jinja text.
             tokenizer: renders it, and provides ``bos_token`` and the like.
-            content_format: None: found out from the template.
+            content_format: format to use; None: as the template shows.
 
         Raises:
             ConfigError: the template is not valid Jinja.
         """
         self.source = source
         self._tokenizer = tokenizer
-        self.traits = template_traits(source, content_format)
+        environment = jinja2.Environment(extensions=[_GenerationTag, ext.loopcontrols])  # never renders
+        try:
+            tree = environment.parse(source)
+        except jinja2.TemplateSyntaxError as error:
+            reason = f"line {error.lineno}: {error.message}"
+            raise ConfigError(f"the chat template is not valid Jinja: {reason}") from None
+        names = _content_names(tree)
+        loops = any(_is_content(loop.iter, names) for loop in tree.find_all(nodes.For))
+        tests = (test.node for test in tree.find_all(nodes.Test) if test.name == "string")
+        self.format: ContentFormat = content_format or ("openai" if loops else "string")
+        self.takes_strings = any(_is_content(node, names) for node in tests)
 
     def render(
         self,
@@ -70,7 +71,7 @@ class ChatTemplate:
         taken = sorted(_OPTIONS & set(variables))
         if taken:
             raise RequestError(
-                f"chat_template_kwargs cannot set {', '.join(taken)}; it is for the template's own"
+                f"chat_template_kwargs cannot set {', '.join(taken)}: these have their own fields"
             )
         try:
             text = self._tokenizer.apply_chat_template(
@@ -85,7 +86,7 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise RequestError(f"the chat template refused these messages: {error}") from None
         except (ArithmeticError, AttributeError, LookupError, RecursionError) as error:
-            # Not what a template says on purpose, so the text would tell a client nothing.
+            # Not raised on purpose by a template: its text would tell a client nothing.
             raise RequestError(f"the chat template refused these messages: {type(error).__name__}") from None
         return str(text)
 
@@ -93,20 +94,13 @@ class ChatTemplate:
 def resolve_chat_template(
     given: str | Path | None, *, own: str | None = None, default: str | None = None
 ) -> str | None:
-    """The chat template to use: the first there is of the user's, the checkpoint's and the plugin's.
-
-    Args:
-        given: a file, or Jinja text.
-        own: the checkpoint's.
-        default: the model plugin's.
+    """The chat template to use: the user's (a file, or Jinja text), else the checkpoint's, else the plugin's.
 
     Raises:
         ConfigError: ``given`` is neither a file nor Jinja text.
     """
-    return _given_template(given) if given is not None else own or default
-
-
-def _given_template(given: str | Path) -> str:
+    if given is None:
+        return own or default
     if isinstance(given, str) and ("{%" in given or "{{" in given or "\n" in given):
         return given
     try:
@@ -125,28 +119,6 @@ class _GenerationTag(ext.Extension):
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def template_traits(source: str, content_format: ContentFormat | None = None) -> TemplateTraits:
-    """Find out, from its syntax tree, what a template does with ``message["content"]``.
-
-    It wants parts if it loops over the content: directly, through filters, under another name
-    (``{% set content = message.content %}``), or in a macro that it hands the content to.
-
-    Raises:
-        ConfigError: the template is not valid Jinja.
-    """
-    environment = jinja2.Environment(extensions=[_GenerationTag, ext.loopcontrols])  # parses, never renders
-    try:
-        tree = environment.parse(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise ConfigError(
-            f"the chat template is not valid Jinja: line {error.lineno}: {error.message}"
-        ) from None
-    names = _content_names(tree)
-    loops = any(_is_content(loop.iter, names) for loop in tree.find_all(nodes.For))
-    tests = any(test.name == "string" and _is_content(test.node, names) for test in tree.find_all(nodes.Test))
-    return TemplateTraits(content_format or ("openai" if loops else "string"), takes_strings=tests)
 
 
 def _content_names(tree: nodes.Template) -> set[str]:

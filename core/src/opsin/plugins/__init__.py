@@ -1,16 +1,14 @@
 """Plugins: found through entry points, checked, and indexed by what they provide.
 
-Importing plugins is guarded and happens in sorted order; what comes out does not depend on the order. Three
-things can be wrong with a plugin, and they are treated differently:
+The result does not depend on the order of plugins. Three things can be wrong with one:
 
 - It cannot be imported, or a hook raises: it is kept in `Plugins.failures` with its reason, which is quoted
-  when somebody asks for something missing. It is fatal only when the plugin was named in the allow list.
+  when something is missing. This is fatal only if the allow list names the plugin.
 - It breaks the contract (unknown hook, unknown argument, wrong return type): `PluginError`, at once.
 - It claims what another one claims: `PluginConflictError`, unless ``prefer`` decides.
 """
 
-from opsin.plugins.claims import Failure, Owner, Plugin
 from opsin.plugins.discovery import load_plugins
 from opsin.plugins.index import Plugins
 
-__all__ = ["Failure", "Owner", "Plugin", "Plugins", "load_plugins"]
+__all__ = ["Plugins", "load_plugins"]

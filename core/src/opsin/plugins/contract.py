@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, get_args
 
 import pluggy
 
 from opsin.api import DeviceSpec, InputMapperSpec, KernelSpec, ModelSpec, OpName, PlaceholderSpec
-from opsin.errors import PluginError
-from opsin.plugins.claims import Claim, Key, Plugin, reason_of
+from opsin.errors import PluginError, did_you_mean
+from opsin.plugins.claims import Claim, Plugin, reason_of
 
 DENY_VARIABLE = "OPSIN_DISABLE_PLUGINS"
 
@@ -22,27 +21,24 @@ class Hook:
     """What one hook returns, and what its specs claim.
 
     Attributes:
-        kind: as in a ``prefer`` key and in `Owner`.
+        kind: as in a ``prefer`` key.
         spec: class of the specs it returns.
-        key: spec -> the parts of the key it claims.
+        key: fields of a spec that make up the key it claims.
     """
 
     kind: str
     spec: type[Any]
-    key: Callable[[Any], Key]
+    key: tuple[str, ...]
 
 
 HOOKS: Mapping[str, Hook] = {
-    "opsin_register_models": Hook("model", ModelSpec, lambda s: (s.architecture,)),
-    "opsin_register_input_mappers": Hook(
-        "input_mapper", InputMapperSpec, lambda s: (s.architecture, s.modality)
-    ),
-    "opsin_register_placeholders": Hook(
-        "placeholder", PlaceholderSpec, lambda s: (s.architecture, s.modality)
-    ),
-    "opsin_register_devices": Hook("device", DeviceSpec, lambda s: (s.name,)),
-    "opsin_register_kernels": Hook("kernel", KernelSpec, lambda s: (s.device, s.op)),
+    "opsin_register_models": Hook("model", ModelSpec, ("architecture",)),
+    "opsin_register_input_mappers": Hook("input_mapper", InputMapperSpec, ("architecture", "modality")),
+    "opsin_register_placeholders": Hook("placeholder", PlaceholderSpec, ("architecture", "modality")),
+    "opsin_register_devices": Hook("device", DeviceSpec, ("name",)),
+    "opsin_register_kernels": Hook("kernel", KernelSpec, ("device", "op")),
 }
+KINDS = tuple(hook.kind for hook in HOOKS.values())
 
 
 def register(pm: pluggy.PluginManager, plugin: Plugin, module: object) -> None:
@@ -63,9 +59,8 @@ def register(pm: pluggy.PluginManager, plugin: Plugin, module: object) -> None:
         if hook not in HOOKS:
             if options["optionalhook"]:
                 continue
-            near = get_close_matches(hook, HOOKS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"the hooks are {', '.join(HOOKS)}"
-            raise _broken(plugin, f"there is no hook {hook}; {hint}")
+            hint = did_you_mean(hook, HOOKS)
+            raise _broken(plugin, f"there is no hook {hook}{hint}; the hooks are {', '.join(HOOKS)}")
         if options["wrapper"] or options["hookwrapper"]:
             raise _broken(plugin, f"{hook} is a hook wrapper; a plugin speaks for itself only")
         taken = list(inspect.signature(value).parameters)
@@ -79,11 +74,10 @@ def register(pm: pluggy.PluginManager, plugin: Plugin, module: object) -> None:
 
 def call_hooks(pm: pluggy.PluginManager, plugin: Plugin) -> list[tuple[str, Any]]:
     """What each of one plugin's hooks returned, unchecked."""
-    callers = ((hook, getattr(pm.hook, hook)) for hook in HOOKS)
     return [
         (hook, impl.function())
-        for hook, caller in callers
-        for impl in caller.get_hookimpls()
+        for hook in HOOKS
+        for impl in getattr(pm.hook, hook).get_hookimpls()
         if impl.plugin_name == plugin.name
     ]
 
@@ -94,28 +88,25 @@ def checked_claims(plugin: Plugin, returned: Sequence[tuple[str, Any]]) -> list[
     Raises:
         PluginError: a hook returned something else than its specs, or one nobody can ask for.
     """
-    claims = []
-    for hook, specs in returned:
-        expected = HOOKS[hook].spec
+    claims, ops = [], get_args(OpName)
+    for name, specs in returned:
+        hook = HOOKS[name]
+        expected = hook.spec.__name__
         if not isinstance(specs, Sequence) or isinstance(specs, (str, bytes)):
-            raise _broken(
-                plugin, f"{hook} returned {_describe(specs)}, expected a sequence of {expected.__name__}"
-            )
+            raise _broken(plugin, f"{name} returned {_describe(specs)}, expected a sequence of {expected}")
         for spec in specs:
-            if not isinstance(spec, expected):
-                raise _broken(
-                    plugin, f"{hook} returned {_describe(spec)} in its sequence, expected {expected.__name__}"
-                )
-            key = HOOKS[hook].key(spec)
+            if not isinstance(spec, hook.spec):
+                got = _describe(spec)
+                raise _broken(plugin, f"{name} returned {got} in its sequence, expected {expected}")
+            key = tuple(getattr(spec, field) for field in hook.key)
             if not all(isinstance(part, str) and part for part in key):
                 raise _broken(
-                    plugin, f"{hook} returned a spec for {key!r}, expected names that are not empty"
+                    plugin, f"{name} returned a spec for {key!r}, expected names that are not empty"
                 )
-            if isinstance(spec, KernelSpec) and spec.op not in get_args(OpName):
-                near = get_close_matches(spec.op, get_args(OpName), n=1)
-                hint = f"did you mean {near[0]}?" if near else f"the ops are {', '.join(get_args(OpName))}"
-                raise _broken(plugin, f"{hook} returned a kernel for the unknown op {spec.op!r}; {hint}")
-            claims.append(Claim(HOOKS[hook].kind, key, plugin, spec))
+            if isinstance(spec, KernelSpec) and spec.op not in ops:
+                hint = f"{did_you_mean(spec.op, ops)}; the ops are {', '.join(ops)}"
+                raise _broken(plugin, f"{name} returned a kernel for the unknown op {spec.op!r}{hint}")
+            claims.append(Claim(hook.kind, "/".join(key), plugin, spec))
     return claims
 
 

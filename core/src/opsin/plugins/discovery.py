@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from importlib import metadata
 from importlib.metadata import EntryPoint
+from itertools import groupby
+from typing import cast
 
 import pluggy
 
 from opsin import hookspecs
-from opsin.api import API_MAJOR
-from opsin.errors import ConfigError, MissingPluginError, PluginConflictError, PluginError
-from opsin.plugins.claims import PREFER_VARIABLE, Claim, Failure, Plugin, decide, reason_of
-from opsin.plugins.contract import DENY_VARIABLE, HOOKS, call_hooks, checked_claims, register
+from opsin.api import API_MAJOR, ENTRY_POINT_GROUP
+from opsin.errors import ConfigError, MissingPluginError, PluginConflictError, PluginError, did_you_mean
+from opsin.plugins.claims import PREFER_VARIABLE, Claim, Failure, Plugin, decide
+from opsin.plugins.contract import DENY_VARIABLE, KINDS, call_hooks, checked_claims, register
 from opsin.plugins.index import ALLOW_VARIABLE, Plugins
 
 
@@ -31,15 +31,15 @@ def load_plugins(
     """Find, check and index the installed plugins. Keeps no global state.
 
     Args:
-        allow: use only these plugins; each must be installed and work. None: what the environment variable
-            OPSIN_PLUGINS (names separated by commas) says, or all.
-        deny: leave these out, in addition to OPSIN_DISABLE_PLUGINS. They are not imported.
+        allow: plugins to use; each must be installed and work. None: those in the environment variable
+            OPSIN_PLUGINS (names separated by commas), or all.
+        deny: plugins to leave out, besides those in OPSIN_DISABLE_PLUGINS. They are not imported.
         prefer: who wins when two plugins claim one key: ``"model:ARCHITECTURE"``, ``"device:NAME"``,
             ``"input_mapper:ARCHITECTURE/MODALITY"``, ``"placeholder:ARCHITECTURE/MODALITY"`` or
             ``"kernel:DEVICE/OP"`` -> plugin name. A preference for a model or a device also decides about its
-            parts. Goes before OPSIN_PREFER (``key=plugin``, separated by commas).
-        entry_points: instead of those of the installed packages.
-        extra: name -> plugin object, in addition: modules or objects whose functions carry ``hookimpl``.
+            parts. Overrides OPSIN_PREFER (``key=plugin``, separated by commas).
+        entry_points: candidates instead of those of the installed packages.
+        extra: further plugins by name: modules or objects whose functions carry ``hookimpl``.
 
     Raises:
         PluginError: a plugin breaks the contract, or one that ``allow`` names does not work.
@@ -53,42 +53,46 @@ def load_plugins(
     preferences = _checked_preferences({**_preferences_in_environment(), **(prefer or {})})
 
     candidates = _candidates(_installed() if entry_points is None else entry_points, extra or {})
-    if allow is not None:
-        _check_allowed(allow, denied, {plugin.name for plugin, _ in candidates})
-    chosen, disabled = [], []
-    for plugin, source in candidates:
-        used = plugin.name not in denied and (allow is None or plugin.name in allow)
-        chosen.append((plugin, source)) if used else disabled.append(plugin)
-    _check_names(plugin for plugin, _ in chosen)
+    _check_allowed(allow or (), denied, {plugin.name for plugin in candidates})
+    chosen = {
+        plugin: source
+        for plugin, source in candidates.items()
+        if plugin.name not in denied and (allow is None or plugin.name in allow)
+    }
+    _check_names(chosen)
 
     claims, failures = _load(chosen)
     for failure in failures:
         if allow is not None and failure.plugin.name in allow:
-            raise PluginError(
-                f"plugin {failure.plugin} was asked for and failed: {failure.reason}"
-            ) from failure.error
+            message = f"plugin {failure.plugin} was asked for and failed: {failure.reason}"
+            raise PluginError(message) from failure.error
+    decided = decide(claims, preferences, failures)
     failed = {failure.plugin for failure in failures}
-    loaded = [plugin for plugin, _ in chosen if plugin not in failed]
-    return Plugins(decide(claims, preferences, failures), loaded=loaded, failures=failures, disabled=disabled)
+    return Plugins(
+        claims=tuple(sorted(decided, key=lambda claim: (KINDS.index(claim.kind), claim.key))),
+        loaded=tuple(plugin for plugin in chosen if plugin not in failed),
+        failures=tuple(failures),
+        disabled=tuple(plugin for plugin in candidates if plugin not in chosen),
+    )
 
 
-def _load(chosen: Sequence[tuple[Plugin, object]]) -> tuple[list[Claim], list[Failure]]:
-    """Import the plugins, hold them to the contract, and take what they claim."""
+def _load(chosen: Mapping[Plugin, object]) -> tuple[list[Claim], list[Failure]]:
+    """Import the plugins and collect their claims, checked against the contract."""
     pm = pluggy.PluginManager(hookspecs.PROJECT)
     pm.add_hookspecs(hookspecs)
     claims: list[Claim] = []
     failures: list[Failure] = []
-    for plugin, source in chosen:
+    for plugin, source in chosen.items():
         try:
             module = _import(source)
         except (Exception, SystemExit) as error:
-            failures.append(Failure(plugin=plugin, reason=reason_of(error), error=error))
+            failures.append(Failure(plugin, error))
             continue
         register(pm, plugin, module)
         try:
             returned = call_hooks(pm, plugin)
         except (Exception, SystemExit) as error:
-            failures.append(Failure(plugin=plugin, reason=reason_of(error), error=error))
+            failures.append(Failure(plugin, error))
             continue
         claims += checked_claims(plugin, returned)
     pm.check_pending()
@@ -107,19 +111,19 @@ def _major_of(group: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _candidates(entries: Iterable[EntryPoint], extra: Mapping[str, object]) -> list[tuple[Plugin, object]]:
+def _candidates(entries: Iterable[EntryPoint], extra: Mapping[str, object]) -> dict[Plugin, object]:
     """All plugins with the entry point or object they come from, sorted.
 
-    A package that serves several API majors under one name is taken by ours.
+    Of a package that serves several API majors under one name, the entry point for ours.
     """
     found: dict[Plugin, object] = {}
-    for entry in sorted(entries, key=lambda entry: _major_of(entry.group) == API_MAJOR):
+    for entry in sorted(entries, key=lambda entry: entry.group == ENTRY_POINT_GROUP):
         if _major_of(entry.group) is not None:
             dist = entry.dist
             origin = f"{dist.name} {dist.version}" if dist is not None else f"entry point {entry.value}"
             found[Plugin(name=entry.name, distribution=origin)] = entry
     found.update({Plugin(name=name, distribution="in process"): source for name, source in extra.items()})
-    return sorted(found.items(), key=lambda pair: (pair[0].name, pair[0].distribution))
+    return dict(sorted(found.items(), key=lambda pair: (pair[0].name, pair[0].distribution)))
 
 
 def _check_allowed(allow: Sequence[str], denied: set[str], installed: set[str]) -> None:
@@ -129,22 +133,19 @@ def _check_allowed(allow: Sequence[str], denied: set[str], installed: set[str]) 
                 f"plugin {name!r} is in the allow list and in the deny list; take it out of one"
             )
         if name not in installed:
-            near = get_close_matches(name, sorted(installed), n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            known = sorted(installed)
             raise MissingPluginError(
-                f"plugin {name!r} was asked for and is not installed; {hint}"
-                f"Installed plugins: {', '.join(sorted(installed)) or 'none'}"
+                f"plugin {name!r} was asked for and is not installed{did_you_mean(name, known)}. "
+                f"Installed plugins: {', '.join(known) or 'none'}"
             )
 
 
 def _check_names(plugins: Iterable[Plugin]) -> None:
-    by_name = defaultdict(list)
-    for plugin in plugins:
-        by_name[plugin.name].append(plugin.distribution)
-    for name, origins in sorted(by_name.items()):
+    for name, group in groupby(plugins, key=lambda plugin: plugin.name):
+        origins = [plugin.distribution for plugin in group]
         if len(origins) > 1:
             raise PluginConflictError(
-                f"{len(origins)} plugins have the name {name!r}: {' and '.join(sorted(origins))}; "
+                f"{len(origins)} plugins have the name {name!r}: {' and '.join(origins)}; "
                 f"uninstall one, or leave both out with {DENY_VARIABLE}={name}"
             )
 
@@ -152,23 +153,21 @@ def _check_names(plugins: Iterable[Plugin]) -> None:
 def _import(source: object) -> object:
     if not isinstance(source, EntryPoint):
         return source
-    major = _major_of(source.group)
-    if major != API_MAJOR:
+    if source.group != ENTRY_POINT_GROUP:
+        major = _major_of(source.group)
         raise PluginError(
             f"made for plugin API {major} (entry-point group {source.group}), this opsin has {API_MAJOR}; "
             f"upgrade {'opsin' if major is not None and major > API_MAJOR else 'the plugin'}"
         )
-    module: object = source.load()
-    return module
+    return cast(object, source.load())
 
 
 def _checked_preferences(preferences: Mapping[str, str]) -> Mapping[str, str]:
-    kinds = [hook.kind for hook in HOOKS.values()]
     for key, plugin in preferences.items():
         kind, _, rest = key.partition(":")
-        if kind not in kinds or not rest or not plugin:
+        if kind not in KINDS or not rest or not plugin:
             raise ConfigError(
-                f"prefer {key}={plugin}: expected KIND:KEY=PLUGIN with KIND one of {', '.join(kinds)}, "
+                f"prefer {key}={plugin}: expected KIND:KEY=PLUGIN with KIND one of {', '.join(KINDS)}, "
                 "such as device:cpu=device_cpu"
             )
     return preferences

@@ -2,47 +2,38 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from opsin.api import DeviceSpec, InputMapperSpec, KernelSpec, ModelSpec, PlaceholderSpec, Probe
-from opsin.errors import ConfigError, MissingPluginError
-from opsin.plugins.claims import Claim, Failure, Owner, Plugin, reason_of
-from opsin.plugins.contract import DENY_VARIABLE, HOOKS
+from opsin.api import Device, DeviceSpec, InputMapperSpec, KernelSpec, ModelSpec, PlaceholderSpec, Probe
+from opsin.errors import ConfigError, MissingPluginError, did_you_mean
+from opsin.plugins.claims import Claim, Failure, Plugin, reason_of
+from opsin.plugins.contract import DENY_VARIABLE
 from opsin.plugins.known_packages import known_packages
+
+logger = logging.getLogger(__name__)
 
 ALLOW_VARIABLE = "OPSIN_PLUGINS"
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Plugins:
     """Everything the installed plugins provide. Made by `load_plugins`.
 
     Attributes:
-        loaded: plugins in use, by name.
-        failures: plugins that could not be used, by name.
-        disabled: plugins left out by the allow or deny list, by name; they were not imported.
+        claims: who provides what, sorted by kind (in the order of the hooks) and key.
+        loaded: plugins in use, sorted by name.
+        failures: plugins that could not be used, sorted by name.
+        disabled: plugins left out by the allow or deny list, sorted by name; they were not imported.
     """
 
-    def __init__(
-        self,
-        claims: Iterable[Claim],
-        *,
-        loaded: Sequence[Plugin],
-        failures: Sequence[Failure],
-        disabled: Sequence[Plugin],
-    ) -> None:
-        self._claims = {(claim.kind, claim.key): claim for claim in claims}
-        self.loaded = tuple(sorted(loaded, key=lambda plugin: plugin.name))
-        self.failures = tuple(sorted(failures, key=lambda failure: failure.plugin.name))
-        self.disabled = tuple(sorted(disabled, key=lambda plugin: plugin.name))
-
-    def owners(self) -> tuple[Owner, ...]:
-        """Every claim, sorted by kind (in the order of the hooks) and key."""
-        kinds = [hook.kind for hook in HOOKS.values()]
-        claims = sorted(self._claims.values(), key=lambda claim: (kinds.index(claim.kind), claim.key))
-        return tuple(Owner(kind=c.kind, key="/".join(c.key), plugin=c.plugin) for c in claims)
+    claims: Sequence[Claim]
+    loaded: Sequence[Plugin]
+    failures: Sequence[Failure]
+    disabled: Sequence[Plugin]
 
     def model(self, architecture: str) -> ModelSpec:
         """The model of an architecture.
@@ -50,29 +41,24 @@ class Plugins:
         Raises:
             MissingPluginError: no plugin has it; the message says which package does.
         """
-        claim = self._claims.get(("model", (architecture,)))
-        if claim is None:
-            package = known_packages().architectures.get(architecture)
-            raise MissingPluginError(self._missing("model", "architecture", architecture, package))
-        spec: ModelSpec = claim.spec
+        spec: ModelSpec = self._one("model", architecture, "architecture", known_packages().architectures)
         return spec
 
     def input_mappers(self, architecture: str) -> Mapping[str, InputMapperSpec]:
         """Modality -> input mapper of an architecture; empty for a model of text only."""
-        return self._by_last_part("input_mapper", architecture)
+        return self._parts("input_mapper", architecture)
 
     def placeholders(self, architecture: str) -> Mapping[str, PlaceholderSpec]:
         """Modality -> placeholder of an architecture; empty for a model of text only."""
-        return self._by_last_part("placeholder", architecture)
+        return self._parts("placeholder", architecture)
 
     def kernel_specs(self, device: str) -> Sequence[KernelSpec]:
-        """The kernels all plugins together bring for a device, by op."""
-        return tuple(self._by_last_part("kernel", device).values())
+        """The kernels that all plugins together bring for a device, sorted by op."""
+        return tuple(self._parts("kernel", device).values())
 
     def devices(self) -> Sequence[DeviceSpec]:
-        """All devices, by name."""
-        claims = sorted(claim for claim in self._claims if claim[0] == "device")
-        return tuple(self._claims[claim].spec for claim in claims)
+        """All devices, sorted by name."""
+        return tuple(self._of("device").values())
 
     def device_spec(self, name: str) -> DeviceSpec:
         """The device of a name.
@@ -80,23 +66,18 @@ class Plugins:
         Raises:
             MissingPluginError: no plugin has it; the message says which package does.
         """
-        claim = self._claims.get(("device", (name,)))
-        if claim is None:
-            package = known_packages().devices.get(name)
-            raise MissingPluginError(self._missing("device", "device", name, package))
-        spec: DeviceSpec = claim.spec
+        spec: DeviceSpec = self._one("device", name, "device", known_packages().devices)
         return spec
 
     def probe(self, spec: DeviceSpec) -> Probe:
         """Ask a device whether it can be used. Never raises: a probe that does scores 0."""
         try:
             probe: object = spec.probe()
+            if isinstance(probe, Probe):
+                return probe
+            reason = f"its probe returned {probe!r:.80}, expected a Probe"
         except (Exception, SystemExit) as error:
             reason = f"its probe failed: {reason_of(error)}"
-            return Probe(score=0, reason=reason, next_step=self._report_to(spec))
-        if isinstance(probe, Probe):
-            return probe
-        reason = f"its probe returned {probe!r:.80}, expected a Probe"
         return Probe(score=0, reason=reason, next_step=self._report_to(spec))
 
     def select_device(self, device: str = "auto") -> tuple[DeviceSpec, int, Probe]:
@@ -119,6 +100,23 @@ class Plugins:
             raise ConfigError(f"device {spec.name!r} cannot be used: {_probe_text(probe)}")
         return spec, int(found["index"] or 0), probe
 
+    def open_device(self, spec: DeviceSpec, index: int) -> Device:
+        """Open a device that `select_device` chose.
+
+        Raises:
+            ConfigError: there is no such index, or a setting of the device's own cannot be.
+        """
+        try:
+            device = spec.open(index)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if spec.torch_type not in (None, device.torch_device.partition(":")[0]):
+            logger.warning(
+                "device %s opened as %r, its plugin declares torch_type %r; %s",
+                *(spec.name, device.torch_device, spec.torch_type, self._report_to(spec)),
+            )
+        return device
+
     def _best_device(self) -> tuple[DeviceSpec, int, Probe]:
         probed = [(self.probe(spec), spec) for spec in self.devices()]
         if not probed:
@@ -130,24 +128,31 @@ class Plugins:
             raise ConfigError(f"no device can be used here: {reasons}")
         return spec, 0, probe
 
-    def _by_last_part(self, kind: str, first: str) -> dict[str, Any]:
-        claims = sorted(claim for claim in self._claims if claim[0] == kind and claim[1][0] == first)
-        return {claim[1][1]: self._claims[claim].spec for claim in claims}
-
     def _report_to(self, spec: DeviceSpec) -> str:
-        return f"report this to the maker of {self._claims['device', (spec.name,)].plugin}"
+        maker = next(claim.plugin for claim in self.claims if claim.spec is spec)
+        return f"report this to the maker of {maker}"
 
-    def _missing(self, kind: str, noun: str, key: str, package: str | None) -> str:
-        """The message for a key nobody provides: who would, and what is installed instead."""
-        names = sorted(claim[1][0] for claim in self._claims if claim[0] == kind)
-        message = f"no plugin provides the {noun} {key!r}"
-        near = get_close_matches(key, names, n=1)
-        if near:
-            message += f", did you mean {near[0]!r}?"
-        elif package is not None:
-            message += f"; {self._cure(package)}"
-        message += f". Provided {noun}s: {', '.join(names) or 'none'}. {self._situation()}"
-        return message
+    def _of(self, kind: str) -> dict[str, Any]:
+        """Key -> spec, of one kind."""
+        return {claim.key: claim.spec for claim in self.claims if claim.kind == kind}
+
+    def _parts(self, kind: str, whole: str) -> dict[str, Any]:
+        """Modality or op -> spec, of the parts of one model or device."""
+        prefix = f"{whole}/"
+        return {k.removeprefix(prefix): s for k, s in self._of(kind).items() if k.startswith(prefix)}
+
+    def _one(self, kind: str, key: str, noun: str, packages: Mapping[str, str]) -> Any:
+        """The spec of a key; an error that says who would provide it, and what is installed instead."""
+        provided = self._of(kind)
+        if key in provided:
+            return provided[key]
+        hint = did_you_mean(key, provided)
+        if not hint and key in packages:
+            hint = f"; {self._cure(packages[key])}"
+        names = ", ".join(provided) or "none"
+        raise MissingPluginError(
+            f"no plugin provides the {noun} {key!r}{hint}. Provided {noun}s: {names}. {self._situation()}"
+        )
 
     def _cure(self, package: str) -> str:
         """What to do to have a package's plugin: repair, enable or install it."""

@@ -1,6 +1,6 @@
 """Which package provides an architecture, a device or a checkpoint, for messages that say what to install.
 
-The names stand in ``data/known_packages.json``: the code of the core knows no family and no chip.
+The names are in ``data/known_packages.json``: the core's code knows no family and no chip.
 """
 
 from __future__ import annotations
@@ -33,7 +33,5 @@ class KnownPackages:
 def known_packages() -> KnownPackages:
     """The packages that belong to this release."""
     data = json.loads(files("opsin").joinpath("data/known_packages.json").read_text(encoding="utf-8"))
-    checkpoints = {name: KnownCheckpoint(**entry) for name, entry in data["checkpoints"].items()}
-    return KnownPackages(
-        architectures=data["architectures"], devices=data["devices"], checkpoints=checkpoints
-    )
+    data["checkpoints"] = {name: KnownCheckpoint(**entry) for name, entry in data["checkpoints"].items()}
+    return KnownPackages(**data)

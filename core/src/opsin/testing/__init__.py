@@ -1,1 +1,1 @@
-"""PUBLIC: the contract suites a plugin runs on itself, and the toy model."""
+"""PUBLIC: the contract suites a plugin runs on itself."""

@@ -8,23 +8,24 @@
         assert check_kernel(case, DEVICE, SPECS).provider == "mydevice"
 
 Every case draws inputs from a seed of its own, computes the result with the reference in float32 on the
-host, and compares the device's. What a layer may hand to a kernel is what the cases hand to it: views with
-strides (parts of a fused projection), blocks in any order, cache slots that were never written (they hold
-NaN: a kernel must not let them through).
+host, and compares the device's with it. Kernels are handed what layers may hand to them: views with strides
+(parts of a fused projection), blocks in any order, cache slots that were never written (they hold NaN: a
+kernel must not let them through).
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice, product
 
 import torch
 from torch import Tensor
 
+from opsin import kernels as reference
 from opsin.api import (
     Activation,
     AttentionBatch,
@@ -33,18 +34,9 @@ from opsin.api import (
     KernelSpec,
     KVGeometry,
     KVLayer,
+    OpName,
 )
-from opsin.kernels import Choice, Kernels
-from opsin.kernels import dense_attention as reference_dense_attention
-from opsin.kernels import gated_act as reference_gated_act
-from opsin.kernels import layer_norm as reference_layer_norm
-from opsin.kernels import paged_attention as reference_paged_attention
-from opsin.kernels import plan_attention as reference_plan_attention
-from opsin.kernels import prepare_linear as reference_prepare_linear
-from opsin.kernels import rms_norm as reference_rms_norm
-from opsin.kernels import rotary as reference_rotary
-from opsin.kernels import top_k as reference_top_k
-from opsin.kernels import write_kv as reference_write_kv
+from opsin.kernels import Choice, Kernels, allocate_kv
 
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """Largest error, relative to the largest magnitude of the expected result."""
@@ -101,7 +93,7 @@ class Bench:
         return order
 
     def put(self, x: Tensor) -> Tensor:
-        """A copy on the device in the run dtype, as compact as x is not: see `fused`."""
+        """A compact copy on the device, in the run dtype."""
         return x.to(self.dtype, copy=True).to(self.device.torch_device)
 
     def fused(self, *parts: Tensor) -> list[Tensor]:
@@ -112,11 +104,10 @@ class Bench:
         return [view.unflatten(-1, part.shape[1:]) for view, part in zip(views, parts)]
 
     def compare(self, got: Tensor, expected: Tensor, what: str) -> None:
-        """Raise AssertionError where the result is not the expected one.
+        """Compare ``got``, on the device in the run dtype, with ``expected``, float32 on the host.
 
-        Args:
-            got: on the device, of the run dtype.
-            expected: float32, on the host.
+        Raises:
+            AssertionError: they differ; ``what`` names them in the message.
         """
         assert got.dtype == self.dtype, f"{what}: got {got.dtype}, expected {self.dtype}"
         assert got.shape == expected.shape, (
@@ -154,8 +145,8 @@ def check_kernel(case: KernelCase, device: Device, specs: Sequence[KernelSpec]) 
         specs: its kernels.
 
     Returns:
-        Who served the case, and how well. A plugin's tests compare the provider with what they expect, so
-        that a kernel is not passed over unnoticed.
+        Who served the case, and how well. A plugin's tests compare the provider with the expected one, so
+        that a kernel that declines does not go unnoticed.
 
     Raises:
         AssertionError: the result is wrong; the message says where.
@@ -171,155 +162,139 @@ def check_kernel(case: KernelCase, device: Device, specs: Sequence[KernelSpec]) 
     return KernelOutcome(providers.pop(), bench.worst)
 
 
-# --------------------------------------------------------------------------------------------------
-# Norms, activations, rotary
-# --------------------------------------------------------------------------------------------------
+# ---- Norms, activations, rotary ------------------------------------------------------------------
 
 
 def _norms(dtype: str) -> Iterator[KernelCase]:
-    for rows, size in itertools.product((1, 2, 33), (8, 96, 896)):
-        query = KernelQuery(op="rms_norm", dtype=dtype, size=size)
-        for residual in (False, True):
-            name = f"rms_norm-{dtype}-{rows}x{size}{'-residual' if residual else ''}"
-            yield KernelCase(name, query, partial(_check_rms_norm, rows=rows, residual=residual))
-        for bias in (False, True):
-            query = KernelQuery(op="layer_norm", dtype=dtype, size=size, bias=bias)
-            name = f"layer_norm-{dtype}-{rows}x{size}{'-bias' if bias else ''}"
-            yield KernelCase(name, query, partial(_check_layer_norm, shape=(rows, size), bias=bias))
-    query = KernelQuery(op="layer_norm", dtype=dtype, size=24, bias=True)
-    yield KernelCase(
-        f"layer_norm-{dtype}-2x5x24-bias", query, partial(_check_layer_norm, shape=(2, 5, 24), bias=True)
-    )
+    shapes: list[tuple[int, ...]] = list(product((1, 2, 33), (8, 96, 896)))
+    for shape, residual in product(shapes, (False, True)):
+        query = KernelQuery(op="rms_norm", dtype=dtype, size=shape[-1])
+        name = f"rms_norm-{dtype}-{_by(shape)}{'-residual' if residual else ''}"
+        yield KernelCase(name, query, partial(_check_rms_norm, shape=shape, residual=residual))
+    for shape, bias in [*product(shapes, (False, True)), ((2, 5, 24), True)]:
+        query = KernelQuery(op="layer_norm", dtype=dtype, size=shape[-1], bias=bias)
+        name = f"layer_norm-{dtype}-{_by(shape)}{'-bias' if bias else ''}"
+        yield KernelCase(name, query, partial(_check_layer_norm, shape=shape, bias=bias))
 
 
-def _check_rms_norm(bench: Bench, *, rows: int, residual: bool) -> None:
-    size = bench.query.size or 0
-    x, weight = bench.draw(rows, size, scale=3.0), bench.draw(size)
-    before = bench.draw(rows, size) if residual else None
-    expected = reference_rms_norm(x, weight, 1e-6, before)
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _check_rms_norm(bench: Bench, *, shape: Sequence[int], residual: bool) -> None:
+    x, weight = bench.draw(*shape, scale=3.0), bench.draw(shape[-1])
+    before = bench.draw(*shape) if residual else None
+    expected = reference.rms_norm(x, weight, 1e-6, before)
     put_before = None if before is None else bench.put(before)
     got = bench.kernels.rms_norm(bench.query)(bench.put(x), bench.put(weight), 1e-6, put_before)
     bench.compare(got[0], expected[0], "normed")
     bench.compare(got[1], expected[1], "residual stream")
 
 
-def _check_layer_norm(bench: Bench, *, shape: tuple[int, ...], bias: bool) -> None:
+def _check_layer_norm(bench: Bench, *, shape: Sequence[int], bias: bool) -> None:
     x, weight = bench.draw(*shape, scale=3.0) + 1, bench.draw(shape[-1])
     x = x.to(bench.dtype).float()
     shift = bench.draw(shape[-1]) if bias else None
-    expected = reference_layer_norm(x, weight, shift, 1e-5)
+    expected = reference.layer_norm(x, weight, shift, 1e-5)
     put_shift = None if shift is None else bench.put(shift)
     got = bench.kernels.layer_norm(bench.query)(bench.put(x), bench.put(weight), put_shift, 1e-5)
     bench.compare(got, expected, "normed")
 
 
 def _gated_acts(dtype: str) -> Iterator[KernelCase]:
-    for rows, size, activation in itertools.product((1, 3, 40), (16, 344), ACTIVATIONS):
+    for rows, size, activation in product((1, 3, 40), (16, 344), ACTIVATIONS):
         query = KernelQuery(op="gated_act", dtype=dtype, size=size, activation=activation)
-        yield KernelCase(
-            f"gated_act-{dtype}-{rows}x{size}-{activation}", query, partial(_check_gated_act, rows=rows)
-        )
+        check = partial(_check_gated_act, rows=rows, size=size, activation=activation)
+        yield KernelCase(f"gated_act-{dtype}-{rows}x{size}-{activation}", query, check)
 
 
-def _check_gated_act(bench: Bench, *, rows: int) -> None:
-    size, activation = bench.query.size, bench.query.activation
-    assert size is not None
-    assert activation is not None
+def _check_gated_act(bench: Bench, *, rows: int, size: int, activation: Activation) -> None:
     x = bench.draw(rows, 2 * size, scale=2.0)
     got = bench.kernels.gated_act(bench.query)(bench.put(x), activation)
-    bench.compare(got, reference_gated_act(x, activation), "gated")
+    bench.compare(got, reference.gated_act(x, activation), "gated")
 
 
 def _rotaries(dtype: str) -> Iterator[KernelCase]:
     heads = ((4, 4, 16, 16), (14, 2, 64, 64), (8, 4, 72, 72), (4, 1, 80, 80), (3, 3, 96, 96), (8, 2, 128, 64))
-    for rows, (num_heads, num_kv_heads, head_size, width) in itertools.product((1, 2, 19), heads):
-        query = KernelQuery(
-            op="rotary", dtype=dtype, num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=head_size
-        )
+    for rows, (*geometry, width) in product((1, 2, 19), heads):
+        query = _attention_query("rotary", dtype, *geometry)
+        num_heads, num_kv_heads, head_size = geometry
         name = f"rotary-{dtype}-{rows}x{num_heads}:{num_kv_heads}x{head_size}-of-{width}"
-        yield KernelCase(name, query, partial(_check_rotary, rows=rows, width=width))
+        yield KernelCase(name, query, partial(_check_rotary, rows=rows, geometry=geometry, width=width))
 
 
-def _check_rotary(bench: Bench, *, rows: int, width: int) -> None:
-    heads, kv_heads, size = _heads(bench.query)
+def _check_rotary(bench: Bench, *, rows: int, geometry: Sequence[int], width: int) -> None:
+    heads, kv_heads, size = geometry
     q, k, v = (bench.draw(rows, n, size) for n in (heads, kv_heads, kv_heads))
     angles = torch.rand(rows, width // 2, generator=torch.Generator().manual_seed(rows)) * 100
     cos, sin = torch.cat((angles, angles), -1).cos(), torch.cat((angles, angles), -1).sin()
-    expected_q, expected_k = reference_rotary(q, k, cos, sin)
+    expected_q, expected_k = reference.rotary(q, k, cos, sin)
     put_q, put_k, put_v = bench.fused(q, k, v)
     tables = [table.to(bench.device.torch_device) for table in (cos, sin)]
     got_q, got_k = bench.kernels.rotary(bench.query)(put_q, put_k, *tables)
     bench.compare(got_q, expected_q, "q")
     bench.compare(got_k, expected_k, "k")
-    bench.compare(put_v, v, "v, which stands beside q and k in memory")
+    bench.compare(put_v, v, "v, which is next to q and k in memory")
 
 
-# --------------------------------------------------------------------------------------------------
-# Linear layers
-# --------------------------------------------------------------------------------------------------
+def _attention_query(op: OpName, dtype: str, heads: int, kv_heads: int, head_size: int) -> KernelQuery:
+    return KernelQuery(op=op, dtype=dtype, num_heads=heads, num_kv_heads=kv_heads, head_size=head_size)
+
+
+# ---- Linear layers -------------------------------------------------------------------------------
 
 
 def _linears(dtype: str) -> Iterator[KernelCase]:
     small, large = (24, 40), (640, 896)
-    for (wide, out), rows in itertools.product((small, large), (0, 1, 2, 3, 4, 17, 70)):
-        for bias, activation, keep in (
-            (False, None, False),
-            (True, None, False),
-            (False, None, True),
-            (True, None, True),
-        ):
-            yield _linear(dtype, wide, out, (rows, wide), bias, activation, keep)
-    for (wide, out), bias, activation in itertools.product((small, large), (False, True), ACTIVATIONS):
-        for rows, keep in itertools.product((1, 9), (False, True)):
-            yield _linear(dtype, wide, out, (rows, wide), bias, activation, keep)
-    for shape, decodes in itertools.product(((2, 5, 640), (640,)), (False, True)):
-        yield _linear(dtype, *large, shape, True, "gelu", False, decodes)
+    for size, rows, keep, bias in product(
+        (small, large), (0, 1, 2, 3, 4, 17, 70), (False, True), (False, True)
+    ):
+        yield _linear(dtype, size, (rows, size[0]), bias, None, keep)
+    for size, bias, activation, rows, keep in product(
+        (small, large), (False, True), ACTIVATIONS, (1, 9), (False, True)
+    ):
+        yield _linear(dtype, size, (rows, size[0]), bias, activation, keep)
+    for shape, decodes in product(((2, 5, 640), (640,)), (False, True)):
+        yield _linear(dtype, large, shape, True, "gelu", False, decodes)
     if dtype == "float32":
-        for rows, bias, keep in itertools.product((0, 1, 2, 8, 17, 33, 70), (False, True), (False, True)):
-            yield _linear(dtype, *large, (rows, 640), bias, None, keep, True)
+        for rows, bias, keep in product((0, 1, 2, 8, 17, 33, 70), (False, True), (False, True)):
+            yield _linear(dtype, large, (rows, 640), bias, None, keep, True)
         for activation in ACTIVATIONS:
-            yield _linear(dtype, *large, (3, 640), True, activation, False, True)
+            yield _linear(dtype, large, (3, 640), True, activation, False, True)
 
 
 def _linear(
     dtype: str,
-    wide: int,
-    out: int,
-    shape: tuple[int, ...],
+    size: tuple[int, int],
+    shape: Sequence[int],
     bias: bool,
     activation: Activation | None,
     keep: bool,
     decodes: bool = False,
 ) -> KernelCase:
     """``decodes``: a decoder's layer, whose weights are bfloat16 numbers as those of most checkpoints are."""
+    wide, out = size
     query = KernelQuery(
-        op="prepare_linear",
-        dtype=dtype,
-        in_features=wide,
-        out_features=out,
-        activation=activation,
-        bias=bias,
+        op="prepare_linear", dtype=dtype, in_features=wide, out_features=out, activation=activation, bias=bias
     )
     marks = [mark for mark, there in (("bias", bias), ("kept", keep), ("decodes", decodes)) if there]
-    name = "-".join(
-        ["linear", dtype, f"{'x'.join(map(str, shape))}-to-{out}", *marks, *filter(None, [activation])]
-    )
-    return KernelCase(name, query, partial(_check_linear, shape=shape, keep=keep, decodes=decodes))
+    name = "-".join(["linear", dtype, f"{_by(shape)}-to-{out}", *marks, *filter(None, [activation])])
+    return KernelCase(name, query, partial(_check_linear, size=size, shape=shape, keep=keep, decodes=decodes))
 
 
-def _check_linear(bench: Bench, *, shape: tuple[int, ...], keep: bool, decodes: bool) -> None:
-    query = bench.query
-    assert query.in_features is not None
-    assert query.out_features is not None
-    weight = bench.draw(query.out_features, query.in_features, scale=query.in_features**-0.5)
+def _check_linear(
+    bench: Bench, *, size: tuple[int, int], shape: Sequence[int], keep: bool, decodes: bool
+) -> None:
+    query, (wide, out) = bench.query, size
+    weight = bench.draw(out, wide, scale=wide**-0.5)
     if decodes:
         weight = weight.bfloat16().float()
-    bias = bench.draw(query.out_features) if query.bias else None
+    bias = bench.draw(out) if query.bias else None
     put_weight, put_bias = bench.put(weight), None if bias is None else bench.put(bias)
     linear = bench.kernels.prepare_linear(query)(
         put_weight, put_bias, query.activation, keep_weight=keep, few_rows=decodes
     )
-    expected = reference_prepare_linear(weight, bias, query.activation, keep_weight=True)
+    expected = reference.prepare_linear(weight, bias, query.activation, keep_weight=True)
     if keep:
         bench.compare(put_weight, weight, "the weight, which is also used elsewhere")
     for turn in ("first", "second"):
@@ -329,9 +304,7 @@ def _check_linear(bench: Bench, *, shape: tuple[int, ...], keep: bool, decodes: 
         bench.compare(put_x, x, "the input, which is also used elsewhere")
 
 
-# --------------------------------------------------------------------------------------------------
-# Attention
-# --------------------------------------------------------------------------------------------------
+# ---- Attention -----------------------------------------------------------------------------------
 
 # (query, key/value heads, head size)
 _GEOMETRIES = ((4, 4, 16), (14, 2, 64), (6, 3, 72), (3, 3, 80), (4, 1, 96), (8, 2, 128))
@@ -356,41 +329,44 @@ _STEPS: dict[str, Sequence[tuple[int, int]]] = {
 
 
 def _paged_attentions(dtype: str) -> Iterator[KernelCase]:
-    for step, (heads, kv_heads, size), scattered in itertools.product(_STEPS, _GEOMETRIES, (False, True)):
-        query = KernelQuery(
-            op="paged_attention", dtype=dtype, num_heads=heads, num_kv_heads=kv_heads, head_size=size
-        )
+    for step, geometry, scattered in product(_STEPS, _GEOMETRIES, (False, True)):
+        query = _attention_query("paged_attention", dtype, *geometry)
+        heads, kv_heads, size = geometry
         name = f"paged_attention-{dtype}-{heads}:{kv_heads}x{size}-{step}{'-scattered' if scattered else ''}"
-        yield KernelCase(name, query, partial(_check_paged, lens=_STEPS[step], scattered=scattered))
+        check = partial(_check_paged, geometry=geometry, lens=_STEPS[step], scattered=scattered)
+        yield KernelCase(name, query, check)
 
 
-def _check_paged(bench: Bench, *, lens: Sequence[tuple[int, int]], scattered: bool) -> None:
+def _check_paged(
+    bench: Bench, *, geometry: Sequence[int], lens: Sequence[tuple[int, int]], scattered: bool
+) -> None:
     """Write what was there before in one step and this step's in another; attend after the second."""
-    heads, kv_heads, head_size = _heads(bench.query)
+    heads, kv_heads, head_size = geometry
     size = bench.device.capabilities.kv_block_size
     tables, num_blocks = _block_tables(bench, [length for _, length in lens], size, scattered)
     write, attend = bench.kernels.paged(bench.query)
-    layers = _allocate(
-        bench, num_blocks, size, KVGeometry(num_layers=2, num_kv_heads=kv_heads, head_size=head_size)
-    )
+    kv = KVGeometry(num_layers=2, num_kv_heads=kv_heads, head_size=head_size)
+    layers = allocate_kv(bench.device, num_blocks, size, kv, bench.dtype)
+    for layer in layers:
+        layer.k.fill_(math.nan)
+        layer.v.fill_(math.nan)
     shape = (num_blocks, size, kv_heads, head_size)
     expected_layer = KVLayer(k=torch.full(shape, math.nan), v=torch.full(shape, math.nan))
     scale = head_size**-0.5
 
     before = [(length - query_len, length - query_len) for query_len, length in lens]
     for step in (before, lens):
-        present = [(table, pair) for table, pair in zip(tables, step) if pair[0] > 0]
+        present = [(table, *pair) for table, pair in zip(tables, step) if pair[0] > 0]
         if not present:
             continue
-        batch = _batch([table for table, _ in present], [pair for _, pair in present], size)
-        total = len(batch.slots)
-        q, k, v = (bench.draw(total, n, head_size) for n in (heads, kv_heads, kv_heads))
+        batch = _batch(present, size)
+        q, k, v = (bench.draw(len(batch.slots), n, head_size) for n in (heads, kv_heads, kv_heads))
         put_q, put_k, put_v = bench.fused(q, k, v)
         plan = bench.kernels.plan_attention(replace(batch, device=bench.device.torch_device))
-        expected_plan = reference_plan_attention(batch)
+        expected_plan = reference.plan_attention(batch)
         write(put_k, put_v, layers[1], plan)
-        reference_write_kv(k, v, expected_layer, expected_plan)
-        expected = reference_paged_attention(q, expected_layer, expected_plan, scale)
+        reference.write_kv(k, v, expected_layer, expected_plan)
+        expected = reference.paged_attention(q, expected_layer, expected_plan, scale)
         bench.compare(attend(put_q, layers[1], plan, scale), expected, "attention")
 
     for name in ("k", "v"):
@@ -401,25 +377,6 @@ def _check_paged(bench: Bench, *, lens: Sequence[tuple[int, int]], scattered: bo
         assert getattr(layers[0], name).isnan().all(), f"the {name} of another layer was written"
 
 
-def _allocate(bench: Bench, num_blocks: int, size: int, geometry: KVGeometry) -> Sequence[KVLayer]:
-    device = bench.device
-    if device.allocate_kv is not None:
-        layers = device.allocate_kv(num_blocks, size, geometry, bench.dtype)
-    else:
-        shape = (num_blocks, size, geometry.num_kv_heads, geometry.head_size)
-        layers = [
-            KVLayer(
-                k=torch.empty(shape, dtype=bench.dtype, device=device.torch_device),
-                v=torch.empty(shape, dtype=bench.dtype, device=device.torch_device),
-            )
-            for _ in range(geometry.num_layers)
-        ]
-    for layer in layers:
-        layer.k.fill_(math.nan)
-        layer.v.fill_(math.nan)
-    return layers
-
-
 def _block_tables(
     bench: Bench, lengths: Sequence[int], size: int, scattered: bool
 ) -> tuple[list[list[int]], int]:
@@ -427,20 +384,21 @@ def _block_tables(
     counts = [-(-length // size) for length in lengths]
     counts[-1] += 1
     total = sum(counts) + 2
-    order = bench.shuffled(total) if scattered else list(range(1, total))
-    blocks = iter(order)
-    return [list(itertools.islice(blocks, count)) for count in counts], total
+    blocks = iter(bench.shuffled(total) if scattered else range(1, total))
+    return [list(islice(blocks, count)) for count in counts], total
 
 
-def _batch(tables: Sequence[Sequence[int]], lens: Sequence[tuple[int, int]], size: int) -> AttentionBatch:
+def _batch(sequences: Sequence[tuple[list[int], int, int]], size: int) -> AttentionBatch:
+    """The batch of sequences given as (block table, query length, context length)."""
+    tables, query_lens, context_lens = zip(*sequences)
     slots = [
         table[position // size] * size + position % size
-        for table, (query_len, length) in zip(tables, lens)
+        for table, query_len, length in sequences
         for position in range(length - query_len, length)
     ]
     return AttentionBatch(
-        query_lens=[query_len for query_len, _ in lens],
-        context_lens=[length for _, length in lens],
+        query_lens=query_lens,
+        context_lens=context_lens,
         block_tables=tables,
         slots=slots,
         block_size=size,
@@ -461,25 +419,19 @@ _SEGMENTS: dict[str, tuple[Sequence[int], Sequence[int] | None]] = {
 
 
 def _dense_attentions(dtype: str) -> Iterator[KernelCase]:
-    for name, (heads, size) in itertools.product(
-        _SEGMENTS, ((2, 16), (16, 40), (4, 64), (3, 72), (8, 80), (2, 96), (2, 128))
-    ):
-        query = KernelQuery(
-            op="dense_attention", dtype=dtype, num_heads=heads, num_kv_heads=heads, head_size=size
-        )
-        q_lens, k_lens = _SEGMENTS[name]
-        yield KernelCase(
-            f"dense_attention-{dtype}-{heads}x{size}-{name}",
-            query,
-            partial(_check_dense, q_lens=q_lens, k_lens=k_lens),
-        )
+    sizes = ((2, 16), (16, 40), (4, 64), (3, 72), (8, 80), (2, 96), (2, 128))
+    for (name, (q_lens, k_lens)), (heads, size) in product(_SEGMENTS.items(), sizes):
+        query = _attention_query("dense_attention", dtype, heads, heads, size)
+        check = partial(_check_dense, heads=heads, size=size, q_lens=q_lens, k_lens=k_lens)
+        yield KernelCase(f"dense_attention-{dtype}-{heads}x{size}-{name}", query, check)
 
 
-def _check_dense(bench: Bench, *, q_lens: Sequence[int], k_lens: Sequence[int] | None) -> None:
-    heads, _, size = _heads(bench.query)
+def _check_dense(
+    bench: Bench, *, heads: int, size: int, q_lens: Sequence[int], k_lens: Sequence[int] | None
+) -> None:
     num_keys = sum(q_lens if k_lens is None else k_lens)
     q, k, v = (bench.draw(rows, heads, size) for rows in (sum(q_lens), num_keys, num_keys))
-    expected = reference_dense_attention(q, k, v, q_lens, k_lens, size**-0.5)
+    expected = reference.dense_attention(q, k, v, q_lens, k_lens, size**-0.5)
     if k_lens is None:
         put_q, put_k, put_v = bench.fused(q, k, v)
     else:
@@ -488,42 +440,32 @@ def _check_dense(bench: Bench, *, q_lens: Sequence[int], k_lens: Sequence[int] |
     bench.compare(got, expected, "attention")
 
 
-# --------------------------------------------------------------------------------------------------
-# Searching rows
-# --------------------------------------------------------------------------------------------------
+# ---- Searching rows ------------------------------------------------------------------------------
 
 
 def _top_ks(dtype: str) -> Iterator[KernelCase]:
-    for rows, size, k in itertools.product((1, 5), (40, 1024, 5003, 33000), (1, 8, 128)):
+    for rows, size, k in product((1, 5), (40, 1024, 5003, 33000), (1, 8, 128)):
         if k <= size:
             query = KernelQuery(op="top_k", dtype=dtype, size=size)
-            yield KernelCase(f"top_k-{dtype}-{rows}x{size}-{k}", query, partial(_check_top_k, rows=rows, k=k))
+            check = partial(_check_top_k, rows=rows, size=size, k=k)
+            yield KernelCase(f"top_k-{dtype}-{rows}x{size}-{k}", query, check)
 
 
-def _check_top_k(bench: Bench, *, rows: int, k: int) -> None:
-    """Numbers as they come, equal ones among them, and a row with NaN, which counts as largest."""
-    size = bench.query.size or 0
+def _check_top_k(bench: Bench, *, rows: int, size: int, k: int) -> None:
+    """Numbers as they come, then with many equal ones, then a row with NaN, which counts as largest."""
     search = bench.kernels.top_k(bench.query)
     x = bench.draw(rows, size)
     levels = (x * 4).round() / 4  # many equal values
     for drawn in (x, levels):
         values, ids = search(bench.put(drawn), k)
-        bench.compare(values, reference_top_k(drawn, k)[0], "values")
+        bench.compare(values, reference.top_k(drawn, k)[0], "values")
         assert ids.dtype == torch.int64, f"ids: got {ids.dtype}, expected int64"
         bench.compare(values, drawn.gather(1, ids.cpu()), "values at the ids")
-        assert all(len(set(row)) == k for row in ids.tolist()), "ids: one stands twice in a row"
+        assert all(len(set(row)) == k for row in ids.tolist()), "ids: one occurs twice in a row"
     if k == 1:
-        first = reference_top_k(levels, 1)[1].tolist()
+        first = reference.top_k(levels, 1)[1].tolist()
         assert search(bench.put(levels), 1)[1].tolist() == first, "ids: the lowest of equal values"
     x[0, size // 2] = math.nan
     values, ids = search(bench.put(x), k)
     assert math.isnan(values[0, 0].item()), "NaN counts as largest"
     assert ids[0, 0].item() == size // 2, "the place of NaN"
-
-
-def _heads(query: KernelQuery) -> tuple[int, int, int]:
-    heads, kv_heads, size = query.num_heads, query.num_kv_heads, query.head_size
-    assert heads is not None
-    assert kv_heads is not None
-    assert size is not None
-    return heads, kv_heads, size
