@@ -3,8 +3,8 @@
     python tests/checkpoints/resave.py SOURCE TARGET
 
 TARGET gets every file that is not as in SOURCE, but no weights: ``resaved.json`` names the files that are as
-they were, and tensors with another name. Families whose classes are remote code get configuration classes that
-inherit as theirs do; their tensors keep their names, and their processor's files stay, as they do there.
+they were, and tensors with another name. Families whose classes are remote code get configuration classes
+that inherit as theirs do; their tensors keep their names, and their processor's files stay, as they do there.
 """
 
 from __future__ import annotations

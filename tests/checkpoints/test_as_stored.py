@@ -245,7 +245,9 @@ def test_a_named_chat_template_is_chosen_by_its_name(folder: Path) -> None:
 
     def template(**settings: Any) -> str:
         with LLM(str(folder), kv_cache_memory=2**22, **settings) as llm:
-            return str(llm.engine.frontend.renderer.chat_template)
+            template = llm.engine.frontend.renderer.template
+            assert template is not None
+            return template.source
 
     assert template() == "plain"
     assert template(chat_template="rag") == "with documents"
