@@ -16,8 +16,11 @@ from opsin.layers import split_image_embeds
         torch.arange(24.0).view(2, 3, 4),
         list(torch.arange(24.0).view(2, 3, 4)),
         list(torch.arange(24.0).view(2, 1, 3, 4)),
+        torch.arange(24.0).view(6, 4),
+        torch.arange(24.0).view(2, 3, 4).numpy(),
+        {"image_embeds": torch.arange(24.0).view(2, 3, 4)},
     ],
-    ids=["tensor", "list", "list of batches"],
+    ids=["tensor", "list", "list of batches", "flat", "array", "dict"],
 )
 def test_pictures_are_taken_apart(data: Any) -> None:
     items = split_image_embeds(data, 3)
@@ -34,8 +37,8 @@ def test_pictures_may_have_different_numbers_of_rows() -> None:
     ("data", "words"),
     [
         (
-            {"image_embeds": torch.zeros(3, 4)},
-            r"\(images, 3, hidden\) or a list of tensors \(3, hidden\), got a dict",
+            {"embeds": torch.zeros(3, 4)},
+            r"got a dict; expected a tensor or a list of tensors",
         ),
         ([torch.zeros(3, 4), "picture"], "got a list"),
         (torch.zeros(2, 5, 4), r"shape \(5, 4\), expected \(3, hidden\)"),

@@ -316,7 +316,7 @@ def test_pinpoints_that_are_no_grid_are_refused(pinpoints: list[list[int]]) -> N
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ({"image_embeds": torch.zeros(576, 8)}, "dict"),
+        ({"embeds": torch.zeros(576, 8)}, "dict"),
         ("embeddings", "str"),
         ([torch.zeros(576, 8), "embeddings"], "list"),
         (torch.zeros(8), "expected"),

@@ -175,6 +175,13 @@ def test_embeddings_are_split_by_the_slices_of_their_sizes(sizes_name: str, as_l
     assert torch.equal(torch.cat([mapped[0].embeds, mapped[1].embeds]), whole.flatten(0, 1))
 
 
+def test_embeddings_may_be_flat() -> None:
+    mapper = ImageMapper(context("minicpmv26"))
+    layouts = [embeds(8), embeds(8).flatten(0, 1)]
+    flat, whole = (mapper.split_embeds({"image_embeds": e, "image_sizes": SIZES}) for e in layouts)
+    assert [item["embeds"].shape for item in flat] == [item["embeds"].shape for item in whole]
+
+
 def test_embeddings_of_a_picture_cut_otherwise() -> None:
     mapper = ImageMapper(context("minicpmv26"))
     [item] = mapper.split_embeds({"image_embeds": embeds(3), "image_sizes": SIZES[:1]})
@@ -207,7 +214,8 @@ def test_embeddings_of_a_videos_frames() -> None:
         ({"image_embeds": embeds(8), "image_sizes": SIZES, "image_size_list": SIZES}, "image_sizes"),
         ({"image_embeds": embeds(8), "image_sizes": SIZES, "more": 1}, "more"),
         ({"image_embeds": embeds(9), "image_sizes": SIZES}, r"\[7, 1\] slices, image_embeds has 9"),
-        ({"image_embeds": embeds(8).flatten(0, 1), "image_sizes": SIZES}, "16 queries"),
+        ({"image_embeds": embeds(8).flatten(0, 1)[1:], "image_sizes": SIZES}, "16 queries"),
+        ({"image_embeds": "x", "image_sizes": SIZES}, "image_embeds is a str; expected a tensor"),
         ({"image_embeds": embeds(8).to_sparse(), "image_sizes": SIZES}, "dense"),
         ({"image_embeds": [embeds(7)], "image_sizes": SIZES}, "1 tensors for 2"),
         ({"image_embeds": embeds(8), "image_sizes": (320, 213)}, "list of"),

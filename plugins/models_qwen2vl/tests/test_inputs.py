@@ -117,15 +117,40 @@ def test_video_frames_come_in_pairs() -> None:
     [
         (torch.zeros(4, 8), "image_grid_thw"),
         ({"image_embeds": torch.zeros(4, 8)}, "image_grid_thw"),
-        ({"image_embeds": torch.zeros(5, 8), "image_grid_thw": torch.tensor([[1, 4, 4]])}, "4 embeddings"),
+        (
+            {"image_embeds": torch.zeros(5, 8), "image_grid_thw": torch.tensor([[1, 4, 4]])},
+            "has 5 embeddings.* 4$",
+        ),
         ({"image_embeds": torch.zeros(4, 8), "image_grid_thw": torch.tensor([[1, 3, 4]])}, "multiples of 2"),
         ({"image_embeds": torch.zeros(4, 8), "image_grid_thw": torch.ones(1, 3)}, "integers"),
-        ({"image_embeds": torch.zeros(1, 4, 8), "image_grid_thw": torch.tensor([[1, 4, 4]])}, "hidden"),
+        ({"image_embeds": torch.zeros(1, 2, 4, 8), "image_grid_thw": [[1, 4, 4]]}, r"\(items, n, hidden\)"),
+        ({"image_embeds": torch.zeros(4), "image_grid_thw": [[1, 4, 4]]}, "hidden"),
+        ({"image_embeds": ["a"], "image_grid_thw": [[1, 4, 4]]}, "got a list; expected a tensor"),
+        ({"image_embeds": torch.zeros(4, 8), "image_grid_thw": ["a"]}, "integers"),
+        ({"image_embeds": torch.zeros(4, 8), "image_grid_thw": [[1, 4, 4], [2]]}, "integers"),
+        (
+            {"image_embeds": [torch.zeros(3, 8), torch.zeros(5, 8)], "image_grid_thw": [[1, 4, 4]] * 2},
+            r"has 3 \+ 5 embeddings.* 4 \+ 4$",
+        ),
+        (
+            {"image_embeds": [torch.zeros(4, 8), torch.zeros(4, 9)], "image_grid_thw": [[1, 4, 4]] * 2},
+            "different widths",
+        ),
     ],
 )
 def test_malformed_embeddings_are_refused(data: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ImageMapper(context()).split_embeds(data)
+
+
+@pytest.mark.parametrize("kind", [ImageMapper, VideoMapper])
+def test_embeddings_come_in_several_layouts(kind: type[ImageMapper | VideoMapper]) -> None:
+    mapper = kind(context())
+    whole = torch.arange(64.0).view(2, 4, 8)
+    for layout in (whole, whole.flatten(0, 1), list(whole), list(whole.unsqueeze(1)), whole.numpy()):
+        for grids in (torch.tensor([[1, 4, 4]] * 2), [(1, 4, 4), (1, 4, 4)], np.array([[1, 4, 4]] * 2)):
+            data = {f"{mapper.modality}_embeds": layout, f"{mapper.modality}_grid_thw": grids}
+            assert torch.equal(torch.stack([item["embeds"] for item in mapper.split_embeds(data)]), whole)
 
 
 def test_embeddings_are_split_by_their_grids() -> None:

@@ -18,7 +18,7 @@ from opsin.layers.decoder import (
     kv_geometry,
     output_head,
 )
-from opsin.layers.embeds import split_image_embeds
+from opsin.layers.embeds import split_embeds, split_image_embeds
 from opsin.layers.linear import Embedding, Linear, activation, dtype_name
 from opsin.layers.module import Layer, Module, Slot
 from opsin.layers.norm import LayerNorm, RMSNorm
@@ -76,6 +76,7 @@ __all__ = [
     "pixel_values",
     "resampling",
     "sequential_positions",
+    "split_embeds",
     "split_image_embeds",
     "switch_lengths",
     "text_config",

@@ -1,8 +1,8 @@
-"""Ready-made picture embeddings, as users pass them -> one tensor per picture."""
+"""Ready-made embeddings, as users pass them -> one tensor per item."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,28 +10,68 @@ from torch import Tensor
 
 
 def split_image_embeds(data: Any, num_rows: int | None = None) -> list[Tensor]:
-    """(images, E, H), or a list of (E, H), or one (E, H) -> (E, H) of each picture.
+    """(images, E, H), (total, H), a list of either, or these as ``image_embeds`` of a dict -> (E, H) each.
 
     Args:
         data: the user's input.
-        num_rows: E, where it is the same for all pictures.
+        num_rows: E, where it is the same for all pictures; None: a tensor (E, H) is one picture.
 
     Raises:
         ValueError: another layout.
     """
-    wanted = f"({num_rows or 'features'}, hidden)"
-    parts = [data] if isinstance(data, Tensor) else data
-    if not isinstance(parts, Sequence) or not all(isinstance(part, Tensor) for part in parts):
-        raise ValueError(
-            f"image embeddings of this family are a tensor (images, {wanted[1:]} or a list of tensors "
-            f"{wanted}, got a {type(data).__name__}"
-        )
+    if isinstance(data, Mapping) and set(data) == {"image_embeds"}:
+        data = data["image_embeds"]
     items: list[Tensor] = []
-    for part in parts:
-        if part.layout != torch.strided:
-            raise ValueError(f"image embeddings must be dense tensors, got {part.layout}")
-        items += part.unbind(0) if part.ndim == 3 else [part]
+    for part in _dense(data, "image embeddings"):
+        if part.ndim == 2 and num_rows is not None and len(part) % num_rows == 0:
+            items += part.split(num_rows)
+        else:
+            items += part.unbind(0) if part.ndim == 3 else [part]
     for item in items:
         if item.ndim != 2 or item.shape[0] == 0 or num_rows not in (None, item.shape[0]):
-            raise ValueError(f"the embeddings of an image have shape {tuple(item.shape)}, expected {wanted}")
+            raise ValueError(
+                f"the embeddings of an image have shape {tuple(item.shape)}, expected "
+                f"({num_rows or 'features'}, hidden)"
+            )
     return items
+
+
+def split_embeds(data: Any, name: str, counts: Sequence[int]) -> list[Tensor]:
+    """(total, H), (items, E, H) or a list with a tensor of either per item -> (E, H) of each item.
+
+    Args:
+        data: the user's input.
+        name: of the input, for messages.
+        counts: E of each item, as its grid or size says.
+
+    Raises:
+        ValueError: another layout, or other counts.
+    """
+    parts = [part.flatten(0, -2) if part.ndim == 3 else part for part in _dense(data, name)]
+    wrong = [tuple(part.shape) for part in parts if part.ndim != 2]
+    if wrong:
+        raise ValueError(f"{name} has shape {wrong[0]}; expected (embeddings, hidden) or (items, n, hidden)")
+    if len({part.shape[-1] for part in parts}) > 1:
+        raise ValueError(f"{name} has tensors of different widths: {[tuple(part.shape) for part in parts]}")
+    lengths = [len(part) for part in parts]
+    if sum(lengths) != sum(counts) or (isinstance(data, (list, tuple)) and lengths != list(counts)):
+        raise ValueError(
+            f"{name} has {' + '.join(map(str, lengths))} embeddings; the items described beside it have "
+            f"{' + '.join(map(str, counts))}"
+        )
+    return list(torch.cat(parts).split(list(counts)))
+
+
+def _dense(data: Any, name: str) -> list[Tensor]:
+    """One or several tensors or arrays as dense tensors."""
+    parts = data if isinstance(data, (list, tuple)) else [data]
+    try:
+        tensors = [torch.as_tensor(part) for part in parts]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{name}: got a {type(data).__name__}; expected a tensor or a list of tensors, (n, hidden) each"
+        ) from error
+    for tensor in tensors:
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{name} must be dense tensors, got {tensor.layout}")
+    return tensors

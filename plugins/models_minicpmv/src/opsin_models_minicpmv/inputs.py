@@ -223,11 +223,18 @@ class _Mapper:
         return data[name], [(int(width), int(height)) for width, height in sizes]
 
     def _checked(self, embeds: Any) -> Tensor:
-        tensor = torch.as_tensor(embeds)
+        """(slices, queries, H), of that or of (slices * queries, H)."""
+        name = f"{self.modality}_embeds"
+        try:
+            tensor = torch.as_tensor(embeds)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{name} is a {type(embeds).__name__}; expected a tensor") from error
+        if tensor.layout == torch.strided and tensor.ndim == 2 and len(tensor) % self._num_queries == 0:
+            tensor = tensor.unflatten(0, (-1, self._num_queries))
         if tensor.layout != torch.strided or tensor.ndim != 3:
             raise ValueError(
-                f"{self.modality}_embeds is a {tensor.layout} tensor {tuple(tensor.shape)}; expected a dense "
-                f"one, (slices, {self._num_queries} queries, hidden)"
+                f"{name} is a {tensor.layout} tensor {tuple(tensor.shape)}; expected a dense one, "
+                f"(slices, {self._num_queries} queries, hidden) or (slices * {self._num_queries}, hidden)"
             )
         return tensor
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from opsin.api import InputContext, MappedMedia, MediaItem, Modality, Placeholder, repeat_token
-from opsin.layers import fields, pixel_levels, resampling
+from opsin.layers import fields, pixel_levels, resampling, split_embeds
 from opsin_models_qwen2vl.config import read_config
 
 Array = np.ndarray[Any, Any]
@@ -213,36 +213,37 @@ class _Mapper:
         )
 
     def split_embeds(self, data: Any) -> Sequence[Mapping[str, Tensor]]:
-        """``{"<modality>_embeds": (total, H), "<modality>_grid_thw": (n, 3)}`` -> n items."""
+        """``{"<modality>_embeds": ..., "<modality>_grid_thw": (n, 3)}`` -> n items.
+
+        The layouts of the embeddings are those of `opsin.layers.split_embeds`.
+        """
         names = {f"{self.modality}_embeds", f"{self.modality}_grid_thw"}
         if not isinstance(data, Mapping) or set(data) != names:
-            got = sorted(data) if isinstance(data, Mapping) else type(data).__name__
+            got = sorted(map(str, data)) if isinstance(data, Mapping) else type(data).__name__
             raise ValueError(
                 f"{self.modality} embeddings of this family are a dict with {' and '.join(sorted(names))}, "
                 f"got {got}"
             )
-        embeds = torch.as_tensor(data[f"{self.modality}_embeds"])
-        grids = torch.as_tensor(data[f"{self.modality}_grid_thw"])
-        if embeds.ndim != 2 or grids.ndim != 2 or grids.shape[-1] != 3 or grids.is_floating_point():
-            raise ValueError(
-                f"{self.modality}_embeds must be (total tokens, hidden) and {self.modality}_grid_thw "
-                f"integers (items, 3), got {tuple(embeds.shape)} and {tuple(grids.shape)} {grids.dtype}"
-            )
-        merge = self._patching.merge_size
+        grids, merge = self._grids(data[f"{self.modality}_grid_thw"]), self._patching.merge_size
+        counts = [math.prod(grid) // merge**2 for grid in grids]
+        parts = split_embeds(data[f"{self.modality}_embeds"], f"{self.modality}_embeds", counts)
+        return [{"embeds": part, "grid_thw": torch.tensor(grid)} for part, grid in zip(parts, grids)]
+
+    def _grids(self, given: Any) -> list[tuple[int, int, int]]:
+        name, merge = f"{self.modality}_grid_thw", self._patching.merge_size
+        try:
+            grids = np.asarray(given)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name} is a {type(given).__name__}; expected integers (items, 3)") from error
+        grids = grids.reshape(1, 3) if grids.shape == (3,) else grids
+        if grids.ndim != 2 or grids.shape[1] != 3 or grids.dtype.kind not in "iu":
+            raise ValueError(f"{name} must be integers (items, 3), got {grids.shape} {grids.dtype}")
         if bool((grids < 1).any()) or bool((grids[:, 1:] % merge).any()):
             raise ValueError(
-                f"{self.modality}_grid_thw {grids.tolist()}: expected positive (t, h, w) in patches, "
-                f"h and w multiples of {merge}"
+                f"{name} {grids.tolist()}: expected positive (t, h, w) in patches, h and w multiples of "
+                f"{merge}"
             )
-        counts = (grids.prod(-1) // merge**2).tolist()
-        if sum(counts) != len(embeds):
-            raise ValueError(
-                f"{self.modality}_grid_thw {grids.tolist()} describes {sum(counts)} embeddings, "
-                f"{self.modality}_embeds has {len(embeds)}"
-            )
-        return [
-            {"embeds": part, "grid_thw": grid} for part, grid in zip(embeds.split(counts), grids, strict=True)
-        ]
+        return [(int(t), int(h), int(w)) for t, h, w in grids]
 
 
 class ImageMapper(_Mapper):
