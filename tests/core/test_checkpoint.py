@@ -18,6 +18,7 @@ from opsin.checkpoint import files as checkpoint
 from opsin.checkpoint import hub
 from opsin.checkpoint.tokenizer import load_tokenizer
 from opsin.errors import CheckpointError, MissingPluginError
+from opsin.plugins.known_packages import pip_install
 
 
 def write(folder: Path, **files: Any) -> Path:
@@ -293,7 +294,8 @@ def test_known_checkpoint_that_is_not_installed(
     with pytest.raises(MissingPluginError) as caught:
         hub.locate(name)
     message = str(caught.value)
-    assert f"pip install {known.package}" in message
+    packages = [known.package] if plugin_installed else [known.package, plugin]
+    assert pip_install(*packages) in message
     assert (plugin in message) == (not plugin_installed)
     assert (known.architecture in message) == (not plugin_installed)
 

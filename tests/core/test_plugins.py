@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import json
+import re
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -30,6 +31,7 @@ from opsin.api import (
 from opsin.errors import ConfigError, MissingPluginError, PluginConflictError, PluginError
 from opsin.plugins import Plugins, load_plugins
 from opsin.plugins.contract import HOOKS
+from opsin.plugins.known_packages import pip_install
 
 
 @pytest.fixture(autouse=True)
@@ -281,6 +283,50 @@ def test_optional_hook_of_a_later_minor_is_ignored() -> None:
     assert [p.name for p in found.loaded] == ["toys"]
 
 
+def test_a_hook_of_a_later_minor_is_reported_and_the_rest_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    toys = plugin(models=[model()], audio=[])
+    found = load(extra={"toys": toys})
+    assert found.model("Toy").architecture == "Toy"
+    [note] = found.notes
+    assert re.search(r"toys.*API 1\.\d+ has no hook opsin_register_audio.*upgrade opsin", note)
+    assert note in caplog.text
+
+
+def test_a_plugin_that_provides_nothing_is_a_failure() -> None:
+    found = load(extra={"toys": SimpleNamespace(), "others": plugin(models=[model()])})
+    [failure] = found.failures
+    assert (failure.plugin.name, [p.name for p in found.loaded]) == ("toys", ["others"])
+    assert "provides nothing" in failure.reason
+    assert not load(extra={"toys": plugin(models=[])}).failures, "it may have nothing for this machine"
+
+
+def test_parts_of_what_nobody_provides_are_reported() -> None:
+    parts = plugin(
+        models=[model()],
+        devices=[device("cpu")],
+        input_mappers=[InputMapperSpec(architecture="Tay", modality="image", build=never)],
+        placeholders=[PlaceholderSpec(architecture="Toy", modality="image", build=never)],
+        kernels=[KernelSpec(device="cup", op="rms_norm", load=never)],
+    )
+    notes = load(extra={"toys": parts}).notes
+    assert [note.split(": ", 1)[1] for note in notes] == [
+        "provides input_mapper:Tay/image, and no plugin provides model:Tay (did you mean 'model:Toy'?)",
+        "provides kernel:cup/rms_norm, and no plugin provides device:cup (did you mean 'device:cpu'?)",
+    ]
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_what_to_install_depends_on_where_one_stands(
+    inside: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root if inside else tmp_path)
+    place = "." if inside else str(root)
+    wanted = f"pip install {place}/plugins/device_cpu {place}/demo/checkpoints/tiny_llava"
+    assert pip_install("opsin-device-cpu", "opsin-tiny-llava") == wanted
+    assert pip_install("opsin-models-other") == "pip install ./plugins/models_other (in a checkout of opsin)"
+
+
 def test_unmarked_hook() -> None:
     def opsin_register_models() -> Any:
         return [model()]
@@ -502,13 +548,13 @@ KNOWN = json.loads((Path(opsin.hookspecs.__file__).parent / "data/known_packages
 
 @pytest.mark.parametrize(("architecture", "package"), KNOWN["architectures"].items())
 def test_missing_architecture_names_its_package(architecture: str, package: str) -> None:
-    with pytest.raises(MissingPluginError, match=rf"'{architecture}'.*pip install {package}.*Plugins: toys"):
+    with pytest.raises(MissingPluginError, match=rf"'{architecture}'.*{pip_install(package)}.*Plugins: toys"):
         load(extra={"toys": plugin(models=[model()])}).model(architecture)
 
 
 @pytest.mark.parametrize(("name", "package"), KNOWN["devices"].items())
 def test_missing_device_names_its_package(name: str, package: str) -> None:
-    with pytest.raises(MissingPluginError, match=rf"the device '{name}'.*pip install {package}"):
+    with pytest.raises(MissingPluginError, match=rf"the device '{name}'.*{pip_install(package)}"):
         load().device_spec(name)
 
 

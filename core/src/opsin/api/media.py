@@ -108,6 +108,15 @@ class Positions:
     delta: int = 0
     switch_lengths: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Raise ValueError where these cannot be positions."""
+        shape: tuple[int, ...] = getattr(self.prompt, "shape", ())
+        dtype = getattr(self.prompt, "dtype", type(self.prompt).__name__)
+        if len(shape) != 2 or shape[0] < 1 or dtype != "int64":
+            raise ValueError(f"positions are {dtype} {shape}; expected int64 (axes, tokens)")
+        if list(self.switch_lengths) != sorted(set(self.switch_lengths)):
+            raise ValueError(f"switch_lengths are {self.switch_lengths}; expected ascending lengths")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessedPrompt:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from opsin.api import CHECKPOINT_GROUP
 from opsin.errors import CheckpointError, MissingPluginError
-from opsin.plugins.known_packages import known_packages
+from opsin.plugins.known_packages import known_packages, pip_install
 
 DATA_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 """The only files that are downloaded: no Python, no weights in formats that run code when they are read."""
@@ -71,8 +71,8 @@ def _not_installed(model: str) -> str:
         version(plugin)
     except PackageNotFoundError:
         missing += f", and neither is a plugin for its architecture {checkpoint.architecture!r}"
-        return f"{missing}: pip install {checkpoint.package} {plugin}"
-    return f"{missing}: pip install {checkpoint.package}"
+        return f"{missing} ({checkpoint.package}, {plugin}): {pip_install(checkpoint.package, plugin)}"
+    return f"{missing} ({checkpoint.package}): {pip_install(checkpoint.package)}"
 
 
 def _from_modelscope(model: str, revision: str | None) -> Path:

@@ -55,7 +55,11 @@ def describe_plugins(found: Plugins) -> dict[str, Any]:
         "disabled": [{"name": p.name, "distribution": p.distribution} for p in found.disabled],
         "provides": [{"kind": o.kind, "key": o.key, "plugin": o.plugin.name} for o in found.claims],
         "checkpoints": checkpoints,
-        "advice": [*_missing_kinds(found), *(c["problem"] for c in checkpoints if c["problem"])],
+        "advice": [
+            *_missing_kinds(found),
+            *found.notes,
+            *(c["problem"] for c in checkpoints if c["problem"]),
+        ],
     }
 
 
@@ -75,17 +79,17 @@ def _describe_checkpoint(found: Plugins, name: str) -> dict[str, Any]:
 
 def _missing_kinds(found: Plugins) -> list[str]:
     """What to install where no plugin provides any model, or any device."""
-    from opsin.plugins.known_packages import known_packages
+    from opsin.plugins.known_packages import known_packages, pip_install
 
     kinds = {claim.kind for claim in found.claims}
     known = known_packages()
     advice = []
     if "model" not in kinds:
         packages = sorted(set(known.architectures.values()))
-        advice.append(f"no plugin provides a model; install one: pip install {' | '.join(packages)}")
+        advice.append(f"no plugin provides a model; install one: {' | '.join(map(pip_install, packages))}")
     if "device" not in kinds:
         packages = sorted(set(known.devices.values()))
-        advice.append(f"no plugin provides a device; install one: pip install {' | '.join(packages)}")
+        advice.append(f"no plugin provides a device; install one: {' | '.join(map(pip_install, packages))}")
     return advice
 
 

@@ -27,6 +27,9 @@ from opsin.plugins import Plugins
 
 logger = logging.getLogger(__name__)
 
+_MODEL = ("kv_geometry", "hidden_size", "vocab_size", "weight_name", "embed", "forward", "logits")
+"""What every `opsin.api.Model` has."""
+
 
 class LocalExecutor:
     """One device, in this process."""
@@ -53,10 +56,12 @@ class LocalExecutor:
             checkpoint.check_not_quantised()
         with settings_explained(checkpoint.path, model_spec.build):
             self.model = model_spec.build(context)
-        if not isinstance(self.model, torch.nn.Module):
+        lacking = [name for name in _MODEL if not hasattr(self.model, name)]
+        if lacking or not isinstance(self.model, torch.nn.Module):
             raise PluginError(
-                f"{model_spec.build.__module__} built {self.model!r:.80} for {model_spec.architecture}, "
-                "expected a torch.nn.Module with the methods of opsin.api.Model"
+                f"{model_spec.build.__module__} built a {type(self.model).__name__} for "
+                f"{model_spec.architecture} without {', '.join(lacking) or 'modules'}; expected a "
+                "torch.nn.Module that is an opsin.api.Model"
             )
         with _out_of_memory_explained(self.device, "weights", 'pass a smaller checkpoint or dtype="float16"'):
             load = model_spec.load_checkpoint

@@ -140,6 +140,8 @@ class Runner:
                 plan=self.plan_attention(batch),
             )
         )
+        if hidden.shape != embeds.shape:
+            raise RequestError(f"the model gave {tuple(hidden.shape)} for embeddings {tuple(embeds.shape)}")
         pooled = [
             (chunk.sequence, *pool(chunk.sequence, chunk.start, hidden[row : row + chunk.length]))
             for row, chunk in placed
@@ -192,11 +194,18 @@ class Runner:
         if not rows:
             return
         last = hidden.index_select(0, torch.tensor(rows, device=hidden.device))
-        for sequence, token in zip(sequences, sample(self.model.logits(last), sequences, self.top_k)):
+        for sequence, token in zip(sequences, sample(self._logits(last), sequences, self.top_k)):
             if isinstance(token, RequestError):
                 result.errors[sequence.seq_id] = token
             else:
                 result.sampled[sequence.seq_id] = token
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = self.model.logits(hidden)
+        expected = (len(hidden), self.model.vocab_size)
+        if tuple(logits.shape) != expected:
+            raise RequestError(f"the model gave logits {tuple(logits.shape)}, expected {expected}")
+        return logits
 
     def _read_prompt_logprobs(
         self, chunk: Chunk, num_top: int, hidden: Tensor, row: int, result: StepTokens
@@ -206,7 +215,7 @@ class Runner:
         end = min(chunk.end, sequence.num_prompt - 1)
         if chunk.start < end:
             targets = sequence.token_ids[chunk.start + 1 : end + 1]
-            logits = self.model.logits(hidden[row : row + end - chunk.start])
+            logits = self._logits(hidden[row : row + end - chunk.start])
             tokens = prompt_logprobs(logits, targets, num_top, self.top_k)
             result.prompt_logprobs[sequence.seq_id] = (chunk.start + 1, tokens)
 

@@ -93,6 +93,13 @@ def build_frontend(
     )
     mappers = _built(mapper_specs, context, checkpoint)
     placeholders = _built(placeholder_specs, context, checkpoint)
+    for modality, placeholder in placeholders.items():
+        token, text = placeholder.token_id, placeholder.text(1)
+        if token is not None and tokenizer.encode(text, add_special_tokens=False).count(token) != 1:
+            raise CheckpointError(
+                f"the placeholder of a {modality}, {text!r}, does not have its token {token} once in this "
+                "tokenizer; config.json and tokenizer are not of one model"
+            )
     processor = PromptProcessor(
         model_spec=spec,
         mappers=mappers,

@@ -109,11 +109,16 @@ class PromptProcessor:
         token_ids, placed = self._expand(parts, media, options)
         self._check_len(len(token_ids), sum(sum(item.is_embed) for item in placed), min_new_tokens)
 
-        positions = self.model_spec.positions
+        positions = self.model_spec.positions and self.model_spec.positions(self.config, token_ids, placed)
+        if positions is not None and positions.prompt.shape[1] != len(token_ids):
+            raise RequestError(
+                f"{positions.prompt.shape[1]} positions for {len(token_ids)} tokens; the plugin of "
+                f"{self.model_spec.architecture} is at fault"
+            )
         return ProcessedPrompt(
             token_ids=token_ids,
             media=placed,
-            positions=positions and positions(self.config, token_ids, placed),
+            positions=positions,
             text=parsed.text,
             salt=parsed.salt,
         )

@@ -53,7 +53,7 @@ class RotaryTable(Module):
         super().__init__()
         self._inverse = inverse_frequencies(head_size, theta)[None].to(device)
         self._factor = 1.0
-        self._num_axes = 1 if sections is None else len(sections)
+        self._num_rows = 1 if sections is None else len(sections)
         self._axis: Tensor | None = None
         if sections is not None:
             assert sum(sections) == head_size // 2, (sections, head_size)
@@ -85,6 +85,7 @@ class RotaryTable(Module):
         table = cls(head_size, rope["rope_theta"], sections=sections, device=device)
         inverse, table._factor = _scaled(text, head_size)
         table._inverse = inverse.to(device)
+        table._num_rows += len(inverse) > 1
         return table
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,10 +93,13 @@ class RotaryTable(Module):
 
         With frequencies of several variants, (A + 1, T): the variant of each token is the last row.
         """
+        if len(positions) < self._num_rows:
+            raise ValueError(
+                f"positions have {len(positions)} rows, expected {self._num_rows}: those of the axes, and "
+                "with switch_lengths the variants"
+            )
         inverse = self._inverse[0]
         if len(self._inverse) > 1:
-            if len(positions) == self._num_axes:
-                raise ValueError("positions have no row of variants: the family gives no switch_lengths")
             inverse = self._inverse.index_select(0, positions[-1])
         if self._axis is None:
             angles = positions[0].float().unsqueeze(1) * inverse

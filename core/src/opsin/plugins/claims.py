@@ -60,9 +60,10 @@ class Claim:
         return f"{self.kind}:{self.key}"
 
     @property
-    def parent(self) -> str:
-        """The whole that this is a part of, as it is written in ``prefer``."""
-        return f"{_PARENTS.get(self.kind)}:{self.key.partition('/')[0]}"
+    def parent(self) -> str | None:
+        """The whole that this is a part of, as it is written in ``prefer``; None for a whole."""
+        kind = _PARENTS.get(self.kind)
+        return kind and f"{kind}:{self.key.partition('/')[0]}"
 
 
 def decide(
@@ -89,7 +90,7 @@ def decide(
             provided = f"provided by: {', '.join(names)}"
             raise PluginError(f"prefer {text}={wanted}: this plugin does not provide it{failed}; {provided}")
         if wanted is None and len(rivals) > 1:
-            wanted = preferences.get(rivals[0].parent)
+            wanted = preferences.get(rivals[0].parent or "")
         winner = rivals if len(rivals) == 1 else [c for c in rivals if c.plugin.name == wanted]
         if winner:
             decided += winner

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, get_args
 
 import pluggy
@@ -12,6 +13,9 @@ import pluggy
 from opsin.api import DeviceSpec, InputMapperSpec, KernelSpec, ModelSpec, OpName, PlaceholderSpec
 from opsin.errors import PluginError, did_you_mean
 from opsin.plugins.claims import Claim, Plugin, reason_of
+
+_MISSPELT = 0.93
+"""Likeness from which on a hook's name is a misspelt one; a later version's hook has another word in it."""
 
 DENY_VARIABLE = "OPSIN_DISABLE_PLUGINS"
 
@@ -41,14 +45,19 @@ HOOKS: Mapping[str, Hook] = {
 KINDS = tuple(hook.kind for hook in HOOKS.values())
 
 
-def register(pm: pluggy.PluginManager, plugin: Plugin, module: object) -> None:
+def register(pm: pluggy.PluginManager, plugin: Plugin, module: object) -> list[str]:
     """Register with pluggy, checking every hook first.
 
     pluggy checks names and arguments too; these checks come before it to say what was meant.
 
+    Returns:
+        Hooks that this version does not know, if they are none of its own misspelt: those of a later minor
+        version, without which the plugin goes on.
+
     Raises:
-        PluginError: an unknown hook or argument, a hook without marker, a wrapper around other plugins.
+        PluginError: a misspelt hook, an unknown argument, a hook without marker, a wrapper around others.
     """
+    later = []
     for name, value in inspect.getmembers(module, inspect.isroutine):
         options = pm.parse_hookimpl_opts(module, name)
         if options is None:
@@ -60,7 +69,10 @@ def register(pm: pluggy.PluginManager, plugin: Plugin, module: object) -> None:
             if options["optionalhook"]:
                 continue
             hint = did_you_mean(hook, HOOKS)
-            raise _broken(plugin, f"there is no hook {hook}{hint}; the hooks are {', '.join(HOOKS)}")
+            if not hook.startswith("opsin_register_") or get_close_matches(hook, HOOKS, cutoff=_MISSPELT):
+                raise _broken(plugin, f"there is no hook {hook}{hint}; the hooks are {', '.join(HOOKS)}")
+            later.append(hook)
+            continue
         if options["wrapper"] or options["hookwrapper"]:
             raise _broken(plugin, f"{hook} is a hook wrapper; a plugin speaks for itself only")
         taken = list(inspect.signature(value).parameters)
@@ -70,6 +82,7 @@ def register(pm: pluggy.PluginManager, plugin: Plugin, module: object) -> None:
         pm.register(module, name=plugin.name)
     except (pluggy.PluginValidationError, ValueError) as error:
         raise _broken(plugin, reason_of(error)) from error
+    return later
 
 
 def call_hooks(pm: pluggy.PluginManager, plugin: Plugin) -> list[tuple[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,11 +14,15 @@ from typing import cast
 import pluggy
 
 from opsin import hookspecs
-from opsin.api import API_MAJOR, ENTRY_POINT_GROUP
+from opsin.api import API_MAJOR, API_MINOR, ENTRY_POINT_GROUP
 from opsin.errors import ConfigError, MissingPluginError, PluginConflictError, PluginError, did_you_mean
 from opsin.plugins.claims import PREFER_VARIABLE, Claim, Failure, Plugin, decide
 from opsin.plugins.contract import DENY_VARIABLE, KINDS, call_hooks, checked_claims, register
 from opsin.plugins.index import ALLOW_VARIABLE, Plugins
+
+logger = logging.getLogger(__name__)
+
+_NOTHING = "it provides nothing: its entry point has no function marked with @hookimpl"
 
 
 def load_plugins(
@@ -61,42 +66,65 @@ def load_plugins(
     }
     _check_names(chosen)
 
-    claims, failures = _load(chosen)
+    claims, failures, notes = _load(chosen)
     for failure in failures:
         if allow is not None and failure.plugin.name in allow:
             message = f"plugin {failure.plugin} was asked for and failed: {failure.reason}"
             raise PluginError(message) from failure.error
     decided = decide(claims, preferences, failures)
+    notes += _without_owner(decided)
+    for note in notes:
+        logger.warning("%s", note)
     failed = {failure.plugin for failure in failures}
     return Plugins(
         claims=tuple(sorted(decided, key=lambda claim: (KINDS.index(claim.kind), claim.key))),
         loaded=tuple(plugin for plugin in chosen if plugin not in failed),
         failures=tuple(failures),
         disabled=tuple(plugin for plugin in candidates if plugin not in chosen),
+        notes=tuple(notes),
     )
 
 
-def _load(chosen: Mapping[Plugin, object]) -> tuple[list[Claim], list[Failure]]:
-    """Import the plugins and collect their claims, checked against the contract."""
+def _load(chosen: Mapping[Plugin, object]) -> tuple[list[Claim], list[Failure], list[str]]:
+    """Import the plugins and collect their claims, checked against the contract, and notes about them."""
     pm = pluggy.PluginManager(hookspecs.PROJECT)
     pm.add_hookspecs(hookspecs)
     claims: list[Claim] = []
     failures: list[Failure] = []
+    notes: list[str] = []
     for plugin, source in chosen.items():
         try:
             module = _import(source)
         except (Exception, SystemExit) as error:
             failures.append(Failure(plugin, error))
             continue
-        register(pm, plugin, module)
+        later = register(pm, plugin, module)
+        notes += [
+            f"plugin {plugin}: API {API_MAJOR}.{API_MINOR} has no hook {hook}, which is passed over; "
+            "upgrade opsin to use it"
+            for hook in later
+        ]
         try:
             returned = call_hooks(pm, plugin)
         except (Exception, SystemExit) as error:
             failures.append(Failure(plugin, error))
             continue
+        if not pm.get_hookcallers(module):
+            failures.append(Failure(plugin, PluginError(_NOTHING)))
+            continue
         claims += checked_claims(plugin, returned)
-    pm.check_pending()
-    return claims, failures
+    return claims, failures, notes
+
+
+def _without_owner(claims: Sequence[Claim]) -> list[str]:
+    """What parts are for a model or a device that no plugin provides: nothing ever asks for them."""
+    owned = sorted(claim.text for claim in claims if claim.parent is None)
+    return [
+        f"plugin {claim.plugin}: provides {claim.text}, and no plugin provides {claim.parent}"
+        f"{did_you_mean(claim.parent, owned)}"
+        for claim in claims
+        if claim.parent is not None and claim.parent not in owned
+    ]
 
 
 def _installed() -> list[EntryPoint]:

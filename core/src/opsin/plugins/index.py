@@ -12,7 +12,7 @@ from opsin.api import Device, DeviceSpec, InputMapperSpec, KernelSpec, ModelSpec
 from opsin.errors import ConfigError, MissingPluginError, did_you_mean
 from opsin.plugins.claims import Claim, Failure, Plugin, reason_of
 from opsin.plugins.contract import DENY_VARIABLE
-from opsin.plugins.known_packages import known_packages
+from opsin.plugins.known_packages import known_packages, pip_install
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +28,14 @@ class Plugins:
         loaded: plugins in use, sorted by name.
         failures: plugins that could not be used, sorted by name.
         disabled: plugins left out by the allow or deny list, sorted by name; they were not imported.
+        notes: what is odd about plugins that are in use, a sentence each.
     """
 
     claims: Sequence[Claim]
     loaded: Sequence[Plugin]
     failures: Sequence[Failure]
     disabled: Sequence[Plugin]
+    notes: Sequence[str] = ()
 
     def model(self, architecture: str) -> ModelSpec:
         """The model of an architecture.
@@ -165,7 +167,7 @@ class Plugins:
                     f"{package} is installed and provides it, but its plugin {plugin.name!r} is switched off "
                     f"by the allow or deny list ({ALLOW_VARIABLE}, {DENY_VARIABLE})"
                 )
-        return f"the package {package} does: pip install {package}"
+        return f"the package {package} does: {pip_install(package)}"
 
     def _situation(self) -> str:
         """What is installed, and what of it failed."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,22 @@ class KnownPackages:
     architectures: Mapping[str, str]
     devices: Mapping[str, str]
     checkpoints: Mapping[str, KnownCheckpoint]
+
+
+def pip_install(*packages: str) -> str:
+    """The command that installs packages of this release: out of a checkout, since they are on no index."""
+    paths = []
+    for package in packages:
+        name = package.removeprefix("opsin-").replace("-", "_")
+        paths.append(
+            f"plugins/{name}" if name.startswith(("device_", "models_")) else f"demo/checkpoints/{name}"
+        )
+    root = Path(__file__).resolve().parents[4]
+    if not all((root / path).is_dir() for path in paths):
+        return f"pip install {' '.join(f'./{path}' for path in paths)} (in a checkout of opsin)"
+    if root != Path.cwd():
+        return f"pip install {' '.join(str(root / path) for path in paths)}"
+    return f"pip install {' '.join(f'./{path}' for path in paths)}"
 
 
 @cache
