@@ -110,9 +110,9 @@ def test_a_table_of_several_axes_has_their_sections(kind: str) -> None:
     ],
 )
 def test_other_rotary_positions_are_refused_by_name(rope: dict[str, Any], mrope: bool, words: str) -> None:
+    config = {"rope_scaling": rope, "max_position_embeddings": 64}
     with pytest.raises(ValueError, match=words):
-        text = text_config({"rope_scaling": rope, "max_position_embeddings": 64})
-        RotaryTable.from_config(text, 8, "cpu", mrope=mrope)
+        RotaryTable.from_config(text_config(config), 8, "cpu", mrope=mrope)
 
 
 def test_two_spellings_that_disagree_are_refused() -> None:
@@ -123,10 +123,10 @@ def test_two_spellings_that_disagree_are_refused() -> None:
     with pytest.raises(ValueError, match=r"factor is 4.0 in rope_parameters and 2.0 in rope_scaling"):
         text_config(config)
     assert text_config({**config, "text_config": {"rope_scaling": None}})["rope_parameters"] == UNSCALED
-    lengths = {"original_max_position_embeddings": 8, "rope_scaling": {"type": "su"}}
+    name = "original_max_position_embeddings"
+    text = text_config({name: 8, "rope_scaling": {"type": "su", name: 9}})
     with pytest.raises(ValueError, match="original_max_position_embeddings is"):
-        lengths["rope_scaling"]["original_max_position_embeddings"] = 9  # type: ignore[index]
-        switch_lengths(text_config(lengths))
+        switch_lengths(text)
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,7 @@ from opsin.layers.pixels import CLIP_MEAN, CLIP_STD, pixel_levels, pixel_values,
 from opsin.layers.rotary import RotaryTable, inverse_frequencies
 from opsin.layers.text import context_length, fields, sequential_positions, switch_lengths, text_config
 from opsin.layers.vision import (
-    CLIP_VISION,
     MLP,
-    SIGLIP_VISION,
     TIMM_RENAMES,
     Table,
     VisionConfig,
@@ -41,9 +39,7 @@ from opsin.layers.vision import (
 __all__ = [
     "CLIP_MEAN",
     "CLIP_STD",
-    "CLIP_VISION",
     "MLP",
-    "SIGLIP_VISION",
     "TIMM_RENAMES",
     "Attention",
     "Decoder",

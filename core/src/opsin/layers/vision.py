@@ -29,7 +29,7 @@ TIMM_RENAMES: Mapping[str, str] = {
 """``renames`` of a `LanguageModel` whose `VisionEncoder` is stored under timm's names."""
 
 
-SIGLIP_VISION: Mapping[str, Any] = {
+_SIGLIP_FIELDS: Mapping[str, Any] = {
     "hidden_size": 768,
     "intermediate_size": 3072,
     "num_hidden_layers": 12,
@@ -42,8 +42,8 @@ SIGLIP_VISION: Mapping[str, Any] = {
 }
 """Defaults of transformers' SiglipVisionConfig (5.23)."""
 
-CLIP_VISION: Mapping[str, Any] = {
-    **SIGLIP_VISION,
+_CLIP_FIELDS: Mapping[str, Any] = {
+    **_SIGLIP_FIELDS,
     "patch_size": 32,
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
@@ -87,7 +87,7 @@ class VisionConfig:
             ValueError: a field cannot be used; the message names it.
         """
         clip = "clip" in config.get("model_type", "") and "siglip" not in config.get("model_type", "")
-        given = fields({"vision_config": config}, CLIP_VISION if clip else SIGLIP_VISION, "vision_config")
+        given = fields({"vision_config": config}, _CLIP_FIELDS if clip else _SIGLIP_FIELDS, "vision_config")
         size, patch = given["image_size"], given["patch_size"]
         if not 0 < patch <= size:
             raise ValueError(f"vision_config.patch_size is {patch}, image_size {size}; expected a part of it")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from opsin.layers import CLIP_VISION, VisionConfig, fields
+from opsin.layers import VisionConfig, fields
 
 DEFAULT_TOWER: Mapping[str, Any] = {
     "model_type": "clip_vision_model",
@@ -85,7 +85,7 @@ class Features:
         if not layers or not all(isinstance(n, int) and -len(states) <= n < len(states) for n in layers):
             raise ValueError(f"vision_feature_layer is {asked!r}; the tower has {whole.num_layers} layers")
         read_after = tuple(states[number] for number in layers)
-        image_size = vision.get("image_size", CLIP_VISION["image_size"])
+        image_size = vision.get("image_size", 224)
         return cls(
             tower=VisionConfig.from_config(vision, num_layers=max(read_after)),
             num_stored_layers=whole.num_layers,

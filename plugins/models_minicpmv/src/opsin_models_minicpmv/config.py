@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from opsin.layers import SIGLIP_VISION, VisionConfig, fields, text_config
+from opsin.layers import VisionConfig, fields, text_config
 from opsin_models_minicpmv.versions import Version, version_of
 
 _LLAMA: Mapping[str, Any] = {
@@ -97,7 +97,7 @@ def vision_config(config: Mapping[str, Any]) -> VisionConfig:
         raise ValueError(
             f"vision_config.model_type is {given['model_type']!r}; expected one of {', '.join(TOWER_TYPES)}"
         )
-    patch = SIGLIP_VISION["patch_size"] if given["model_type"].startswith("siglip") else 32
+    patch = 16 if given["model_type"].startswith("siglip") else 32
     # Nothing reads the last layer of such a tower, and it is not stored.
     num_layers = given["num_hidden_layers"] - top["drop_vision_last_layer"]
     return VisionConfig.from_config({"patch_size": patch, **given}, num_layers=num_layers, fused=timm)
