@@ -296,7 +296,7 @@ class MediaLimits:
 
         try:
             red, green, blue = tuple(ImageColor.getrgb(self.image_background))
-        except (AttributeError, ValueError):
+        except (AttributeError, TypeError, ValueError):
             raise ConfigError(
                 f"image_background={self.image_background!r}: expected a colour such as white or #ffffff"
             ) from None

@@ -219,8 +219,8 @@ def _as_8_bits(image: Image.Image, key: Any) -> Image.Image:
         least, most = float(values.min()), float(values.max())
         if not 0 <= least <= most <= 255 or (image.mode == "F" and 0 < most <= 1):
             raise MediaError(
-                f"got a picture of mode {image.mode} with values from {least:g} to {most:g}; expected 0 to 255; "
-                'scale them to that, and convert the picture to mode "L"'
+                f"got a picture of mode {image.mode} with values from {least:g} to {most:g}; expected 0 to "
+                '255: scale them, and convert the picture to mode "L"'
             )
         return image.convert("L")
     if image.mode == "La":
