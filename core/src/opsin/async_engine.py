@@ -139,8 +139,10 @@ class AsyncEngine:
         held = self.frontend.processor.held_media
 
         def job() -> ProcessedPrompt:
-            while self._streams and not held.has_room():
+            idle_s = 0.0
+            while not held.has_room() and idle_s < 1:  # an idle engine will not make room
                 time.sleep(_ROOM_WAIT_S)
+                idle_s = 0 if self._streams else idle_s + _ROOM_WAIT_S
             self._check_running()
             return work(*args, **kwargs)
 

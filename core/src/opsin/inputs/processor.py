@@ -108,7 +108,14 @@ class PromptProcessor:
             MediaError: a media item cannot be used, or there are too many.
             PromptTooLongError: it does not fit into the context once expanded.
         """
-        parsed = Prompt.parse(prompt)
+        try:
+            return self._process(Prompt.parse(prompt), min_new_tokens)
+        except RequestError as error:
+            # Outputs keep errors; the frames of this one would keep pictures.
+            error.__context__ = None
+            raise error.with_traceback(None)  # noqa: B904 (it has no other cause)
+
+    def _process(self, parsed: Prompt, min_new_tokens: int) -> ProcessedPrompt:
         require_known("mm_processor_kwargs", parsed.options, self._option_names, RequestError)
         values = self._media(parsed.media)
         counts = {modality: len(of_modality) for modality, of_modality in values.items()}
@@ -262,7 +269,7 @@ class PromptProcessor:
             own.set_exception(error)
             raise
         finally:
-            del self._mapping_now[key]
+            del self._mapping_now[key], own, running  # which hold the error, whose frames hold them
 
     def _check_embeds(self, mapped: MappedMedia, expansion: Expansion) -> None:
         """Refuse an item without one embedding per embed token, each as wide as the model."""

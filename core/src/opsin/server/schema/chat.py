@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from opsin.config import MAX_LOGPROBS
 from opsin.inputs.chat import ChatOptions
-from opsin.inputs.conversation import Role
+from opsin.inputs.conversation import NO_SIZE, SIZE_FIELDS, Role
 from opsin.server.schema.sampling import SamplingRequest
 from opsin.server.schema.strict import RequestBody, StrictModel, field_error
 
@@ -19,6 +19,14 @@ class _Part(StrictModel):
     """Accepted; pictures are known by their content."""
     cache_control: dict[str, Any] | None = None
     """Accepted; what is kept is the server's to decide."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_size(cls, data: Any) -> Any:
+        for name in SIZE_FIELDS:
+            if isinstance(data, dict) and data.get(name) is not None:
+                raise field_error(name, NO_SIZE)
+        return data
 
 
 class TextPart(_Part):
@@ -72,10 +80,11 @@ class VideoUrlPart(_Part):
 
 
 class VideoPart(_Part):
-    """A video file by URL, or its frames by theirs."""
+    """A video file by URL, or its frames by theirs, with the number of frames per second if it is known."""
 
     type: Literal["video"]
     video: str | list[str]
+    fps: Annotated[float | None, Field(gt=0)] = None
 
 
 class ImageEmbedsPart(_Part):
