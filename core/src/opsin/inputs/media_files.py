@@ -71,7 +71,9 @@ def open_image(data: bytes, limits: MediaLimits) -> Undecoded:
     Raises:
         MediaError: as `open_pil`, or not a supported format.
     """
-    return open_pil(_open_file(data, limits, "image"), limits)
+    size = _open_file(data, limits, "image").size
+    # Opened again: between the two, only the encoded bytes are held.
+    return Undecoded(*size, 1, lambda: (_shown(_open_file(data, limits, "image"), limits), None))
 
 
 def open_frames(data: bytes, limits: MediaLimits) -> Undecoded:
@@ -91,7 +93,7 @@ def open_frames(data: bytes, limits: MediaLimits) -> Undecoded:
         num_frames = getattr(image, "n_frames", 1) - first
         wanted = [first + index for index in sample_indices(num_frames, limits.sampled_video_frames)]
     limits.check_size(*image.size, frames=len(wanted))
-    return Undecoded(*image.size, len(wanted), lambda: _animation(image, wanted, limits))
+    return Undecoded(*image.size, len(wanted), lambda: _animation(data, wanted, limits))
 
 
 def stack_frames(frames: Sequence[Array]) -> Array:
@@ -234,7 +236,8 @@ def _as_8_bits(image: Image.Image, key: Any) -> Image.Image:
 # ---- videos ---------------------------------------------------------------------------------------
 
 
-def _animation(image: Image.Image, wanted: Sequence[int], limits: MediaLimits) -> tuple[Array, Times | None]:
+def _animation(data: bytes, wanted: Sequence[int], limits: MediaLimits) -> tuple[Array, Times | None]:
+    image = _open_file(data, limits, "video")
     frames, times, clock = [], [], 0.0
     with _decode_errors("video"):
         for index in range(wanted[0], wanted[-1] + 1):

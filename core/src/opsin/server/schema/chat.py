@@ -20,20 +20,22 @@ class _Part(StrictModel):
     cache_control: dict[str, Any] | None = None
     """Accepted; what is kept is the server's to decide."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _has_no_size(cls, data: Any) -> Any:
-        for name in SIZE_FIELDS:
-            if isinstance(data, dict) and data.get(name) is not None:
-                raise field_error(name, NO_SIZE)
-        return data
-
 
 class TextPart(_Part):
     """Text."""
 
     type: Literal["text", "input_text"]
     text: str
+
+
+class _MediaPart(_Part):
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_size(cls, data: Any) -> Any:
+        for name in SIZE_FIELDS:
+            if isinstance(data, dict) and data.get(name) is not None:
+                raise ValueError(f"{name}: {NO_SIZE}")
+        return data
 
 
 class MediaUrl(StrictModel):
@@ -50,14 +52,14 @@ def _no_bare_url(value: Any) -> Any:
     return value
 
 
-class ImageUrlPart(_Part):
+class ImageUrlPart(_MediaPart):
     """A picture by URL."""
 
     type: Literal["image_url"]
     image_url: Annotated[MediaUrl, BeforeValidator(_no_bare_url)]
 
 
-class InputImagePart(_Part):
+class InputImagePart(_MediaPart):
     """A picture by URL, as OpenAI's newer requests write it."""
 
     type: Literal["input_image"]
@@ -65,21 +67,21 @@ class InputImagePart(_Part):
     detail: str | None = None
 
 
-class ImagePart(_Part):
+class ImagePart(_MediaPart):
     """A picture by URL, as the examples on many model cards write it."""
 
     type: Literal["image"]
     image: str
 
 
-class VideoUrlPart(_Part):
+class VideoUrlPart(_MediaPart):
     """A video file by URL."""
 
     type: Literal["video_url"]
     video_url: Annotated[MediaUrl, BeforeValidator(_no_bare_url)]
 
 
-class VideoPart(_Part):
+class VideoPart(_MediaPart):
     """A video file by URL, or its frames by theirs, with the number of frames per second if it is known."""
 
     type: Literal["video"]
@@ -87,14 +89,14 @@ class VideoPart(_Part):
     fps: Annotated[float | None, Field(gt=0)] = None
 
 
-class ImageEmbedsPart(_Part):
+class ImageEmbedsPart(_MediaPart):
     """Ready-made embeddings of a picture, safetensors or .npy in base64, where the server takes them."""
 
     type: Literal["image_embeds"]
     image_embeds: str | dict[str, str]
 
 
-class VideoEmbedsPart(_Part):
+class VideoEmbedsPart(_MediaPart):
     """Ready-made embeddings of a video, safetensors or .npy in base64, where the server takes them."""
 
     type: Literal["video_embeds"]
