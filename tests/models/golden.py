@@ -70,8 +70,8 @@ class Case:
 
 
 def picture(name: str) -> Image.Image:
-    """One of the recorded pictures."""
-    return Image.open(GOLDEN / "images" / name)
+    """One of the recorded pictures, as it was recorded: the RGBA one without its alpha channel."""
+    return Image.open(GOLDEN / "images" / name).convert("RGB")
 
 
 def cases(family: str, *, runs_model: bool = True) -> list[Case]:

@@ -7,7 +7,8 @@ import itertools
 import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable, Sequence
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from typing import Any, NamedTuple, TypeVar
@@ -24,6 +25,9 @@ from opsin.results import BeamSearchOutput, EngineStats, Output, PoolingRequestO
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
+
+_ROOM_WAIT_S = 0.005
+"""How often a thread that prepares media looks whether there is room for them."""
 
 _Params = SamplingParams | PoolingParams
 _Result = Output | BaseException
@@ -96,7 +100,9 @@ class AsyncEngine:
     def __init__(self, engine: Engine) -> None:
         self.frontend, self.info = engine.frontend, engine.info
         self.engine = engine
-        self._pool = ThreadPoolExecutor(engine.config.preprocess_threads, thread_name_prefix="opsin-media")
+        threads = engine.config.preprocess_threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="opsin-inputs")
+        self._media_pool = ThreadPoolExecutor(threads, thread_name_prefix="opsin-media")
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._submitting = threading.Lock()  # between looking at `death` and putting a command
         self._streams: dict[str, _Stream] = {}
@@ -116,7 +122,32 @@ class AsyncEngine:
         Raises:
             RequestError: the prompt cannot be used.
         """
-        return await self.in_pool(self.frontend.processor.process, prompt, min_new_tokens=min_new_tokens)
+        has_media = isinstance(prompt, Mapping) and prompt.get("multi_modal_data")
+        run = self.prepare if has_media else self.in_pool
+        return await run(self.frontend.processor.process, prompt, min_new_tokens=min_new_tokens)
+
+    async def prepare(
+        self, work: Callable[..., ProcessedPrompt], *args: Any, **kwargs: Any
+    ) -> ProcessedPrompt:
+        """Run work that makes a prompt with media, in a bounded pool of its own.
+
+        It waits there until the media of requests that are not answered yet leave room.
+
+        Raises:
+            OpsinError: the engine has stopped; or whatever the work raises.
+        """
+        held = self.frontend.processor.held_media
+
+        def job() -> ProcessedPrompt:
+            idle_s = 0.0
+            while not held.has_room() and idle_s < 1:  # an idle engine will not make room
+                time.sleep(_ROOM_WAIT_S)
+                idle_s = 0 if self._streams else idle_s + _ROOM_WAIT_S
+            self._check_running()
+            return work(*args, **kwargs)
+
+        self._check_running()
+        return await asyncio.get_running_loop().run_in_executor(self._media_pool, job)
 
     async def in_pool(self, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Run blocking media work in the bounded pool.
@@ -249,7 +280,8 @@ class AsyncEngine:
         """Stop the thread, aborting what runs."""
         self._commands.put(None)
         self._thread.join()
-        self._pool.shutdown()  # `in_pool` refuses what is queued
+        for pool in (self._pool, self._media_pool):
+            pool.shutdown()  # what is queued is refused
 
     # ---- on the engine's thread ---------------------------------------------------------------
 

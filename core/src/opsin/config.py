@@ -263,9 +263,10 @@ class PoolingParams:
 
 @dataclass(frozen=True, kw_only=True)
 class MediaLimits:
-    """What one media item may cost before it is refused.
+    """How pictures and videos are read, and what one may cost before it is refused.
 
     Pictures and videos:
+        image_background: colour that transparent pictures and videos are laid on, as a name or #rrggbb.
         max_media_bytes: most encoded bytes of one picture or video.
         max_image_pixels: most pixels (width x height) of a picture or of one frame.
         max_video_pixels: most pixels of a video (width x height x frames).
@@ -273,6 +274,7 @@ class MediaLimits:
         sampled_video_frames: frames taken from a video file that has more, evenly spread.
     """
 
+    image_background: str = "white"
     max_media_bytes: Positive = 64 * 2**20
     max_image_pixels: Positive = 64 * 2**20
     max_video_pixels: Positive = 256 * 2**20
@@ -281,6 +283,24 @@ class MediaLimits:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        _ = self.background
+
+    @property
+    def background(self) -> tuple[int, int, int]:
+        """``image_background`` as RGB.
+
+        Raises:
+            ConfigError: it is no opaque colour.
+        """
+        from PIL import ImageColor  # here, because importing opsin loads no PIL
+
+        try:
+            red, green, blue = tuple(ImageColor.getrgb(self.image_background))
+        except (AttributeError, TypeError, ValueError):
+            raise ConfigError(
+                f"image_background={self.image_background!r}: expected a colour such as white or #ffffff"
+            ) from None
+        return red, green, blue
 
     def check_size(self, width: int, height: int, frames: int = 1) -> None:
         """Refuse empty and oversized pictures and videos.
@@ -360,6 +380,8 @@ class EngineConfig(MediaLimits):
         kv_cache_memory: bytes of the KV cache. Default: a share of the device's free memory.
         encoder_cache_memory: bytes of encoded media kept for reuse.
         media_cache_memory: bytes of preprocessed media kept for reuse, in host memory.
+        pending_media_memory: bytes of preprocessed media that prompts hold until they are answered, in host
+            memory. Further prompts with media are prepared when there is room.
         preprocess_threads: threads that decode, preprocess and hash media.
 
     Attributes:
@@ -394,6 +416,7 @@ class EngineConfig(MediaLimits):
     kv_cache_memory: Positive | None = None
     encoder_cache_memory: NonNegative = 512 * 2**20
     media_cache_memory: NonNegative = 512 * 2**20
+    pending_media_memory: Positive = 2**30
     preprocess_threads: Positive = 2
     local_media: bool = False
 

@@ -264,7 +264,12 @@ class LLM:
         ids = [f"{batch}-{index}" for index in range(len(jobs))]
         results: dict[str, Output | None] = dict.fromkeys(ids)
         config = self.engine.config
-        feed = Feed(jobs, num_threads=config.preprocess_threads, ahead=2 * config.max_num_seqs)
+        feed = Feed(
+            jobs,
+            num_threads=config.preprocess_threads,
+            ahead=2 * config.max_num_seqs,
+            has_room=self.engine.frontend.processor.held_media.has_room,
+        )
         try:
             with tqdm(total=len(jobs), desc="answers", unit="req", disable=not use_tqdm) as progress:
                 num_tokens = 0

@@ -290,7 +290,7 @@ class Qwen2VL(ChatMLFamily):
             },
             "preprocessor_config.json": {
                 "min_pixels": 3136,
-                "max_pixels": 12845056,
+                "max_pixels": 1280 * 28 * 28,  # a photograph leaves most of the context free
                 "patch_size": PATCH,
                 "temporal_patch_size": TEMPORAL,
                 "merge_size": MERGE,

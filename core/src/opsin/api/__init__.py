@@ -35,6 +35,7 @@ from opsin.api.kernels import (
     WriteKV,
 )
 from opsin.api.media import (
+    EmbedCounter,
     Expansion,
     InputContext,
     InputMapper,
@@ -81,6 +82,7 @@ __all__ = [
     "DenseAttention",
     "Device",
     "DeviceSpec",
+    "EmbedCounter",
     "Expansion",
     "ForwardStep",
     "GatedAct",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,12 +26,15 @@ class MediaItem:
         embeds: tensors of one item as `InputMapper.split_embeds` returned them.
         digest: hex digest over everything that makes this item what it is: the kind, mode, size and
             bytes of its content. Equal digests mean equal content; caches rely on it.
+        times: of a video, seconds from its beginning at which each frame is shown; None where nobody said
+            so. Since 1.1.
     """
 
     modality: Modality
     digest: str
     pixels: np.ndarray[Any, Any] | None = None
     embeds: Mapping[str, Tensor] | None = None
+    times: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,11 @@ class MappedMedia:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     embeds: Tensor | None = None
     geometry: Any = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Host memory of the tensors."""
+        return sum(tensor.nbytes for tensor in (*self.tensors.values(), self.embeds) if tensor is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +197,22 @@ class InputMapper(Protocol):
 
         Raises:
             ValueError: the layout is not one this family accepts.
+        """
+        ...
+
+
+@runtime_checkable
+class EmbedCounter(Protocol):
+    """What an `InputMapper` may have besides, so that too large media are refused undecoded. Since 1.1."""
+
+    size_option: str | None
+    """The ``mm_processor_kwargs`` that makes items smaller, for the error's advice; None: there is none."""
+
+    def count_embeds(self, width: int, height: int, frames: int, options: Mapping[str, Any]) -> int:
+        """``num_embeds`` of what `InputMapper.map` makes of this size in pixels; an image is one frame.
+
+        Raises:
+            ValueError: as `InputMapper.map` for that size, or for the options.
         """
         ...
 

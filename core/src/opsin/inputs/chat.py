@@ -15,7 +15,7 @@ from opsin.checkpoint.tokenizer import ChatTokenizer
 from opsin.config import MediaLimits
 from opsin.errors import ConfigError, MediaError, RequestError
 from opsin.inputs.conversation import Conversation, MediaPart, Message, Part, check_limits, names_function
-from opsin.inputs.media import errors_at, media_item
+from opsin.inputs.media import errors_at, open_media
 from opsin.inputs.placeholders import is_numbered, text_pattern
 from opsin.inputs.prompt import Prompt
 from opsin.inputs.template import ChatTemplate
@@ -107,7 +107,7 @@ class ChatRenderer:
         check_limits(conversation.counts, self.limits)
 
     def render(self, conversation: Conversation, options: ChatOptions) -> Prompt:
-        """A conversation that has passed `check` -> its prompt, media decoded.
+        """A conversation that has passed `check` -> its prompt, media opened.
 
         Raises:
             RequestError: the template refuses the messages, or placeholders in the text do not fit the media.
@@ -140,7 +140,7 @@ class ChatRenderer:
             raise RequestError(str(error)) from None
 
     def _load(self, part: MediaPart) -> Any:
-        """A `MediaItem`, or the embeddings as they were given: only the model's mapper knows their layout."""
+        """A `MediaSource`, or embeddings as they were given: only the model's mapper knows their layout."""
         if part.is_embeds:
             # The processor would take text or bytes for a file's name or content.
             if isinstance(part.value, (str, bytes, bytearray, Path)):
@@ -149,7 +149,8 @@ class ChatRenderer:
                 )
             return part.value
         with errors_at(part.where):
-            return media_item(part.modality, part.value, self.media_limits, local_files=self.local_files)
+            opened = open_media(part.modality, part.value, self.media_limits, local_files=self.local_files)
+        return replace(opened, where=part.where)
 
     # ---- tools --------------------------------------------------------------------------------
 

@@ -44,7 +44,11 @@ PART_TYPES: Mapping[str, PartType] = {
     "video_embeds": PartType("video_embeds", "video", "object", is_embeds=True),
 }
 """A URL is a ``data:`` or http(s) URL; a picture or video as an object is whatever
-`opsin.inputs.media.media_item` takes; embeddings are those of one item, in the layout of the model family."""
+`opsin.inputs.media.open_media` takes; embeddings are those of one item, in the layout of the model family. A
+video of frames may say its ``fps``."""
+
+SIZE_FIELDS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
+NO_SIZE = "a part has no size of its own; mm_processor_kwargs holds for all media of the request"
 
 
 @dataclass(frozen=True)
@@ -202,4 +206,8 @@ def _part(where: str, part: Any) -> Part:
         raise RequestError(f"{where} has no {kind.key!r}; expected the {kind.modality} there")
     if kind.modality is None:
         return str(value)
+    if name := next((name for name in SIZE_FIELDS if part.get(name) is not None), None):
+        raise RequestError(f"{where}.{name}: {NO_SIZE}")
+    if kind.modality == "video" and not kind.is_embeds and part.get("fps") is not None:
+        value = value, {"fps": part["fps"]}
     return MediaPart(where, kind.modality, value, kind.is_embeds)

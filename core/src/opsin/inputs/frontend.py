@@ -13,7 +13,7 @@ from opsin.checkpoint.hub import locate
 from opsin.checkpoint.tokenizer import ChatTokenizer, load_tokenizer
 from opsin.config import EngineConfig
 from opsin.errors import CheckpointError
-from opsin.inputs.cache import ByteLRU
+from opsin.inputs.cache import ByteLRU, HeldMedia
 from opsin.inputs.chat import ChatOptions, ChatRenderer
 from opsin.inputs.conversation import Conversation
 from opsin.inputs.grammar import GrammarCompiler
@@ -113,6 +113,7 @@ def build_frontend(
         options=config.mm_processor_kwargs,
         media_limits=config,
         mapped_media=ByteLRU(config.media_cache_memory),
+        held_media=HeldMedia(config.pending_media_memory),
     )
     if config.tool_call_parser == "hermes":
         tool_format: ToolFormat | None = HermesTools()

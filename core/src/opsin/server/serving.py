@@ -102,9 +102,8 @@ class Serving:
         if sum(len(message.parts) for message in conversation.messages) > most:
             raise bad_request(f"at most {most} content parts are accepted (--max-parts)", "messages")
         conversation = await self.fetcher.resolve(conversation)
-        prompt = await self.engine.in_pool(
-            self.frontend.chat, conversation, options, min_new_tokens=min_new_tokens
-        )
+        prepare = self.engine.prepare if conversation.media else self.engine.in_pool
+        prompt = await prepare(self.frontend.chat, conversation, options, min_new_tokens=min_new_tokens)
         self.metrics.preprocessed(time.monotonic() - started)
         return prompt
 

@@ -131,6 +131,7 @@ class SquareMapper:
     """LLaVA-1.5: every picture becomes one square, and as many embeddings as any other."""
 
     option_names: frozenset[str] = frozenset()
+    size_option = None
 
     def __init__(self, context: InputContext) -> None:
         features = Features.from_config(context.config)
@@ -146,6 +147,10 @@ class SquareMapper:
         values = pixel_values(square[None], self._processing.levels)
         return MappedMedia(num_embeds=self._num_rows, tensors={"pixel_values": values})
 
+    def count_embeds(self, width: int, height: int, frames: int, options: Mapping[str, Any]) -> int:
+        """See `opsin.api.EmbedCounter`."""
+        return self._num_rows
+
     def split_embeds(self, data: Any) -> Sequence[Mapping[str, Tensor]]:
         """See `opsin.layers.split_image_embeds`."""
         return [{"embeds": item} for item in split_image_embeds(data, self._num_rows)]
@@ -155,6 +160,7 @@ class GridMapper:
     """LLaVA-NeXT: the whole picture as one square, and a grid of crops of it."""
 
     option_names: frozenset[str] = frozenset()
+    size_option = None
 
     def __init__(self, context: InputContext) -> None:
         features = Features.from_config(context.config)
@@ -197,15 +203,21 @@ class GridMapper:
             embeds = item.embeds["embeds"]
             return MappedMedia(num_embeds=len(embeds), embeds=embeds)
         assert item.pixels is not None
-        size = item.pixels.shape[0], item.pixels.shape[1]
-        canvas = best_resolution(size, self._canvases)
-        grid = Grid.of(size, canvas, crop=self._crop, side=self._side)
+        canvas, grid = self._grid((item.pixels.shape[0], item.pixels.shape[1]))
         squares = np.concatenate([self._whole(item.pixels)[None], self._crops(item.pixels, canvas)])
         return MappedMedia(
             num_embeds=self._num_rows + grid.num_rows,
             tensors={"pixel_values": pixel_values(squares, self._levels)},
             geometry=grid,
         )
+
+    def count_embeds(self, width: int, height: int, frames: int, options: Mapping[str, Any]) -> int:
+        """See `opsin.api.EmbedCounter`."""
+        return self._num_rows + self._grid((height, width))[1].num_rows
+
+    def _grid(self, size: Size) -> tuple[Size, Grid]:
+        canvas = best_resolution(size, self._canvases)
+        return canvas, Grid.of(size, canvas, crop=self._crop, side=self._side)
 
     def _whole(self, pixels: Array) -> Array:
         return resized(pixels, (self._crop, self._crop), self._resample)

@@ -99,6 +99,7 @@ class _Mapper:
 
     modality: Modality
     size_names: tuple[str, ...]
+    size_option = "max_slice_nums"
 
     def __init__(
         self, context: InputContext, settings: Mapping[str, Any], *, max_slices: int, numbered: bool
@@ -145,6 +146,11 @@ class _Mapper:
                 numbered=numbered,
             ),
         )
+
+    def count_embeds(self, width: int, height: int, frames: int, options: Mapping[str, Any]) -> int:
+        """See `opsin.api.EmbedCounter`."""
+        max_slices, _ = self._read(options)
+        return frames * self._slicer.num_slices((width, height), max_slices) * self._num_queries
 
     def _sliced(
         self, picture: Image.Image, size: Size, grid: Grid | None

@@ -111,6 +111,7 @@ class ImageMapper:
     """Pictures as a global view and crops, by the settings of preprocessor_config.json."""
 
     option_names = frozenset({"num_crops"})
+    size_option = "num_crops"
 
     def __init__(self, context: InputContext) -> None:
         self._side = crop_side(context.config)
@@ -145,6 +146,13 @@ class ImageMapper:
             tensors={"pixel_values": torch.cat([whole, crops])},
             geometry=(rows, columns),
         )
+
+    def count_embeds(self, width: int, height: int, frames: int, options: Mapping[str, Any]) -> int:
+        """See `opsin.api.EmbedCounter`."""
+        short, long = sorted((width, height))
+        sides = hd_size(short, long, self._crops_asked(options))
+        rows, columns = (-(-side // CROP) for side in (sides if width >= height else sides[::-1]))
+        return num_embeds((rows, columns), self._side)
 
     def _crops_asked(self, options: Mapping[str, Any]) -> int:
         count = options.get("num_crops", self._num_crops)

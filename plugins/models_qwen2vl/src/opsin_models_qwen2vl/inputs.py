@@ -156,6 +156,11 @@ class Patching:
             )
         return least, most
 
+    def grid(self, width: int, height: int, frames: int, options: Mapping[str, Any]) -> tuple[int, int, int]:
+        """(t, h, w) in patches of frames of this size."""
+        height, width = smart_resize(height, width, self.factor, *self.bounds(options))
+        return -(-frames // self.temporal_patch_size), height // self.patch_size, width // self.patch_size
+
     def patchify(self, frames: Array, options: Mapping[str, Any]) -> tuple[Tensor, tuple[int, int, int]]:
         """uint8 (F, height, width, 3) -> rows of patches, and their grid.
 
@@ -163,16 +168,16 @@ class Patching:
             pixel values float32 (t * h * w, 3 * temporal_patch_size * patch_size**2), in the order
             (t, h / merge, w / merge, merge, merge); and the grid (t, h, w) in patches.
         """
-        _, height, width, _ = frames.shape
-        height, width = smart_resize(height, width, self.factor, *self.bounds(options))
+        num_frames, height, width, _ = frames.shape
+        grid = self.grid(width, height, num_frames, options)
+        patch, merge = self.patch_size, self.merge_size
+        height, width = grid[1] * patch, grid[2] * patch
         resized = np.stack(
             [np.asarray(Image.fromarray(f).resize((width, height), self.resample)) for f in frames]
         )
         span = self.temporal_patch_size
         if short := -len(resized) % span:
             resized = np.concatenate([resized, resized[-1:].repeat(short, axis=0)])
-        patch, merge = self.patch_size, self.merge_size
-        grid = (len(resized) // span, height // patch, width // patch)
         split = resized.reshape(
             grid[0], span, grid[1] // merge, merge, patch, grid[2] // merge, merge, patch, 3
         ).transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
@@ -187,6 +192,7 @@ class _Mapper:
     """Images and videos: both are frames, cut into patches."""
 
     option_names = frozenset({"min_pixels", "max_pixels"})
+    size_option = "max_pixels"
     modality: Modality
     bounds: tuple[int, int]
 
@@ -211,6 +217,10 @@ class _Mapper:
         return MappedMedia(
             num_embeds=math.prod(grid) // merged, tensors={"pixel_values": values}, geometry=grid
         )
+
+    def count_embeds(self, width: int, height: int, frames: int, options: Mapping[str, Any]) -> int:
+        """See `opsin.api.EmbedCounter`."""
+        return math.prod(self._patching.grid(width, height, frames, options)) // self._patching.merge_size**2
 
     def split_embeds(self, data: Any) -> Sequence[Mapping[str, Tensor]]:
         """``{"<modality>_embeds": ..., "<modality>_grid_thw": (n, 3)}`` -> n items.

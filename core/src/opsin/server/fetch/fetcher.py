@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from opsin.api import Modality
 from opsin.errors import MediaError
 from opsin.inputs.conversation import Conversation, MediaPart
+from opsin.inputs.media import is_timed
 from opsin.server.fetch.embeds import decode_embeds
 from opsin.server.fetch.local_file import read_local_file
 from opsin.server.fetch.pinned_http import PinnedHTTP, Resolver, system_resolver
@@ -90,9 +91,15 @@ class _Request:
         """The part's value, fetched where it has to be."""
         if part.is_embeds:
             return await self._at(part, f"{part.modality}_embeds", self._embeds(part.value))
-        if isinstance(part.value, list):  # a video's frames
-            return await all_of(self._content(part, "image", frame) for frame in part.value)
-        return await self._content(part, part.modality, part.value)
+        if is_timed(part.value):
+            frames, timing = part.value
+            return await self._content_of(part, frames), timing
+        return await self._content_of(part, part.value)
+
+    async def _content_of(self, part: MediaPart, value: Any) -> Any:
+        if isinstance(value, list):  # frames
+            return await all_of(self._content(part, "image", frame) for frame in value)
+        return await self._content(part, part.modality, value)
 
     def cancel(self) -> None:
         """End the fetches that are no longer needed."""

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from opsin.config import MAX_LOGPROBS
 from opsin.inputs.chat import ChatOptions
-from opsin.inputs.conversation import Role
+from opsin.inputs.conversation import NO_SIZE, SIZE_FIELDS, Role
 from opsin.server.schema.sampling import SamplingRequest
 from opsin.server.schema.strict import RequestBody, StrictModel, field_error
 
@@ -28,6 +28,16 @@ class TextPart(_Part):
     text: str
 
 
+class _MediaPart(_Part):
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_size(cls, data: Any) -> Any:
+        for name in SIZE_FIELDS:
+            if isinstance(data, dict) and data.get(name) is not None:
+                raise ValueError(f"{name}: {NO_SIZE}")
+        return data
+
+
 class MediaUrl(StrictModel):
     """Where a picture or video is: an http(s), ``data:`` or (if the server shares a folder) file URL."""
 
@@ -42,14 +52,14 @@ def _no_bare_url(value: Any) -> Any:
     return value
 
 
-class ImageUrlPart(_Part):
+class ImageUrlPart(_MediaPart):
     """A picture by URL."""
 
     type: Literal["image_url"]
     image_url: Annotated[MediaUrl, BeforeValidator(_no_bare_url)]
 
 
-class InputImagePart(_Part):
+class InputImagePart(_MediaPart):
     """A picture by URL, as OpenAI's newer requests write it."""
 
     type: Literal["input_image"]
@@ -57,35 +67,36 @@ class InputImagePart(_Part):
     detail: str | None = None
 
 
-class ImagePart(_Part):
+class ImagePart(_MediaPart):
     """A picture by URL, as the examples on many model cards write it."""
 
     type: Literal["image"]
     image: str
 
 
-class VideoUrlPart(_Part):
+class VideoUrlPart(_MediaPart):
     """A video file by URL."""
 
     type: Literal["video_url"]
     video_url: Annotated[MediaUrl, BeforeValidator(_no_bare_url)]
 
 
-class VideoPart(_Part):
-    """A video file by URL, or its frames by theirs."""
+class VideoPart(_MediaPart):
+    """A video file by URL, or its frames by theirs, with the number of frames per second if it is known."""
 
     type: Literal["video"]
     video: str | list[str]
+    fps: Annotated[float | None, Field(gt=0)] = None
 
 
-class ImageEmbedsPart(_Part):
+class ImageEmbedsPart(_MediaPart):
     """Ready-made embeddings of a picture, safetensors or .npy in base64, where the server takes them."""
 
     type: Literal["image_embeds"]
     image_embeds: str | dict[str, str]
 
 
-class VideoEmbedsPart(_Part):
+class VideoEmbedsPart(_MediaPart):
     """Ready-made embeddings of a video, safetensors or .npy in base64, where the server takes them."""
 
     type: Literal["video_embeds"]
