@@ -144,7 +144,7 @@ class PromptProcessor:
         self, parsed: Prompt, counts: Mapping[Modality, int], options: Mapping[str, Any]
     ) -> list[int | Marker]:
         if parsed.token_ids is None:
-            parts = self._finder.in_text(parsed.text or "", counts, options)
+            parts = self._finder.in_text(parsed.guarded or parsed.text or "", counts, options)
         else:
             for token in parsed.token_ids:
                 if not 0 <= token < self.vocab_size:

@@ -8,11 +8,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from opsin.errors import RequestError, require_known
+from opsin.inputs.user_text import GuardedText
 
 PromptInput = str | Sequence[int] | Mapping[str, Any]
 """Text; token ids; or a dict with ``prompt`` or ``prompt_token_ids``, and the other `KEYS` as needed."""
 
-KEYS = ("prompt", "prompt_token_ids", "multi_modal_data", "mm_processor_kwargs", "cache_salt")
+KEYS = (
+    "prompt",
+    "prompt_token_ids",
+    "multi_modal_data",
+    "multi_modal_uuids",
+    "mm_processor_kwargs",
+    "cache_salt",
+)
+"""``multi_modal_uuids`` have no effect: media are known by their content."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +30,7 @@ class Prompt:
 
     Attributes:
         text: as written; with ``token_ids`` set it is only carried along.
+        guarded: the same text with what users wrote told apart; None: all of it is taken as written.
         token_ids: given instead of text.
         media: modality -> one item, several, or embeddings, as the user gave them.
         options: ``mm_processor_kwargs`` of the request.
@@ -28,6 +38,7 @@ class Prompt:
     """
 
     text: str | None = None
+    guarded: GuardedText | None = None
     token_ids: Sequence[int] | None = None
     media: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
