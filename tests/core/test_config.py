@@ -231,7 +231,10 @@ def test_a_lone_sequence_always_fits(free: int, length: int, per_token: int, seq
         ({"stop": "a", "detokenize": False}, "stop=('a',): expected none with detokenize=False"),
         ({"temprature": 1}, "unknown 'temprature' (did you mean 'temperature'?)"),
         ({"best_of": 2}, "best_of=2 is not supported: ask for n samples"),
-        ({"structured_outputs": StructuredOutput(regex="a"), "structured": StructuredOutput(regex="b")}, "pass one"),
+        (
+            {"structured_outputs": StructuredOutput(regex="a"), "structured": StructuredOutput(regex="b")},
+            "pass one",
+        ),
     ],
     ids=str,
 )
@@ -274,7 +277,9 @@ def test_numbers_of_numpy_are_numbers() -> None:
         ignore_eos=np.bool_(True),  # type: ignore[arg-type]
         max_tokens=torch.tensor(7),  # type: ignore[arg-type]
     )
-    assert params == SamplingParams(n=2, temperature=0.5, stop_token_ids=[1, 2], ignore_eos=True, max_tokens=7)
+    assert params == SamplingParams(
+        n=2, temperature=0.5, stop_token_ids=[1, 2], ignore_eos=True, max_tokens=7
+    )
     assert [type(value) for value in (params.n, params.temperature, params.ignore_eos)] == [int, float, bool]
     with pytest.raises(ConfigError, match="max_tokens"):
         SamplingParams(max_tokens=np.float64(2))  # type: ignore[arg-type]

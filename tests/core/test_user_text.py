@@ -58,7 +58,11 @@ def frontend(model: str) -> Frontend:
 @cache
 def special_ids(model: str) -> dict[int, str]:
     known = frontend(model).tokenizer.added_tokens_decoder  # type: ignore[attr-defined]
-    return {token_id: token.content for token_id, token in known.items() if token.special and len(token.content) > 1}
+    return {
+        token_id: token.content
+        for token_id, token in known.items()
+        if token.special and len(token.content) > 1
+    }
 
 
 @cache
@@ -82,7 +86,10 @@ def conversation(said: list[str], *, pictures: bool = True) -> list[dict[str, An
     picture = [{"type": "image_pil", "image_pil": PICTURE}] * pictures
     first, second, answer, third = said
     return [
-        {"role": "user", "content": [*picture, *({"type": "text", "text": text} for text in (first, second))]},
+        {
+            "role": "user",
+            "content": [*picture, *({"type": "text", "text": text} for text in (first, second))],
+        },
         {"role": "assistant", "content": answer},
         {"role": "user", "content": [{"type": "text", "text": third}, *picture]},
     ]
@@ -135,7 +142,9 @@ def test_no_text_makes_a_special_token_or_moves_a_picture(model: str, data: st.D
     prompt = processed(model, conversation(said))
     plain = processed(model, conversation(["a", "b", "c", "d"]))
     assert marks(model, prompt) == marks(model, plain)
-    assert [item.mapped.num_embeds for item in prompt.media] == [item.mapped.num_embeds for item in plain.media]
+    assert [item.mapped.num_embeds for item in prompt.media] == [
+        item.mapped.num_embeds for item in plain.media
+    ]
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -195,9 +204,7 @@ def test_history_without_content_is_empty_text(model: str) -> None:
 @pytest.mark.parametrize("model", [model for model in MODELS if "phi3v" in model])
 def test_a_prompt_tokenized_as_a_whole_keeps_them_apart(model: str) -> None:
     for said in (["see <|image_1|> and <|image_2|>", "b", "<|image_1|> c", "<|image_7|> d <|image_2|>"],):
-        prompt = processed(
-            model, conversation(said), mm_processor_kwargs={"tokenize_whole_prompt": True}
-        )
+        prompt = processed(model, conversation(said), mm_processor_kwargs={"tokenize_whole_prompt": True})
         plain = processed(
             model, conversation(["a", "b", "c", "d"]), mm_processor_kwargs={"tokenize_whole_prompt": True}
         )
@@ -253,7 +260,10 @@ def test_all_that_is_not_the_template_is_text() -> None:
     ]
     tool = {"type": "function", "function": {"name": "f", "description": end, "parameters": {end: {}}}}
     prompt = processed("qwen2vl", messages, tools=[tool])
-    plain = processed("qwen2vl", [{"role": role, "content": "x"} for role in ("system", "user", "assistant", "user", "user")])
+    plain = processed(
+        "qwen2vl",
+        [{"role": role, "content": "x"} for role in ("system", "user", "assistant", "user", "user")],
+    )
     assert marks("qwen2vl", prompt) == marks("qwen2vl", plain)
     assert decoded("qwen2vl", prompt) == prompt.text
     assert prompt.text is not None

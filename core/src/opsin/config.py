@@ -14,8 +14,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import Enum
-from functools import cache, partial
-from numbers import Integral, Number, Real
+from functools import cache
+from numbers import Integral, Real
 from pathlib import PurePath
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -54,7 +54,7 @@ class Range:
 Positive = Annotated[int, Range(1)]
 NonNegative = Annotated[int, Range(0)]
 
-_KINDS: Mapping[Any, tuple[type, str]] = {
+_KINDS: Mapping[Any, tuple[Any, str]] = {
     bool: (bool, "true or false"),
     int: (Integral, "an integer"),
     float: (Real, "a number"),
@@ -63,7 +63,11 @@ _KINDS: Mapping[Any, tuple[type, str]] = {
     Mapping: (Mapping, "a mapping"),
     Sequence: (Sequence, "a list"),
 }
-_hints = cache(partial(get_type_hints, include_extras=True))
+
+
+@cache
+def _hints(settings: type) -> dict[str, Any]:
+    return get_type_hints(settings, include_extras=True)
 
 
 def check_fields(settings: object) -> None:
@@ -74,7 +78,8 @@ def check_fields(settings: object) -> None:
     Raises:
         ConfigError: a value is not of its field's type.
     """
-    for name, hint in _hints(type(settings)).items():
+    kind: Any = type(settings)
+    for name, hint in _hints(kind).items():
         value = getattr(settings, name)
         if getattr(value, "ndim", None) == 0:
             value = value.item()
@@ -107,22 +112,22 @@ def _unlike(member: Any, origin: Any, arguments: tuple[Any, ...], value: Any) ->
     if origin is Literal:
         return None if value in arguments else ", ".join(map(repr, arguments))
     if origin is Annotated:
-        wrong = _unlike(arguments[0], None, (), value) or (
-            value not in arguments[1] and _KINDS[arguments[0]][1]
-        )
-        return f"{wrong}, {arguments[1]}" if wrong else None
+        fits = _unlike(arguments[0], None, (), value) is None and value in arguments[1]
+        return None if fits else f"{_KINDS[arguments[0]][1]}, {arguments[1]}"
     named = (member, f"a {member.__name__}") if isinstance(member, type) else (object, "")
     kind, what = _KINDS.get(origin or member, named)
-    # True and False are integers to Python, and a text is a sequence.
-    odd = isinstance(value, bool) != (kind is bool) if issubclass(kind, Number | bool) else False
-    if not isinstance(value, kind) or odd or (kind is Sequence and isinstance(value, (str, bytes))):
+    # To Python, True and False are integers, and a text is a sequence.
+    odd = isinstance(value, bool) if kind in (Integral, Real) else isinstance(value, (str, bytes))
+    if not isinstance(value, kind) or (odd and kind in (Integral, Real, Sequence)):
         return what
-    if kind is Sequence:
-        return next((f"{what}, each {e}" for element in value if (e := expectation(arguments[0], element))), None)
     if kind is Mapping:
-        of_keys = next((f"{what}, its keys {e}" for key in value if (e := expectation(arguments[0], key))), None)
-        elements = (expectation(arguments[1], element) for element in value.values())
-        return of_keys or next((f"{what}, its values {e}" for e in elements if e), None)
+        inside = [("its keys", arguments[0], value), ("its values", arguments[1], value.values())]
+    else:
+        inside = [("each", arguments[0], value)] if kind is Sequence else []
+    for which, hint, elements in inside:
+        for element in elements:
+            if wrong := expectation(hint, element):
+                return f"{what}, {which} {wrong}"
     return None
 
 
@@ -185,7 +190,10 @@ class RequestOutputKind(Enum):
 
 
 LogitsProcessor = Callable[..., Any]
-"""``(output_ids, logits) -> logits`` or ``(prompt_ids, output_ids, logits) -> logits``; logits: float32 (V,)."""
+"""``(output_ids, logits) -> logits``, or ``(prompt_ids, output_ids, logits) -> logits``.
+
+Logits are float32 (V,), a row of the step's batch, which may be changed in place.
+"""
 
 _NumLogprobs = Annotated[int, Range(-1, MAX_LOGPROBS)]
 _Penalty = Annotated[float, Range(-2, 2)]
@@ -259,10 +267,9 @@ class SamplingParams:
             values[name] = _listed(values[name]) or ()
         for name in ("bad_words", "allowed_token_ids", "logits_processors"):
             values[name] = _listed(values[name]) or None
-        if isinstance(self.logit_bias, Mapping):  # JSON has texts for keys
-            keys = (int(key) if isinstance(key, str) and key.isdecimal() else key for key in self.logit_bias)
-            values["logit_bias"] = dict(zip(keys, self.logit_bias.values()))
-        values["logit_bias"] = values["logit_bias"] or {}
+        if isinstance(bias := values["logit_bias"] or {}, Mapping):  # JSON has texts for keys
+            bias = {int(k) if isinstance(k, str) and k.isdecimal() else k: v for k, v in bias.items()}
+        values["logit_bias"] = bias
         vars(self).update(values)
         check_fields(self)
         vars(self)["top_k"] = max(0, self.top_k)  # -1 is vLLM's older spelling of "all"
@@ -519,7 +526,7 @@ class EngineConfig(MediaLimits):
 
 
 class EngineArgs(EngineConfig):
-    """`EngineConfig` that takes the arguments of vLLM's class of this name: ``LLM(**asdict(EngineArgs(...)))``."""
+    """`EngineConfig` that takes the arguments of vLLM's class: ``LLM(**asdict(EngineArgs(...)))``."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**engine_settings("EngineArgs", settings))

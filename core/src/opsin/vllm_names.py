@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any, TypeVar
 
-from opsin.errors import ConfigError, require_known
+from opsin.errors import ConfigError, OpsinError, require_known
 
 T = TypeVar("T")
 
@@ -41,11 +41,17 @@ class Refused:
 Names = Mapping[str, Renamed | NoEffect | Refused]
 
 
-def translated(where: str, given: Mapping[str, Any], names: Names, known: Collection[str]) -> dict[str, Any]:
-    """Named arguments in opsin's names.
+def translated(
+    where: str,
+    given: Mapping[str, Any],
+    names: Names,
+    known: Collection[str],
+    error: type[OpsinError] = ConfigError,
+) -> dict[str, Any]:
+    """Named arguments in opsin's names, which are ``known``.
 
     Raises:
-        ConfigError: a name is unknown, asks for what opsin has not, or is given twice.
+        OpsinError: of type ``error``: a name is unknown, asks for what opsin has not, or is given twice.
     """
     result: dict[str, Any] = {}
     for name, value in given.items():
@@ -53,15 +59,15 @@ def translated(where: str, given: Mapping[str, Any], names: Names, known: Collec
         if isinstance(entry, Renamed):
             value = None if value is None else entry.convert(value)
             if value is not None and given.get(entry.to) is not None:
-                raise ConfigError(f"{where}: {name} is another name of {entry.to}; pass one of them")
+                raise error(f"{where}: {name} is another name of {entry.to}; pass one of them")
             if value is not None:
                 result[entry.to] = value
         elif isinstance(entry, Refused):
             # Not `in`: True equals 1.
             if value is not None and not any(type(value) is type(n) and value == n for n in entry.neutral):
-                raise ConfigError(f"{where}: {name}={value!r:.80} is not supported: {entry.why}")
+                raise error(f"{where}: {name}={value!r:.80} is not supported: {entry.why}")
         elif entry is None:
-            require_known(where, [name], known, ConfigError)
+            require_known(where, [name], known, error)
             result[name] = value
     return result
 
@@ -70,14 +76,14 @@ def takes_vllm_names(names: Names) -> Callable[[type[T]], type[T]]:
     """Let a dataclass take vLLM's names of its fields, too. Unknown names are a `ConfigError`."""
 
     def decorate(cls: type[T]) -> type[T]:
-        plain = cls.__init__
+        plain: Callable[..., None] = vars(cls)["__init__"]
 
         @wraps(plain)
         def init(self: T, *values: Any, **given: Any) -> None:
             known = vars(cls)["__dataclass_fields__"]
             plain(self, *values, **translated(cls.__name__, given, names, known))
 
-        cls.__init__ = init  # type: ignore[method-assign]
+        type.__setattr__(cls, "__init__", init)
         return cls
 
     return decorate
@@ -107,8 +113,8 @@ ENGINE: Names = {
         NoEffect("compilation and graphs: the device's plugin decides"),
         "enforce_eager max_seq_len_to_capture compilation_config cuda_graph_sizes cudagraph_capture_sizes "
         "max_cudagraph_capture_size optimization_level performance_mode attention_backend attention_config "
-        "kernel_config linear_backend moe_backend mm_encoder_attn_backend disable_cascade_attn use_fp64_gumbel "
-        "enable_flashinfer_autotune mm_processor_device",
+        "kernel_config linear_backend moe_backend mm_encoder_attn_backend disable_cascade_attn "
+        "use_fp64_gumbel enable_flashinfer_autotune mm_processor_device",
     ),
     **_each(
         NoEffect("scheduling: prompts longer than max_num_batched_tokens are computed in chunks"),
@@ -152,7 +158,9 @@ ENGINE: Names = {
         "tensor_parallel_size pipeline_parallel_size data_parallel_size decode_context_parallel_size "
         "prefill_context_parallel_size nnodes",
     ),
-    **_each(Refused(_ONE_DEVICE, (False,)), "enable_expert_parallel enable_eplb enable_dbo enable_elastic_ep"),
+    **_each(
+        Refused(_ONE_DEVICE, (False,)), "enable_expert_parallel enable_eplb enable_dbo enable_elastic_ep"
+    ),
     "quantization": Refused("opsin computes in float32, bfloat16 or float16; take such a checkpoint"),
     "kv_cache_dtype": Refused("the KV cache has the model's dtype", ("auto",)),
     "calculate_kv_scales": Refused("the KV cache has the model's dtype", (False,)),
@@ -174,7 +182,9 @@ ENGINE: Names = {
     "pooler_config": Refused("pass pooling_type= and normalize="),
     "override_pooler_config": Refused("pass pooling_type= and normalize="),
     "structured_outputs_config": Refused("constraints are llguidance's; leave it out", ({},)),
-    "generation_config": Refused("pass SamplingParams to each call, which replace the checkpoint's", ("auto",)),
+    "generation_config": Refused(
+        "pass SamplingParams to each call, which replace the checkpoint's", ("auto",)
+    ),
     "override_generation_config": Refused("pass SamplingParams to each call", ({},)),
     "logits_processors": Refused("pass SamplingParams(logits_processors=)", ([],)),
     "logprobs_mode": Refused("log-probabilities are those of the raw logits", ("raw_logprobs",)),
@@ -189,7 +199,9 @@ ENGINE: Names = {
     ),
     "reasoning_parser": Refused("thoughts are part of the answer's text", ("",)),
     **_each(Refused(_NOT_HERE, ("auto", "")), "worker_cls worker_extension_cls"),
-    **_each(Refused(_NOT_HERE, (False,)), "enable_sleep_mode enable_return_routed_experts enable_trace_replay"),
+    **_each(
+        Refused(_NOT_HERE, (False,)), "enable_sleep_mode enable_return_routed_experts enable_trace_replay"
+    ),
     **_each(
         Refused(_NOT_HERE, ({},)),
         "scheduler_cls additional_config kv_transfer_config kv_events_config ec_transfer_config "
@@ -246,6 +258,14 @@ STRUCTURED: Names = {
     "structural_tag": Refused("say it in a grammar"),
 }
 """Arguments of ``StructuredOutputsParams`` and ``GuidedDecodingParams``."""
+
+PROMPT: Names = {
+    "prompt_embeds": Refused("embeddings are given for pictures and videos, not for text"),
+    "encoder_prompt": Refused("opsin's models are decoders"),
+    "decoder_prompt": Refused("opsin's models are decoders"),
+    "token_type_ids": Refused(_NOT_HERE),
+}
+"""Keys of a prompt's dict."""
 
 CALL: Names = {
     "lora_request": Refused(_NO_LORA),

@@ -14,7 +14,15 @@ from opsin.api import Modality, Placeholder, ToolFormat
 from opsin.checkpoint.tokenizer import ChatTokenizer
 from opsin.config import MediaLimits
 from opsin.errors import ConfigError, MediaError, RequestError
-from opsin.inputs.conversation import Conversation, MediaPart, Message, Part, check_limits, names_function
+from opsin.inputs.conversation import (
+    Conversation,
+    MediaPart,
+    Message,
+    Part,
+    check_limits,
+    names_function,
+    place_of,
+)
 from opsin.inputs.media import errors_at, media_item
 from opsin.inputs.placeholders import is_numbered
 from opsin.inputs.prompt import Prompt
@@ -177,7 +185,7 @@ class ChatRenderer:
                     f"{part.where}: got embeddings as a {type(part.value).__name__}; expected tensors"
                 )
             return part.value
-        with errors_at(part.where):
+        with errors_at(place_of(part.where, part.value) if self.local_files else part.where):
             return media_item(part.modality, part.value, self.media_limits, local_files=self.local_files)
 
     # ---- tools --------------------------------------------------------------------------------

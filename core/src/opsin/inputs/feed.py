@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Generic, TypeVar
 
-from opsin.api import ProcessedPrompt
+T = TypeVar("T")
 
 
-class Feed:
+class Feed(Generic[T]):
     """Lets decoding, mapping and hashing overlap with the engine's steps, and bounds the pictures in memory.
 
     Args:
-        jobs: functions that prepare one prompt each.
+        jobs: functions that prepare one prompt each. An iterator is read as prompts are taken.
         num_threads: size of the pool.
         ahead: most prompts prepared before they are taken.
     """
 
-    def __init__(
-        self, jobs: Sequence[Callable[[], ProcessedPrompt]], *, num_threads: int, ahead: int
-    ) -> None:
+    def __init__(self, jobs: Iterable[Callable[[], T]], *, num_threads: int, ahead: int) -> None:
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="opsin-media")
-        self._jobs = deque(enumerate(jobs))
-        self._coming: deque[tuple[int, Future[ProcessedPrompt]]] = deque()
+        self._jobs = enumerate(jobs)
+        self._coming: deque[tuple[int, Future[T]]] = deque()
         for _ in range(ahead):
             self._submit()
 
@@ -31,7 +30,7 @@ class Feed:
         """Whether any prompt is left to take."""
         return bool(self._coming)
 
-    def take(self, timeout_s: float | None) -> tuple[int, Future[ProcessedPrompt]] | None:
+    def take(self, timeout_s: float | None) -> tuple[int, Future[T]] | None:
         """The next prompt's index and finished future; None if it is not ready within ``timeout_s``."""
         index, future = self._coming[0]
         wait([future], timeout=timeout_s)
@@ -46,6 +45,6 @@ class Feed:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _submit(self) -> None:
-        if self._jobs:
-            index, job = self._jobs.popleft()
+        for index, job in self._jobs:
             self._coming.append((index, self._pool.submit(job)))
+            return

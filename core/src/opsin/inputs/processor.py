@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -25,12 +27,21 @@ from opsin.api import (
     Tokenizer,
 )
 from opsin.config import MediaLimits
-from opsin.errors import ConfigError, MediaError, PromptTooLongError, RequestError, require_known
+from opsin.errors import (
+    ConfigError,
+    MediaError,
+    OpsinError,
+    PromptTooLongError,
+    RequestError,
+    require_known,
+)
 from opsin.inputs.cache import ByteLRU
-from opsin.inputs.conversation import check_limits
+from opsin.inputs.conversation import check_limits, place_of
 from opsin.inputs.media import embeds_item, errors_at, media_item
 from opsin.inputs.placeholders import Marker, PlaceholderFinder
 from opsin.inputs.prompt import Prompt, PromptInput
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -86,15 +97,19 @@ class PromptProcessor:
         self._mapping_now: dict[str, Future[MappedMedia]] = {}
         self._lock = threading.Lock()
 
-    def process(self, prompt: PromptInput | Prompt, *, min_new_tokens: int = 1) -> ProcessedPrompt:
+    def process(
+        self, prompt: PromptInput | Prompt, *, min_new_tokens: int = 1, truncate: int | None = None
+    ) -> ProcessedPrompt:
         """Process one prompt.
 
         Args:
             prompt: see `PromptInput`.
             min_new_tokens: room the context must leave; 0 for an embedding request.
+            truncate: keep this many of the last tokens; -1: as many as the context holds; None: all.
 
         Raises:
-            RequestError: the prompt is malformed, or its placeholders and media do not match.
+            RequestError: the prompt is malformed, its placeholders and media do not match, or the model's
+                plugin fails on it.
             MediaError: a media item cannot be used, or there are too many.
             PromptTooLongError: it does not fit into the context once expanded.
         """
@@ -107,16 +122,35 @@ class PromptProcessor:
         options = {**self.options, **parsed.options}
         parts = self._parts(parsed, counts, options)
         token_ids, placed = self._expand(parts, media, options)
+        if truncate is not None:
+            most = self.max_model_len - min_new_tokens if truncate == -1 else truncate
+            token_ids, placed = _truncated(token_ids, placed, most)
         self._check_len(len(token_ids), sum(sum(item.is_embed) for item in placed), min_new_tokens)
 
         positions = self.model_spec.positions
+        with self._plugin("positions", OpsinError):
+            rotary = positions and positions(self.config, token_ids, placed)
         return ProcessedPrompt(
             token_ids=token_ids,
             media=placed,
-            positions=positions and positions(self.config, token_ids, placed),
+            positions=rotary,
             text=parsed.text,
             salt=parsed.salt,
         )
+
+    @contextmanager
+    def _plugin(self, what: str, meant: type[Exception] = ValueError) -> Iterator[None]:
+        """Turn errors of the model's plugin into a `RequestError`, but for those that are ``meant``."""
+        try:
+            yield
+        except (meant, OpsinError):
+            raise
+        except Exception as error:
+            logger.exception("%s failed in the plugin of %s", what, self.model_spec.architecture)
+            raise RequestError(
+                f"{what}: the plugin of {self.model_spec.architecture} failed with "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def _media(self, data: Mapping[str, Any]) -> dict[Modality, list[Any]]:
         """Modality -> one value per item, not decoded yet: too many items are refused before any work."""
@@ -137,7 +171,7 @@ class PromptProcessor:
         )
 
     def _split_embeds(self, modality: Modality, value: Any) -> list[MediaItem]:
-        with errors_at(modality):
+        with errors_at(modality), self._plugin("split_embeds"):
             return [embeds_item(modality, part) for part in self.mappers[modality].split_embeds(value)]
 
     def _parts(
@@ -169,10 +203,13 @@ class PromptProcessor:
                 token_ids.append(part)
                 continue
             modality, number = part.modality, part.number
-            with errors_at(f"{modality} {number}"):
-                item = media_item(modality, media[modality][number - 1], self.media_limits)
-                key, mapped = self._map(item, options)
-                expansion = self.placeholders[modality].expand(mapped, number)
+            value = media[modality][number - 1]
+            with errors_at(place_of(f"{modality} {number}", value)):
+                item = media_item(modality, value, self.media_limits)
+                with self._plugin("map"):
+                    key, mapped = self._map(item, options)
+                with self._plugin("expand"):
+                    expansion = self.placeholders[modality].expand(mapped, number)
                 self._check_embeds(mapped, expansion)
             placed.append(
                 PlacedMedia(
@@ -240,6 +277,23 @@ class PromptProcessor:
                 f"{self.max_model_len}{room}. Shorten the prompt, use smaller or fewer media, or raise "
                 "max_model_len"
             )
+
+
+def _truncated(
+    token_ids: list[int], placed: list[PlacedMedia], most: int
+) -> tuple[list[int], list[PlacedMedia]]:
+    """The last ``most`` tokens.
+
+    Raises:
+        RequestError: a media item would be cut off.
+    """
+    cut = max(0, len(token_ids) - most)
+    if placed and placed[0].start < cut:
+        raise RequestError(
+            f"truncate_prompt_tokens: the last {most} of {len(token_ids)} tokens leave out {placed[0].modality} 1, "
+            f"which begins at {placed[0].start}; leave it out yourself, or keep more"
+        )
+    return token_ids[cut:], [replace(item, start=item.start - cut) for item in placed]
 
 
 def _is_embeds(value: Any) -> bool:

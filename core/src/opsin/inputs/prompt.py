@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from opsin.errors import RequestError, require_known
+from opsin.errors import RequestError
 from opsin.inputs.user_text import GuardedText
+from opsin.vllm_names import PROMPT, translated
 
 PromptInput = str | Sequence[int] | Mapping[str, Any]
 """Text; token ids; or a dict with ``prompt`` or ``prompt_token_ids``, and the other `KEYS` as needed."""
@@ -57,7 +58,7 @@ class Prompt:
             prompt = {"prompt": prompt}
         elif not isinstance(prompt, Mapping):
             prompt = {"prompt_token_ids": prompt}
-        require_known("the prompt", prompt, KEYS, RequestError)
+        prompt = translated("the prompt", prompt, PROMPT, KEYS, RequestError)
         text, ids = _of(str, "a string", prompt, "prompt"), prompt.get("prompt_token_ids")
         if text is None and ids is None:
             raise RequestError('the prompt has neither "prompt" nor "prompt_token_ids"; expected one of them')
@@ -81,6 +82,8 @@ def _of(kind: type[Any], expected: str, prompt: Mapping[str, Any], key: str) -> 
 
 def _token_ids(ids: Any) -> list[int]:
     try:
-        return [operator.index(token) for token in ids]
+        if isinstance(ids, (bytes, bytearray)):
+            raise TypeError
+        return [operator.index(token) for token in (ids.tolist() if hasattr(ids, "tolist") else ids)]
     except TypeError:
         raise RequestError("expected a text, a list of token ids, or a dict as the prompt") from None

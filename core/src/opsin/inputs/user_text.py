@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import Any, cast
 
 from opsin.api import Modality, Placeholder
@@ -76,7 +76,7 @@ class UserText:
         for text in texts:
             end = start + len(text)
             cuts = [0, *(place - start for place in places if start < place <= end), len(text)]
-            guarded.append(guard.join(text[a:b] for a, b in zip(cuts, cuts[1:])))
+            guarded.append(guard.join(text[a:b] for a, b in pairwise(cuts)))
             start = end
         return guarded
 
@@ -98,8 +98,8 @@ class UserText:
         """
         if self._strict is None:
             raise RequestError(
-                "the text of a message holds a special token, and this model's tokenizer cannot take it as text; "
-                "reword it, or pass allow_special_tokens=True if it is meant"
+                "the text of a message holds a special token, and this model's tokenizer cannot take it as "
+                "text; reword it, or pass allow_special_tokens=True if it is meant"
             )
         tokenizer, mark = self._strict
         marked = self._token.sub(lambda match: mark + match[0], part.text).replace(part.guard, "")
