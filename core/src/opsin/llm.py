@@ -385,7 +385,7 @@ class LLM:
     # ---- inside -------------------------------------------------------------------------------
 
     def _check_call(self, method: str, other: Mapping[str, Any], known: Sequence[str] = ()) -> None:
-        """Refuse what is no argument (Python's own TypeError does not say what was meant), and a wrong task."""
+        """Refuse a wrong task, and what is no argument: Python's TypeError does not say what was meant."""
         for name in translated(f"LLM.{method}", other, CALL, known):
             raise AssertionError(f"{name} is a parameter")
         if self.engine.config.task != "generate" and method not in ("embed", "score"):
@@ -619,17 +619,13 @@ def _listed(prompts: PromptInput | Iterable[PromptInput]) -> Iterable[PromptInpu
 
 def _conversations(messages: Iterable[Message] | Iterable[Sequence[Message]]) -> Iterable[Sequence[Message]]:
     """One conversation or several -> several."""
-    if isinstance(messages, Sequence):
-        one = bool(messages) and isinstance(messages[0], Mapping)
-        return [cast(Sequence[Message], messages)] if one else cast(Sequence[Sequence[Message]], messages)
-    rest = iter(messages)
+    rest: Iterator[Any] = iter(messages)
     first = next(rest, None)
-    if first is None:
-        return []
-    several = itertools.chain([first], rest)
     if isinstance(first, Mapping):
-        return [cast(Sequence[Message], list(several))]
-    return cast(Iterable[Sequence[Message]], several)
+        return [[first, *rest]]
+    if isinstance(messages, Sequence):
+        return cast(Sequence[Sequence[Message]], messages)
+    return [] if first is None else itertools.chain([first], rest)
 
 
 def _score(one: PoolingRequestOutput, two: PoolingRequestOutput) -> ScoringRequestOutput:
