@@ -13,10 +13,13 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer
 
-from opsin.api import Expansion, InputContext, MappedMedia, MediaItem, Placeholder
+from opsin.api import Expansion, InputContext, MappedMedia, MediaItem, ModelSpec, Placeholder
+from opsin.checkpoint.files import Checkpoint
+from opsin.config import EngineConfig
 from opsin.errors import ConfigError, MediaError, RequestError
 from opsin.inputs.chat import ChatOptions, ChatRenderer
 from opsin.inputs.conversation import Conversation
+from opsin.inputs.frontend import _chat_template
 from opsin.inputs.processor import PromptProcessor
 from opsin.inputs.prompt import Prompt
 from opsin.inputs.template import ChatTemplate, resolve_chat_template
@@ -393,3 +396,24 @@ def test_the_users_template_comes_before_the_checkpoints_and_the_plugins(tmp_pat
 def test_a_ready_made_item_passes_as_it_is() -> None:
     item = MediaItem(modality="image", digest="d", pixels=np.zeros((2, 2, 3), np.uint8))
     assert render(renderer(), [user(image(item))]).media["image"] == [item]
+
+
+def test_the_familys_content_format_is_that_of_its_own_template() -> None:
+    loops = "{% for m in messages %}{% for p in m.content %}{{ p }}{% endfor %}{% endfor %}"
+
+    def chosen(own: str | None = None, **settings: Any) -> str:
+        spec = ModelSpec(
+            architecture="Toy",
+            build=lambda context: None,  # type: ignore[arg-type,return-value]
+            default_chat_template=loops,
+            content_format="string",
+        )
+        checkpoint = Checkpoint(path=MODEL, architecture="Toy", config={}, chat_template=own)
+        template = _chat_template(EngineConfig(model="m", **settings), checkpoint, spec, TOKENIZER)
+        assert template is not None
+        return template.format
+
+    assert chosen() == "string"
+    assert chosen(own=loops + " ") == "openai", "the checkpoint's own template speaks for itself"
+    assert chosen(chat_template=loops + "\n") == "openai"
+    assert chosen(chat_template_content_format="openai") == "openai"

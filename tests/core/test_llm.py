@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from opsin import LLM, BeamSearchParams, PoolingParams, RequestOutput, SamplingParams
+from opsin.engine.runner import Runner
 from opsin.errors import ConfigError, RequestError, RequestsFailed
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -270,3 +271,30 @@ def test_the_last_message_can_be_left_open_without_saying_it_twice(llm: LLM) -> 
     assert llm.get_tokenizer().decode(output.prompt_token_ids).endswith("<|im_start|>assistant\nThere are")
     with pytest.raises(RequestError, match="set only one"):
         llm.chat(begun, continue_final_message=True, add_generation_prompt=True)
+
+
+def test_a_step_that_is_tried_again_adds_nothing_to_a_mean_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [list(range(40, 90)), list(range(60, 110))]
+    settings: dict[str, Any] = {
+        "pooling_type": "mean",
+        "max_num_batched_tokens": 16,
+        "kv_cache_memory": 2**20,
+    }
+    with LLM(MODEL, dtype="float32", **settings) as fresh:
+        expected = [output.outputs for output in fresh.embed(prompts, use_tqdm=False)]
+        sample = Runner._sample
+        failed: list[int] = []
+
+        def fails_together(self: Runner, placed: Any, hidden: Any, result: Any) -> None:
+            if len(placed) > 1:
+                failed.append(len(placed))
+                raise RuntimeError("a batch that fails")
+            sample(self, placed, hidden, result)
+
+        monkeypatch.setattr(Runner, "_sample", fails_together)
+        again = [output.outputs for output in fresh.embed(prompts, use_tqdm=False)]
+    assert failed, "some step had both prompts"
+    for one, other in zip(expected, again, strict=True):
+        assert one is not None
+        assert other is not None
+        assert torch.allclose(one.data, other.data, atol=1e-5)

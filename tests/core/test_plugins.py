@@ -16,7 +16,17 @@ import pytest
 
 import opsin.hookspecs
 from opsin import hookimpl
-from opsin.api import DeviceSpec, InputMapperSpec, KernelSpec, ModelSpec, PlaceholderSpec, Probe
+from opsin.api import (
+    Capabilities,
+    Device,
+    DeviceSpec,
+    InputMapperSpec,
+    KernelSpec,
+    MemoryInfo,
+    ModelSpec,
+    PlaceholderSpec,
+    Probe,
+)
 from opsin.errors import ConfigError, MissingPluginError, PluginConflictError, PluginError
 from opsin.plugins import Plugins, load_plugins
 from opsin.plugins.contract import HOOKS
@@ -564,3 +574,30 @@ def test_loading_the_installed_plugins_loads_neither_torch_nor_transformers() ->
 def test_importing_opsin_loads_nothing_heavy() -> None:
     loaded = modules_after("import opsin; opsin.__version__")
     assert not loaded & {"torch", "transformers", "numpy", "pluggy", "cyclopts", "rich", "PIL", "dataclasses"}
+
+
+def test_a_device_opens_as_what_its_plugin_declares(caplog: pytest.LogCaptureFixture) -> None:
+    def opening(torch_device: str) -> Any:
+        def open_it(index: int) -> Device:
+            if index > 0:
+                raise ValueError(f"there is no chip {index}")
+            can = Capabilities(dtypes=("float32",), dtype_for={})
+            memory = MemoryInfo(free_bytes=1, total_bytes=1)
+            return Device(name="chip", torch_device=torch_device, capabilities=can, memory=lambda: memory)
+
+        return open_it
+
+    def spec(torch_device: str, **declared: Any) -> DeviceSpec:
+        return DeviceSpec(
+            name="chip", probe=lambda: Probe(score=1, reason=""), open=opening(torch_device), **declared
+        )
+
+    for right in (spec("chip:0", torch_type="chip"), spec("chip", torch_type="chip"), spec("anything:3")):
+        assert load(extra={"chips": plugin(devices=[right])}).open_device(right, 0).name == "chip"
+    assert not caplog.messages
+    wrong = spec("cpu", torch_type="chip")
+    plugins = load(extra={"chips": plugin(devices=[wrong])})
+    assert plugins.open_device(wrong, 0).torch_device == "cpu"
+    assert "opened as 'cpu', its plugin declares torch_type 'chip'; report this to" in caplog.text
+    with pytest.raises(ConfigError, match="there is no chip 1"):
+        plugins.open_device(wrong, 1)

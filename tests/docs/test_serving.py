@@ -17,9 +17,12 @@ from opsin.server.app import App
 from opsin.server.engine_host import EngineHost
 from opsin.server.http.middleware import OPEN_PATHS
 from opsin.server.schema.chat import ChatRequest, Part
-from opsin.server.schema.completion import CompletionRequest
-from opsin.server.schema.embedding import EmbeddingRequest
-from opsin.server.schema.tokens import DetokenizeRequest, TokenizeRequest
+from opsin.server.schema.prompts import (
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+)
 from opsin.server.settings import ServerSettings
 from opsin.server.ui import UI_PATHS
 from tests.server.in_thread import MODEL, golden_config, running

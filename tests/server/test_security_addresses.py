@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import trustme
 
-from opsin.errors import MediaError, RequestError
+from opsin.errors import MediaError, OpsinError
 from opsin.inputs.conversation import Conversation
 from opsin.server.fetch.addresses import is_allowed
 from opsin.server.fetch.fetcher import MediaFetcher
 from opsin.server.fetch.pinned_http import Resolver
 from opsin.server.fetch.settings import FetchSettings
-from opsin.server.http.fetch_error import FetchError
+from opsin.server.http.errors import ApiError
 from tests.server.asset_server import asset_server, free_port
 from tests.server.pictures import picture
 
@@ -55,8 +55,8 @@ def fetched(
     return asyncio.run(fetch())
 
 
-def refusal(url: str, resolver: Resolver | None = None, **settings: Any) -> FetchError:
-    with pytest.raises(FetchError) as caught:
+def refusal(url: str, resolver: Resolver | None = None, **settings: Any) -> ApiError:
+    with pytest.raises(ApiError) as caught:
         fetched(url, resolver, **settings)
     assert caught.value.param == "image_url"
     assert str(caught.value).startswith("messages[0].content[0]: ")
@@ -155,7 +155,7 @@ def test_the_flag_opens_nothing_but_loopback(address: str) -> None:
 def test_spellings_of_this_machine_with_the_real_resolver(host: str) -> None:
     with asset_server() as assets:
         assets.put("/secret.png", PICTURE)
-        with pytest.raises(RequestError):  # not all of them are addresses everywhere
+        with pytest.raises(OpsinError):  # not all of them are addresses everywhere
             fetched(f"http://{host}:{assets.port}/secret.png")
         assert assets.seen == []
 

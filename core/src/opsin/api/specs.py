@@ -36,7 +36,7 @@ class ModelSpec:
         positions: (config, token ids, placed media) -> rotary positions; None: 0, 1, 2, ...
         default_chat_template: used when the checkpoint has none; config -> template (or None) where
             checkpoints of one architecture differ.
-        content_format: how the chat template wants ``message["content"]``; None: detect.
+        content_format: how ``default_chat_template`` wants ``message["content"]``; None: found out from it.
         tool_format: config -> the form of tool calls it was trained with; None: it makes none. Since 1.1.
         tasks: what it can do: ``"generate"``, ``"embed"``.
         pooling: how the family's embedding models pool, unless the user says otherwise.
@@ -93,7 +93,7 @@ class DeviceSpec:
 
     Attributes:
         name: as in ``device="cpu"`` or ``device="cuda:1"`` (the index goes to ``open``).
-        torch_type: torch's device type; an opened device of another type is an error. None: any.
+        torch_type: torch's device type; a device that opens as another one is warned about. None: any.
         probe: never raises; imports what it must.
         open: index -> an opened device; raises ValueError for an index or a setting that cannot be.
     """

@@ -87,14 +87,14 @@ def examine(device: str | None, *, selftest: bool = False) -> dict[str, Any]:
             chosen, index, _ = found.select_device(device or "auto")
             report["device"] = f"{chosen.name}:{index}"
             if device is not None or selftest:
-                opened = chosen.open(index)
+                opened = found.open_device(chosen, index)
                 report["opened"] = _describe_opened(opened)
                 if selftest:
                     from opsin.cli import selftest as tests  # it imports torch
 
                     report["selftest"] = tests.selftest(opened, found.kernel_specs(chosen.name))
                     report["advice"] += tests.advice(report["selftest"])
-        except (OpsinError, ValueError) as error:  # a device's `open` says ValueError
+        except OpsinError as error:
             report["advice"].append(str(error))
     return report
 

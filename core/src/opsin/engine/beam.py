@@ -10,16 +10,13 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from opsin.api import ProcessedPrompt, Tokenizer
 from opsin.config import MAX_LOGPROBS, BeamSearchParams, SamplingParams
 from opsin.engine.text import Detokenizer
 from opsin.errors import RequestError
-from opsin.results import BeamSearchOutput, BeamSearchSequence, RequestOutput
-
-if TYPE_CHECKING:
-    from opsin.results import Logprob, PoolingRequestOutput
+from opsin.results import BeamSearchOutput, BeamSearchSequence, Logprob, Output, RequestOutput
 
 
 class StepEngine(Protocol):
@@ -27,7 +24,7 @@ class StepEngine(Protocol):
 
     def add(self, request_id: str, prompt: ProcessedPrompt, params: SamplingParams) -> None: ...
 
-    def step(self) -> Sequence[RequestOutput | PoolingRequestOutput]: ...
+    def step(self) -> Sequence[Output]: ...
 
     def abort(self, request_id: str) -> object: ...
 

@@ -7,12 +7,10 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence as SequenceOf
 from itertools import takewhile
-from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from opsin.engine.sequence import Sequence
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def extend_block_keys(sequence: Sequence, block_size: int, root: bytes) -> list[bytes]:

@@ -208,7 +208,7 @@ class Engine:
         self.scheduler.add(sequence)
 
     def abort(self, request_id: str) -> Output | None:
-        """End a request now; returns what it has so far, None if the id is unknown (or done)."""
+        """End a request now. Returns what it has so far, or None if the id is unknown or the request done."""
         return self._stop(request_id) if request_id in self._requests else None
 
     def _stop(self, request_id: str, error: RequestError | None = None) -> Output:
@@ -226,7 +226,7 @@ class Engine:
 
     @property
     def processor(self) -> PromptProcessor:
-        """The frontend's: makes of a prompt what `add` takes."""
+        """The frontend's, which turns prompts into what `add` takes."""
         return self.frontend.processor
 
     def default_params(self, **changes: object) -> SamplingParams:
@@ -253,14 +253,15 @@ class Engine:
         started = time.monotonic()
         step = self.scheduler.schedule()
         tokens = self.executor.run(step)
-        errors = {  # one per request, whose other samples end with it
-            chunk.sequence.request_id: tokens.errors[chunk.sequence.seq_id]
-            for chunk in step.chunks
-            if chunk.sequence.seq_id in tokens.errors
-        }
-        failed = [self._stop(request_id, error) for request_id, error in errors.items()]
+        failed = self._fail(step, tokens.errors)
         self.scheduler.commit(step, {seq_id: token.token_id for seq_id, token in tokens.sampled.items()})
         return failed + self._deliver(step, tokens, started)
+
+    def _fail(self, step: Step, errors: Mapping[int, RequestError]) -> list[Output]:
+        """Fail the requests of sequences that could not be computed, with their other samples."""
+        sequences = [chunk.sequence for chunk in step.chunks if chunk.sequence.seq_id in errors]
+        failed = {sequence.request_id: errors[sequence.seq_id] for sequence in sequences}
+        return [self._stop(request_id, error) for request_id, error in failed.items()]
 
     def _deliver(self, step: Step, tokens: StepTokens, started: float) -> list[Output]:
         changed: dict[str, None] = {}

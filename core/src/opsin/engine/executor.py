@@ -42,10 +42,7 @@ class LocalExecutor:
         started = time.perf_counter()
         model_spec = plugins.model(checkpoint.architecture)
         device_spec, device_index, _ = plugins.select_device(config.device)
-        try:
-            self.device = device_spec.open(device_index)
-        except ValueError as error:  # an index that is not there, a setting of the device's own
-            raise ConfigError(str(error)) from error
+        self.device = plugins.open_device(device_spec, device_index)
         name = resolve_dtype(config.dtype, checkpoint.dtype, self.device.capabilities)
         dtype = torch_dtype(name)
         self.kernels = Kernels(device_spec.name, plugins.kernel_specs(device_spec.name))

@@ -10,8 +10,8 @@ from opsin.engine.sequence import Sequence
 from opsin.errors import RequestError
 
 
-def pool(sequence: Sequence, start: int, hidden: Tensor) -> Tensor | None:
-    """Take the hidden states of a chunk; returns the embedding with the last one.
+def pool(sequence: Sequence, start: int, hidden: Tensor) -> tuple[Tensor, Tensor | RequestError | None]:
+    """Pool the hidden states of a chunk with those before it. Changes nothing: a step may be tried again.
 
     Args:
         sequence: an embedding request's.
@@ -19,7 +19,8 @@ def pool(sequence: Sequence, start: int, hidden: Tensor) -> Tensor | None:
         hidden: (tokens, H) after the final norm.
 
     Returns:
-        float32 (H,) or (dimensions,) in host memory; None if more chunks are to come.
+        ``sequence.pooled`` after this chunk, float32 (H,); and with the last chunk the embedding, float32
+        (H,) or (dimensions,) in host memory, or why there is none.
     """
     assert sequence.pooling is not None
     end, before = start + len(hidden), sequence.pooled if start > 0 else None
@@ -31,12 +32,9 @@ def pool(sequence: Sequence, start: int, hidden: Tensor) -> Tensor | None:
         case "mean":
             total = hidden.float().sum(0)
             pooled = total if before is None else before + total
-    sequence.pooled = pooled
     if end < sequence.num_tokens:
-        return None
-    if sequence.pooling.type == "mean":
-        pooled = pooled / end
-    pooled = pooled[: sequence.dimensions]
-    if not bool(torch.isfinite(pooled).all()):
-        raise RequestError("the model gave an embedding that is not finite")
-    return (F.normalize(pooled, dim=0) if sequence.pooling.normalize else pooled).cpu()
+        return pooled, None
+    embedding = (pooled / end if sequence.pooling.type == "mean" else pooled)[: sequence.dimensions]
+    if not bool(torch.isfinite(embedding).all()):
+        return pooled, RequestError("the model gave an embedding that is not finite")
+    return pooled, (F.normalize(embedding, dim=0) if sequence.pooling.normalize else embedding).cpu()

@@ -140,14 +140,21 @@ class Runner:
                 plan=self.plan_attention(batch),
             )
         )
+        pooled = [
+            (chunk.sequence, *pool(chunk.sequence, chunk.start, hidden[row : row + chunk.length]))
+            for row, chunk in placed
+            if chunk.sequence.pooling is not None
+        ]
         for row, chunk in placed:
-            if chunk.sequence.pooling is not None:
-                embedding = pool(chunk.sequence, chunk.start, hidden[row : row + chunk.length])
-                if embedding is not None:
-                    result.embeddings[chunk.sequence.seq_id] = embedding
-            elif chunk.sequence.params.prompt_logprobs is not None and chunk.sequence.index == 0:
+            if chunk.sequence.params.prompt_logprobs is not None and chunk.sequence.index == 0:
                 self._read_prompt_logprobs(chunk, chunk.sequence.params.prompt_logprobs, hidden, row, result)
         self._sample(placed, hidden, result)
+        for sequence, state, embedding in pooled:  # once nothing can fail: tried again, a mean would grow
+            sequence.pooled = state
+            if isinstance(embedding, RequestError):
+                result.errors[sequence.seq_id] = embedding
+            elif embedding is not None:
+                result.embeddings[sequence.seq_id] = embedding
 
     def _embeds(self, placed: SequenceOf[tuple[int, Chunk]]) -> Tensor:
         """(T, H): token embeddings, with media embeddings in their places."""

@@ -258,10 +258,11 @@ class Scheduler:
             self._in_flight.setdefault(key, sequence.seq_id)
 
     def _publish_blocks(self, sequence: Sequence, chunk: Chunk) -> None:
-        done = slice(chunk.start // self.block_size, chunk.end // self.block_size)
-        for block, key in zip(sequence.block_ids[done], self._keys(sequence)[done]):
-            self.blocks.register(block, key)
-            self._withdraw(sequence, key)
+        first, last = chunk.start // self.block_size, chunk.end // self.block_size
+        if first < last:
+            for block, key in zip(sequence.block_ids[first:last], self._keys(sequence)[first:last]):
+                self.blocks.register(block, key)
+                self._withdraw(sequence, key)
 
     def _withdraw(self, sequence: Sequence, key: bytes) -> None:
         if self._in_flight.get(key) == sequence.seq_id:

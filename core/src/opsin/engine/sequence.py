@@ -6,15 +6,13 @@ import enum
 from bisect import bisect_left
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import torch
 
 from opsin.api import PlacedMedia, Pooling, ProcessedPrompt
 from opsin.config import SamplingParams
-
-if TYPE_CHECKING:
-    import torch
-
-    from opsin.inputs.grammar import Grammar
+from opsin.inputs.grammar import Grammar
 
 
 class SampledToken(NamedTuple):

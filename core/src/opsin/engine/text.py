@@ -131,12 +131,12 @@ class StopStrings:
         Returns:
             Where it starts, and the string. Of several that end together, the longest.
         """
-        found = [
-            (start, string)
-            for string in self._strings
-            if (start := text.find(string, max(0, num_old - len(string) + 1))) >= 0
-        ]
-        return min(found, key=lambda match: (match[0] + len(match[1]), match[0]), default=None)
+        found: tuple[int, int, str] | None = None
+        for string in self._strings:
+            start = text.find(string, max(0, num_old - len(string) + 1))
+            if start >= 0 and (found is None or (start + len(string), start) < found[:2]):
+                found = (start + len(string), start, string)
+        return None if found is None else (found[1], found[2])
 
     def num_pending(self, text: str) -> int:
         """Length of the longest end of ``text`` that begins a stop string."""

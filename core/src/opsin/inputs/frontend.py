@@ -140,8 +140,11 @@ def _chat_template(
     if callable(default):
         default = default(checkpoint.config)
     source = resolve_chat_template(config.chat_template, own=checkpoint.chat_template, default=default)
-    given = config.chat_template_content_format
-    return ChatTemplate(source, tokenizer, None if given == "auto" else given) if source else None
+    if source is None:
+        return None
+    if config.chat_template_content_format != "auto":
+        return ChatTemplate(source, tokenizer, config.chat_template_content_format)
+    return ChatTemplate(source, tokenizer, spec.content_format if source is default else None)
 
 
 def _eos_token_ids(checkpoint: Checkpoint, spec: ModelSpec, tokenizer: ChatTokenizer) -> frozenset[int]:

@@ -13,7 +13,7 @@ from typing import cast
 import pluggy
 
 from opsin import hookspecs
-from opsin.api import API_MAJOR
+from opsin.api import API_MAJOR, ENTRY_POINT_GROUP
 from opsin.errors import ConfigError, MissingPluginError, PluginConflictError, PluginError, did_you_mean
 from opsin.plugins.claims import PREFER_VARIABLE, Claim, Failure, Plugin, decide
 from opsin.plugins.contract import DENY_VARIABLE, KINDS, call_hooks, checked_claims, register
@@ -117,7 +117,7 @@ def _candidates(entries: Iterable[EntryPoint], extra: Mapping[str, object]) -> d
     Of a package that serves several API majors under one name, the entry point for ours.
     """
     found: dict[Plugin, object] = {}
-    for entry in sorted(entries, key=lambda entry: _major_of(entry.group) == API_MAJOR):
+    for entry in sorted(entries, key=lambda entry: entry.group == ENTRY_POINT_GROUP):
         if _major_of(entry.group) is not None:
             dist = entry.dist
             origin = f"{dist.name} {dist.version}" if dist is not None else f"entry point {entry.value}"
@@ -153,8 +153,8 @@ def _check_names(plugins: Iterable[Plugin]) -> None:
 def _import(source: object) -> object:
     if not isinstance(source, EntryPoint):
         return source
-    major = _major_of(source.group)
-    if major != API_MAJOR:
+    if source.group != ENTRY_POINT_GROUP:
+        major = _major_of(source.group)
         raise PluginError(
             f"made for plugin API {major} (entry-point group {source.group}), this opsin has {API_MAJOR}; "
             f"upgrade {'opsin' if major is not None and major > API_MAJOR else 'the plugin'}"

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opsin.api import DeviceSpec, InputMapperSpec, KernelSpec, ModelSpec, PlaceholderSpec, Probe
+from opsin.api import Device, DeviceSpec, InputMapperSpec, KernelSpec, ModelSpec, PlaceholderSpec, Probe
 from opsin.errors import ConfigError, MissingPluginError, did_you_mean
 from opsin.plugins.claims import Claim, Failure, Plugin, reason_of
 from opsin.plugins.contract import DENY_VARIABLE
 from opsin.plugins.known_packages import known_packages
+
+logger = logging.getLogger(__name__)
 
 ALLOW_VARIABLE = "OPSIN_PLUGINS"
 
@@ -75,8 +78,7 @@ class Plugins:
             reason = f"its probe returned {probe!r:.80}, expected a Probe"
         except (Exception, SystemExit) as error:
             reason = f"its probe failed: {reason_of(error)}"
-        maker = next(claim.plugin for claim in self.claims if claim.spec is spec)
-        return Probe(score=0, reason=reason, next_step=f"report this to the maker of {maker}")
+        return Probe(score=0, reason=reason, next_step=self._report_to(spec))
 
     def select_device(self, device: str = "auto") -> tuple[DeviceSpec, int, Probe]:
         """Choose a device: ``"auto"``, a name, or ``"name:index"`` -> its spec, index and probe.
@@ -98,6 +100,23 @@ class Plugins:
             raise ConfigError(f"device {spec.name!r} cannot be used: {_probe_text(probe)}")
         return spec, int(found["index"] or 0), probe
 
+    def open_device(self, spec: DeviceSpec, index: int) -> Device:
+        """Open a device that `select_device` chose.
+
+        Raises:
+            ConfigError: there is no such index, or a setting of the device's own cannot be.
+        """
+        try:
+            device = spec.open(index)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if spec.torch_type not in (None, device.torch_device.partition(":")[0]):
+            logger.warning(
+                "device %s opened as %r, its plugin declares torch_type %r; %s",
+                *(spec.name, device.torch_device, spec.torch_type, self._report_to(spec)),
+            )
+        return device
+
     def _best_device(self) -> tuple[DeviceSpec, int, Probe]:
         probed = [(self.probe(spec), spec) for spec in self.devices()]
         if not probed:
@@ -108,6 +127,10 @@ class Plugins:
             reasons = "; ".join(f"{spec.name}: {_probe_text(probe)}" for probe, spec in probed)
             raise ConfigError(f"no device can be used here: {reasons}")
         return spec, 0, probe
+
+    def _report_to(self, spec: DeviceSpec) -> str:
+        maker = next(claim.plugin for claim in self.claims if claim.spec is spec)
+        return f"report this to the maker of {maker}"
 
     def _of(self, kind: str) -> dict[str, Any]:
         """Key -> spec, of one kind."""

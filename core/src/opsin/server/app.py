@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from functools import cached_property
-from http import HTTPStatus
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
@@ -32,35 +30,30 @@ from opsin.server.http.errors import ApiError, ErrorBody
 from opsin.server.http.event_stream import EventStream
 from opsin.server.http.middleware import OPEN_PATHS, Admit, ApiKeys, RequestLog, RootPath
 from opsin.server.metrics import Metrics
+from opsin.server.schema import responses
 from opsin.server.schema.chat import ChatRequest
-from opsin.server.schema.completion import CompletionRequest
-from opsin.server.schema.embedding import EmbeddingRequest
-from opsin.server.schema.responses import (
-    ChatCompletion,
-    Completion,
-    EmbeddingList,
-    ModelCard,
-    ModelList,
-    Status,
-    Text,
-    Tokens,
-    Version,
+from opsin.server.schema.prompts import (
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
 )
-from opsin.server.schema.tokens import DetokenizeRequest, TokenizeRequest
 from opsin.server.serving import Serving
 from opsin.server.settings import ServerSettings
 from opsin.server.ui import UI_PATHS, mount_ui
 
 M = TypeVar("M", bound=BaseModel)
 
-_BODIES: dict[str, type[BaseModel]] = {
-    "/v1/chat/completions": ChatRequest,
-    "/v1/completions": CompletionRequest,
-    "/v1/embeddings": EmbeddingRequest,
-    "/tokenize": TokenizeRequest,
-    "/detokenize": DetokenizeRequest,
-}
-"""Path -> model of the request's body."""
+_SCHEMA = "#/components/schemas/{model}"
+
+
+class _Route(NamedTuple):
+    """A path: its endpoint, and the models of its answer (None: plain text) and body (None: it is a GET)."""
+
+    path: str
+    endpoint: Callable[..., Awaitable[Response]]
+    answer: type[BaseModel] | None
+    body: type[BaseModel] | None = None
 
 
 class App:
@@ -68,16 +61,17 @@ class App:
 
     Attributes:
         api: the ASGI application.
-        host: of the engine.
-        admission: counts requests.
+        host: holder of the engine.
+        admission: counter of requests.
     """
 
     def __init__(self, host: EngineHost, settings: ServerSettings) -> None:
         self.host = host
         self.admission = Admission(host.config.max_num_seqs + settings.limits.max_waiting)
         self._settings = settings
-        self._metrics = Metrics(_names(host, settings)[0])
-        self._fetcher = MediaFetcher(settings.fetch, run_blocking=self._run_blocking)
+        self._metrics = Metrics(settings.names_of(host.config)[0])
+        self._serving: Serving | None = None
+        self._fetcher = MediaFetcher(settings.fetch, run_blocking=lambda *work: host.engine().in_pool(*work))
         self.api = FastAPI(
             title="opsin",
             version=opsin.__version__,
@@ -93,7 +87,7 @@ class App:
         self._add_middleware()
 
     async def aclose(self) -> None:
-        """Close what is open; the engine, too."""
+        """Close connections and the engine."""
         await self._fetcher.aclose()
         self.host.close()
 
@@ -119,51 +113,40 @@ class App:
         self.api.add_middleware(RootPath, root_path=settings.root_path)
         self.api.add_middleware(RequestLog, metrics=self._metrics)
 
+    @property
+    def _routes(self) -> Iterator[_Route]:
+        yield _Route("/health", self.health, responses.Status)
+        yield _Route("/ready", self.ready, responses.Status)
+        yield _Route("/version", self.version, responses.Version)
+        yield _Route("/v1/models", self.models, responses.ModelList)
+        yield _Route("/v1/chat/completions", self.chat_completions, responses.ChatCompletion, ChatRequest)
+        yield _Route("/v1/completions", self.completions, responses.Completion, CompletionRequest)
+        yield _Route("/v1/embeddings", self.embeddings, responses.EmbeddingList, EmbeddingRequest)
+        yield _Route("/tokenize", self.tokenize, responses.Tokens, TokenizeRequest)
+        yield _Route("/detokenize", self.detokenize, responses.Text, DetokenizeRequest)
+        yield _Route("/metrics", self.metrics, None)
+
     def _add_routes(self) -> None:
-        def route(
-            method: str, path: str, answer: Callable[..., Awaitable[Response]], model: type[BaseModel]
-        ) -> None:
+        for path, endpoint, answer, body in self._routes:
             extra: dict[str, Any] | None = None
-            if path in _BODIES:
-                reference = {"$ref": f"#/components/schemas/{_BODIES[path].__name__}"}
-                extra = {
-                    "requestBody": {
-                        "required": True,
-                        "content": {"application/json": {"schema": reference}},
-                    }
-                }
+            if body is not None:
+                content = {"application/json": {"schema": {"$ref": _SCHEMA.format(model=body.__name__)}}}
+                extra = {"requestBody": {"required": True, "content": content}}
             self.api.add_api_route(
                 path,
-                answer,
-                methods=[method],
+                endpoint,
+                methods=["GET" if body is None else "POST"],
                 response_model=None,
-                responses={200: {"model": model}},
+                responses={200: {"content": {"text/plain": {}}} if answer is None else {"model": answer}},
                 openapi_extra=extra,
             )
-
-        route("GET", "/health", self.health, Status)
-        route("GET", "/ready", self.ready, Status)
-        route("GET", "/version", self.version, Version)
-        route("GET", "/v1/models", self.models, ModelList)
-        route("POST", "/v1/chat/completions", self.chat_completions, ChatCompletion)
-        route("POST", "/v1/completions", self.completions, Completion)
-        route("POST", "/v1/embeddings", self.embeddings, EmbeddingList)
-        route("POST", "/tokenize", self.tokenize, Tokens)
-        route("POST", "/detokenize", self.detokenize, Text)
-        self.api.add_api_route(
-            "/metrics",
-            self.metrics,
-            methods=["GET"],
-            response_model=None,
-            responses={200: {"content": {"text/plain": {}}}},
-        )
 
     def _openapi(self) -> dict[str, Any]:
         if self.api.openapi_schema is None:
             schema = get_openapi(title=self.api.title, version=self.api.version, routes=self.api.routes)
             _, bodies = models_json_schema(
-                [(model, "validation") for model in _BODIES.values()],
-                ref_template="#/components/schemas/{model}",
+                [(route.body, "validation") for route in self._routes if route.body is not None],
+                ref_template=_SCHEMA,
             )
             schema["components"]["schemas"].update(bodies["$defs"])
             if self._settings.api_key:
@@ -172,22 +155,14 @@ class App:
             self.api.openapi_schema = schema
         return self.api.openapi_schema
 
-    @cached_property
-    def _serving(self) -> Serving:
-        """Raises ApiError 503 until the engine is there."""
-        return Serving(
-            engine=self.host.engine(),
-            settings=self._settings,
-            fetcher=self._fetcher,
-            metrics=self._metrics,
-        )
-
     def _ready(self) -> Serving:
-        self.host.engine()  # it may have failed since
+        """Raises ApiError 503 until the engine is there, and once it has failed."""
+        engine = self.host.engine()
+        if self._serving is None:
+            self._serving = Serving(
+                engine=engine, settings=self._settings, fetcher=self._fetcher, metrics=self._metrics
+            )
         return self._serving
-
-    async def _run_blocking(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return await self.host.engine().in_pool(function, *arguments)
 
     # ---- about the server ---------------------------------------------------------------------
 
@@ -195,17 +170,17 @@ class App:
         """Whether the process lives; it may still be loading."""
         if self.host.failure is not None:
             self.host.engine()
-        return _json(Status(status="ok"))
+        return _json(responses.Status(status="ok"))
 
     async def ready(self) -> Response:
         """Whether requests are answered."""
         self.admission.check()
         self._ready()
-        return _json(Status(status="ready"))
+        return _json(responses.Status(status="ready"))
 
     async def version(self) -> Response:
         """The server's version."""
-        return _json(Version(version=opsin.__version__))
+        return _json(responses.Version(version=opsin.__version__))
 
     async def metrics(self) -> Response:
         """Metrics in Prometheus' text format."""
@@ -220,7 +195,7 @@ class App:
         serving = self._ready()
         info = serving.info
         cards = [
-            ModelCard(
+            responses.ModelCard(
                 id=name,
                 object="model",
                 created=serving.created,
@@ -233,7 +208,7 @@ class App:
             )
             for name in serving.names
         ]
-        return _json(ModelList(object="list", data=cards))
+        return _json(responses.ModelList(object="list", data=cards))
 
     # ---- work ---------------------------------------------------------------------------------
 
@@ -241,32 +216,28 @@ class App:
         """Answer a conversation with text, pictures and videos."""
         serving, body = await self._take(request, ChatRequest)
         chat = ChatCompletions(serving)
-        if body.stream:
-            return await _streamed(request, chat.stream(body))
-        return _json(await while_connected(request.receive, chat.create(body)))
+        return await _answer(request, chat.stream(body) if body.stream else chat.create(body))
 
     async def completions(self, request: Request) -> Response:
         """Go on with plain text."""
         serving, body = await self._take(request, CompletionRequest)
         completions = Completions(serving)
-        if body.stream:
-            return await _streamed(request, completions.stream(body))
-        return _json(await while_connected(request.receive, completions.create(body)))
+        return await _answer(request, completions.stream(body) if body.stream else completions.create(body))
 
     async def embeddings(self, request: Request) -> Response:
         """Turn texts, or messages with pictures, into vectors."""
         serving, body = await self._take(request, EmbeddingRequest)
-        return _json(await while_connected(request.receive, Embeddings(serving).create(body)))
+        return await _answer(request, Embeddings(serving).create(body))
 
     async def tokenize(self, request: Request) -> Response:
         """Count and show the tokens of a text or a conversation, pictures expanded."""
         serving, body = await self._take(request, TokenizeRequest)
-        return _json(await while_connected(request.receive, Tokenization(serving).tokenize(body)))
+        return await _answer(request, Tokenization(serving).tokenize(body))
 
     async def detokenize(self, request: Request) -> Response:
         """Turn token ids back into text."""
         serving, body = await self._take(request, DetokenizeRequest)
-        return _json(await while_connected(request.receive, Tokenization(serving).detokenize(body)))
+        return await _answer(request, Tokenization(serving).detokenize(body))
 
     async def _take(self, request: Request, model: type[M]) -> tuple[Serving, M]:
         """The body is read last: a server that cannot answer need not receive pictures first."""
@@ -274,27 +245,27 @@ class App:
         return serving, await read_body(request, model, self._settings.limits.max_body_bytes)
 
 
-async def _streamed(request: Request, chunks: AsyncGenerator[Any, None]) -> Response:
-    """A response that begins once the first chunk is there: until then, errors have their own status."""
+async def _answer(
+    request: Request, work: Coroutine[Any, Any, BaseModel] | AsyncGenerator[BaseModel, None]
+) -> Response:
+    """The answer; a stream begins once its first chunk is there: until then, errors have their own status."""
+    if not isinstance(work, AsyncGenerator):
+        return _json(await while_connected(request.receive, work))
     try:
-        first = await while_connected(request.receive, anext(chunks))
+        first = await while_connected(request.receive, anext(work))
     except BaseException:
-        await chunks.aclose()
+        await work.aclose()
         raise
-    return EventStream(first, chunks, request.state.request_id)
+    return EventStream(first, work, request.state.request_id)
 
 
 def _json(model: BaseModel) -> Response:
     return Response(model.model_dump_json(exclude_unset=True), media_type="application/json")
 
 
-def _names(host: EngineHost, settings: ServerSettings) -> Sequence[str]:
-    return settings.served_model_name or (host.config.model,)
-
-
-async def _as_error_body(request: Request, error: Exception) -> Response:
+async def _as_error_body(_: Request, error: Exception) -> Response:
     """Starlette's own errors: unknown paths and methods."""
     assert isinstance(error, HTTPException)
-    response = ApiError(HTTPStatus(error.status_code), error.detail).response()
+    response = ApiError(error.status_code, error.detail).response()
     response.headers.update(error.headers or {})
     return response

@@ -1,4 +1,4 @@
-"""Loads the engine on a thread of its own, while the server already answers."""
+"""Loads the engine on its own thread while the server already answers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from http import HTTPStatus
 
 from opsin.async_engine import AsyncEngine
 from opsin.config import EngineConfig, PoolingParams, SamplingParams, StructuredOutput
@@ -20,15 +19,14 @@ _RETRY_LOADING_S = 5
 
 
 class EngineHost:
-    """Holds the engine, from nothing over loading to ready, failed or closed.
+    """Holds the engine while it is loading, ready, failed or closed.
 
     Attributes:
-        config: of the engine.
-        failure: why loading failed, or what ended the engine; None while all is well.
+        config: settings of the engine.
     """
 
     def __init__(self, config: EngineConfig, build: Callable[[EngineConfig], Engine] = Engine) -> None:
-        """``build`` makes the engine; it runs on the thread."""
+        """``build`` makes the engine, on the thread."""
         self.config = config
         self._build = build
         self._engine: AsyncEngine | None = None
@@ -41,17 +39,17 @@ class EngineHost:
         self._thread.start()
 
     def wait(self) -> None:
-        """Until it is loaded, or has failed."""
+        """Wait until the engine is loaded, or loading has failed."""
         self._done.wait()
 
     @property
     def loading(self) -> bool:
-        """Whether the thread is still at it."""
+        """Whether the thread is still running."""
         return self._thread.is_alive()
 
     @property
     def failure(self) -> BaseException | None:
-        """See the class."""
+        """Why loading failed, or what ended the engine; None while all is well."""
         return self._failure or (self._engine.death if self._engine is not None else None)
 
     def engine(self) -> AsyncEngine:
@@ -61,11 +59,9 @@ class EngineHost:
             ApiError: 503 while it is loading, or after it has failed.
         """
         if self.failure is not None:
-            raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "the engine has failed; the server has to restart")
+            raise ApiError(503, "the engine has failed; the server has to restart")
         if self._engine is None:
-            raise ApiError(
-                HTTPStatus.SERVICE_UNAVAILABLE, "the model is loading", retry_after_s=_RETRY_LOADING_S
-            )
+            raise ApiError(503, "the model is loading", retry_after_s=_RETRY_LOADING_S)
         return self._engine
 
     def close(self) -> None:
@@ -92,12 +88,11 @@ class EngineHost:
 
 
 def _warm_up(engine: Engine) -> None:
-    """A first request and a first grammar, so that no user waits for what is only built once."""
-    prompt = engine.frontend.processor.process([0], min_new_tokens=0)
+    """Run a first request and build a first grammar, so that no user waits for what is built only once."""
+    params: SamplingParams | PoolingParams = PoolingParams()
     if engine.config.task == "generate":
         engine.frontend.grammars.compile(StructuredOutput(json_object=True))
-        engine.add("warm-up", prompt, SamplingParams(max_tokens=2, ignore_eos=True))
-    else:
-        engine.add("warm-up", prompt, PoolingParams())
+        params = SamplingParams(max_tokens=2, ignore_eos=True)
+    engine.add("warm-up", engine.frontend.processor.process([0], min_new_tokens=0), params)
     while engine.has_unfinished():
         engine.step()

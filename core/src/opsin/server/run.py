@@ -6,7 +6,9 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import sys
+from dataclasses import asdict
 from types import FrameType
 
 import uvicorn
@@ -20,7 +22,7 @@ from opsin.server.settings import Listen, ServerSettings
 logger = logging.getLogger(__name__)
 
 _KEEP_ALIVE_S = 75
-"""Longer than the 60 s after which common proxies close an idle connection: they should do it, not we."""
+"""Longer than the 60 s after which common proxies close an idle connection: the proxy should close it."""
 
 
 def serve(config: EngineConfig, settings: ServerSettings, listen: Listen) -> int:
@@ -55,13 +57,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app.api,
-                host=listen.host,
-                port=listen.port,
-                uds=listen.uds,
-                ssl_keyfile=listen.ssl_keyfile,
-                ssl_certfile=listen.ssl_certfile,
-                ssl_keyfile_password=listen.ssl_keyfile_password,
-                ssl_ca_certs=listen.ssl_ca_certs,
+                **asdict(listen),
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -85,8 +81,8 @@ class Server(uvicorn.Server):
             self.failure = self._app.host.failure
             await self._app.aclose()
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal came: the first stops the server in good order, the second at once."""
+    def handle_exit(self, sig: int, _frame: FrameType | None) -> None:
+        """The first signal stops the server in good order, the second at once."""
         if self._app.admission.stopping:
             self.should_exit = self.force_exit = True
             return
@@ -100,14 +96,14 @@ class Server(uvicorn.Server):
             return True
         return await super().on_tick(counter)
 
-    async def startup(self, sockets: object = None) -> None:
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Open the socket, say where it is, begin to load the model.
 
         Raises:
-            ConfigError: there is no listening there.
+            ConfigError: the address cannot be listened on.
         """
         try:
-            await super().startup()
+            await super().startup(sockets)
         except (SystemExit, OSError):  # uvicorn has logged the reason; a Unix socket's it lets through
             where = self.config.uds or f"{self.config.host}:{self.config.port}"
             raise ConfigError(f"cannot listen on {where}; is it in use, or not this machine's?") from None
@@ -124,7 +120,7 @@ class Server(uvicorn.Server):
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
     def stop(self) -> None:
-        """Let nobody in any more, and end when all who are in have left. Belongs on the event loop."""
+        """Admit no further requests; end when the admitted ones are answered. Call it on the event loop."""
         logger.info("stopping; %d requests are being finished", self._app.admission.num_requests)
         self._app.admission.stop()
         self._stopping = asyncio.ensure_future(self._stop_when_empty())

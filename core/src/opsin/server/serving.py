@@ -1,11 +1,11 @@
-"""A loaded model as requests see it: its names, its limits, and the way from messages to a prompt."""
+"""A loaded model as requests see it: its names, its limits, and how messages become a prompt."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from http import HTTPStatus
+from typing import cast
 
 from opsin.api import ProcessedPrompt
 from opsin.async_engine import AsyncEngine
@@ -15,8 +15,10 @@ from opsin.inputs.chat import ChatOptions
 from opsin.inputs.frontend import Frontend
 from opsin.server.fetch.fetcher import MediaFetcher
 from opsin.server.http.errors import ApiError, bad_request
+from opsin.server.http.gather import all_of
 from opsin.server.metrics import Metrics
 from opsin.server.schema.chat import ChatFields
+from opsin.server.schema.prompts import PlainPrompt, Prompts
 from opsin.server.settings import ServerSettings
 
 
@@ -25,10 +27,10 @@ class Serving:
     """What every route works with.
 
     Attributes:
-        engine: runs the model.
-        settings: of the server.
-        fetcher: gets what requests name by URL.
-        metrics: counts.
+        engine: what runs the model.
+        settings: settings of the server.
+        fetcher: source of what requests name by URL.
+        metrics: counters and histograms.
         created: seconds since 1970 at which the model was loaded.
     """
 
@@ -40,18 +42,18 @@ class Serving:
 
     @property
     def info(self) -> EngineInfo:
-        """What is fixed about the engine."""
+        """Facts about the engine that do not change."""
         return self.engine.info
 
     @property
     def frontend(self) -> Frontend:
-        """The way from words to prompts."""
+        """What makes prompts of text and conversations."""
         return self.engine.frontend
 
     @property
     def names(self) -> Sequence[str]:
-        """Names of the model, its own first."""
-        return self.settings.served_model_name or (self.info.config.model,)
+        """Names of the model; answers carry the first one."""
+        return self.settings.names_of(self.info.config)
 
     def check(self, model: str | None, *, task: str | None = None) -> str:
         """The name to answer under.
@@ -65,9 +67,7 @@ class Serving:
         """
         if model is not None and model not in self.names:
             listed = ", ".join(self.names)
-            raise ApiError(
-                HTTPStatus.NOT_FOUND, f"this model is not served here; served: {listed}", param="model"
-            )
+            raise ApiError(404, f"this model is not served here; served: {listed}", param="model")
         own = self.info.config.task
         if task is not None and task != own:
             flag = {"generate": "--task generate", "embed": "--task embedding"}[task]
@@ -78,7 +78,7 @@ class Serving:
     async def chat_prompt(
         self, request: ChatFields, options: ChatOptions, *, min_new_tokens: int = 1
     ) -> ProcessedPrompt:
-        """Messages -> prompt: fetched without waiting on a thread, decoded and rendered in the pool.
+        """Messages -> prompt. URLs are fetched on the event loop; the rest happens in the pool.
 
         Args:
             request: with ``messages``.
@@ -108,34 +108,59 @@ class Serving:
         self.metrics.preprocessed(time.monotonic() - started)
         return prompt
 
-    async def plain_prompt(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        truncate: int | None = None,
-        cache_salt: str | None = None,
-        min_new_tokens: int = 1,
-    ) -> ProcessedPrompt:
-        """A text, or token ids, -> prompt; of which the last ``truncate`` tokens are kept (-1: what fits).
+    def inputs(self, given: Prompts, field: str) -> list[PlainPrompt]:
+        """One prompt or several -> a list.
+
+        Args:
+            given: the value of the request's field.
+            field: its name.
 
         Raises:
-            RequestError: it cannot be used.
+            ApiError: there are more than --max-inputs.
         """
-        started = time.monotonic()
-        processed = await self.engine.in_pool(self._plain, prompt, truncate, cache_salt, min_new_tokens)
-        self.metrics.preprocessed(time.monotonic() - started)
-        return processed
+        one = isinstance(given, str) or isinstance(given[0], int)
+        prompts = cast(list[PlainPrompt], [given] if one else given)
+        most = self.settings.limits.max_inputs
+        if len(prompts) > most:
+            raise bad_request(f"at most {most} {field}s are accepted (--max-inputs)", field)
+        return prompts
 
-    def _plain(
-        self, prompt: str | Sequence[int], truncate: int | None, cache_salt: str | None, min_new_tokens: int
-    ) -> ProcessedPrompt:
+    async def plain_prompts(
+        self,
+        prompts: Sequence[PlainPrompt],
+        *,
+        truncate: int | None,
+        cache_salt: str | None,
+        min_new_tokens: int = 1,
+    ) -> list[ProcessedPrompt]:
+        """Texts or token ids -> prompts.
+
+        Args:
+            prompts: what to process.
+            truncate: last tokens to keep; -1: what fits; None: all.
+            cache_salt: keeps cached blocks from other requests.
+            min_new_tokens: room the context must leave.
+
+        Raises:
+            RequestError: one of them cannot be used.
+        """
         longest = self.info.max_model_len
-        if truncate == 0 or (truncate or 0) > longest:
-            raise bad_request(f"expected -1, or 1 to {longest} (the context)", "truncate_prompt_tokens")
-        if truncate is not None:
-            ids = self.frontend.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-            prompt = ids[-(longest - min_new_tokens if truncate == -1 else truncate) :]
-        key = "prompt" if isinstance(prompt, str) else "prompt_token_ids"
-        return self.frontend.processor.process(
-            {key: prompt, "cache_salt": cache_salt}, min_new_tokens=min_new_tokens
-        )
+
+        def process(prompt: PlainPrompt) -> ProcessedPrompt:
+            if truncate == 0 or (truncate or 0) > longest:
+                raise bad_request(f"expected -1, or 1 to {longest} (the context)", "truncate_prompt_tokens")
+            if truncate is not None:
+                ids = self.frontend.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+                prompt = ids[-(longest - min_new_tokens if truncate == -1 else truncate) :]
+            key = "prompt" if isinstance(prompt, str) else "prompt_token_ids"
+            return self.frontend.processor.process(
+                {key: prompt, "cache_salt": cache_salt}, min_new_tokens=min_new_tokens
+            )
+
+        async def timed(prompt: PlainPrompt) -> ProcessedPrompt:
+            started = time.monotonic()
+            processed = await self.engine.in_pool(process, prompt)
+            self.metrics.preprocessed(time.monotonic() - started)
+            return processed
+
+        return await all_of(map(timed, prompts))

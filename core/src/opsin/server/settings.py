@@ -1,4 +1,4 @@
-"""What the server is told at start-up, beyond what the engine is."""
+"""Settings of the server at start-up, besides those of the engine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from opsin.config import MAX_LOGPROBS, NonNegative, Positive, Range, check_fields
+from opsin.config import MAX_LOGPROBS, EngineConfig, NonNegative, Positive, Range, check_fields
 from opsin.errors import ConfigError
 from opsin.server.fetch.settings import FetchSettings
 
@@ -84,6 +84,10 @@ class ServerSettings:
             raise ConfigError("--api-key is empty; expected a key, or leave it out")
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
             raise ConfigError(f"root_path={self.root_path!r}: expected /prefix")
+
+    def names_of(self, config: EngineConfig) -> Sequence[str]:
+        """Names that clients may use for the model."""
+        return self.served_model_name or (config.model,)
 
 
 @dataclass(frozen=True, kw_only=True)

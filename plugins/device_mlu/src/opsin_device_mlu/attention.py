@@ -111,7 +111,7 @@ class Prefill:
 
 @dataclass(frozen=True)
 class MluPlan:
-    """What a step's attention needs, on the card: computed on the host, once a step.
+    """What a step's attention needs, on the card: computed on the host, once per step.
 
     Attributes:
         slots: int32 (T,).

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from opsin.api import ProcessedPrompt, ToolFormat, ToolParser, ToolPieces
+from opsin.api import ToolFormat, ToolParser, ToolPieces
 from opsin.results import CompletionOutput
-from opsin.server.answers.constraint import constraint
-from opsin.server.answers.generation import Job, usage
+from opsin.server.answers.generation import Job, Sent, streamed, usage
 from opsin.server.answers.logprobs import chat_logprobs, prompt_logprobs
-from opsin.server.answers.sampling import beam_params, sampling_params
+from opsin.server.answers.sampling import decoding
 from opsin.server.answers.tools import call_grammar, deltas, max_calls, parse_answer, tools_in_use
 from opsin.server.http.errors import bad_request
 from opsin.server.schema.chat import ChatRequest, NamedToolChoice
@@ -25,22 +24,9 @@ from opsin.server.schema.responses import (
     ChatChunkChoice,
     ChatCompletion,
     ChatDelta,
-    ChatLogprobs,
     ToolCall,
-    Usage,
 )
 from opsin.server.serving import Serving
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Chat(Job):
-    """A chat ready for the engine; ``tools`` is None where the model is told of none."""
-
-    request: ChatRequest
-    prompt: ProcessedPrompt
-    tools: ToolFormat | None
-    role: str
-    echo: str
 
 
 class ChatCompletions:
@@ -56,36 +42,20 @@ class ChatCompletions:
             ApiError, RequestError: the request cannot be answered.
         """
         chat = await self._prepare(request)
-        output = await chat.only_output(chat.prompt, chat.id)
+        [output] = await chat.finished()
         return ChatCompletion(
             id=chat.id,
             object="chat.completion",
             created=chat.created,
             model=chat.model,
-            choices=[_choice(chat, sample) for sample in output.outputs],
+            choices=[chat.choice(sample) for sample in output.outputs],
             usage=usage(output),
             prompt_logprobs=prompt_logprobs(output.prompt_logprobs),
         )
 
-    async def stream(self, request: ChatRequest) -> AsyncGenerator[ChatChunk, None]:
-        """The answer as it is made. Whatever is wrong with the request is raised before the first chunk.
-
-        Raises:
-            ApiError, RequestError: the request cannot be answered.
-        """
-        chat = await self._prepare(request)
-        options = request.stream_options
-        samples = [_SampleStream(chat, index) for index in range(chat.params.n)]
-        output = None
-        async with aclosing(chat.outputs(chat.prompt, chat.id)) as stream:
-            async for output in stream:
-                in_chunks = usage(output) if options is not None and options.continuous_usage_stats else None
-                for sample in samples:
-                    for choice in sample.take(output.outputs[sample.index]):
-                        yield _chunk(chat, [choice], in_chunks)
-        assert output is not None, "a stream ends with an output or an error"
-        if options is not None and options.include_usage:
-            yield _chunk(chat, [], usage(output))
+    def stream(self, request: ChatRequest) -> AsyncGenerator[ChatChunk, None]:
+        """The answer as it is made. Whatever is wrong with the request is raised before the first chunk."""
+        return streamed(lambda: self._prepare(request))
 
     async def _prepare(self, request: ChatRequest) -> _Chat:
         serving, started = self._serving, time.monotonic()
@@ -93,142 +63,116 @@ class ChatCompletions:
         max_tokens = request.max_completion_tokens or request.max_tokens
         if max_tokens is None:
             max_tokens = serving.info.generation_config.get("max_new_tokens")
-        tools, form = tools_in_use(request), serving.frontend.tool_format
+        tools = tools_in_use(request)
+        form = serving.frontend.tool_format if tools else None
         if tools and form is None:
             raise bad_request(
                 "this model's family declares no form of tool calls; leave tools out, or start the server "
                 "with --tool-call-parser hermes if the model was trained with that form",
                 "tools",
             )
-        calls = call_grammar(request, form) if tools and form is not None else None
-        structured = constraint(request)
-        if calls is not None and structured is not None:
-            raise bad_request("tool_choice already constrains the answer; leave out the other constraint")
-        params = sampling_params(
+        params, beams = decoding(
             request,
             serving,
             max_tokens=max_tokens,
             logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-            structured=calls or structured,
+            calls=call_grammar(request, form) if form is not None else None,
         )
-        beams = beam_params(request, max_tokens=max_tokens, structured=params.structured)
-        if beams is not None and request.logprobs:
-            raise bad_request("use_beam_search gives no log-probabilities", "logprobs")
         options = request.options(tools=tools, cache_salt=request.cache_salt)
         prompt = await serving.chat_prompt(request, options)
         last = request.messages[-1]
         role = "assistant" if options.begins_answer else last.role
         return _Chat(
             serving=serving,
+            request=request,
+            prompts=[prompt],
             id=f"chatcmpl-{uuid.uuid4().hex}",
             model=model,
             started=started,
             params=params,
             beams=beams,
-            num_samples=request.n or 1,
-            request=request,
-            prompt=prompt,
-            tools=form if tools else None,
+            tools=form,
             role=role,
             echo=_text(last.content) if request.echo and role == last.role else "",
+            sent=defaultdict(lambda: _Sent(parser=form.parser(max_calls(request)) if form else None)),
         )
 
 
 @dataclass
-class _SampleStream:
-    """What of one sample has been sent."""
+class _Sent(Sent):
+    parser: ToolParser | None = None
 
-    chat: _Chat
-    index: int
-    parser: ToolParser | None = field(init=False)
-    num_chars: int = 0
-    num_tokens: int = 0
-    begun: bool = False
-    ended: bool = False
 
-    def __post_init__(self) -> None:
-        form = self.chat.tools
-        self.parser = form.parser(max_calls(self.chat.request)) if form is not None else None
+@dataclass(frozen=True, kw_only=True)
+class _Chat(Job[ChatChunkChoice, ChatChunk]):
+    """A chat ready for the engine; ``tools`` is None where the model is told of none."""
 
-    def take(self, sample: CompletionOutput) -> list[ChatChunkChoice]:
-        """The chunks that bring the client up to date."""
-        if self.ended:
-            return []
-        choices = []
-        if not self.begun:
-            self.begun = True
-            first = ChatDelta(role=self.chat.role, content=self.chat.echo)
-            choices.append(ChatChunkChoice(index=self.index, delta=first, logprobs=None, finish_reason=None))
-        pieces = self._pieces(sample)
-        logprobs = self._logprobs(sample)
-        reason: str | None = None
+    request: ChatRequest
+    tools: ToolFormat | None
+    role: str
+    echo: str
+    sent: Mapping[tuple[int, int], _Sent]
+
+    def chunk(self, choices: list[ChatChunkChoice]) -> ChatChunk:
+        return ChatChunk(
+            id=self.id,
+            object="chat.completion.chunk",
+            created=self.created,
+            model=self.model,
+            choices=choices,
+        )
+
+    def new_choices(self, number: int, sample: CompletionOutput) -> Iterator[ChatChunkChoice]:
+        sent, index = self.sent[number, sample.index], sample.index
+        if sent.ended:
+            return
+        if not sent.begun:
+            first = ChatDelta(role=self.role, content=self.echo)
+            yield ChatChunkChoice(index=index, delta=first, logprobs=None, finish_reason=None)
+        text, logprobs = sent.advance(sample)
+        pieces = ToolPieces(text)
+        if sent.parser is not None:
+            pieces = sent.parser.push(text)
+            if sample.finish_reason is not None:
+                rest = sent.parser.flush()
+                pieces = ToolPieces(pieces.content + rest.content, pieces.calls + rest.calls)
+        if not (pieces.content or pieces.calls or logprobs or sample.finish_reason):
+            return
+        delta = ChatDelta()
+        if pieces.content:
+            delta.content = pieces.content
+        if pieces.calls:
+            delta.tool_calls = deltas(pieces)
+        told = chat_logprobs(logprobs, self.request.top_logprobs or 0) if logprobs else None
+        choice = ChatChunkChoice(index=index, delta=delta, logprobs=told, finish_reason=None)
         if sample.finish_reason is not None:
-            self.ended = True
-            num_calls = self.parser.num_calls if self.parser else 0
-            reason = _finish_reason(self.chat.request, sample.finish_reason, num_calls)
-        if pieces.content or pieces.calls or logprobs is not None or reason is not None:
-            delta = ChatDelta()
-            if pieces.content:
-                delta.content = pieces.content
-            if pieces.calls:
-                delta.tool_calls = deltas(pieces)
-            choice = ChatChunkChoice(index=self.index, delta=delta, logprobs=logprobs, finish_reason=reason)
-            if reason is not None:
-                choice.stop_reason = sample.stop_reason
-            choices.append(choice)
-        return choices
+            num_calls = sent.parser.num_calls if sent.parser is not None else 0
+            choice.finish_reason = self._finish_reason(sample.finish_reason, num_calls)
+            choice.stop_reason = sample.stop_reason
+        yield choice
 
-    def _pieces(self, sample: CompletionOutput) -> ToolPieces:
-        new = sample.text[self.num_chars :]
-        self.num_chars = len(sample.text)
-        if self.parser is None:
-            return ToolPieces(new)
-        pieces = self.parser.push(new)
-        if sample.finish_reason is not None:
-            rest = self.parser.flush()
-            pieces = ToolPieces(pieces.content + rest.content, pieces.calls + rest.calls)
-        return pieces
+    def choice(self, sample: CompletionOutput) -> ChatChoice:
+        """A finished sample."""
+        request, text, calls = self.request, sample.text, list[ToolCall]()
+        if self.tools is not None:
+            text, calls = parse_answer(self.tools, text, max_calls(request))
+        content = self.echo + text
+        message = AssistantMessage(role=self.role, content=content or (None if calls else ""))
+        if calls:
+            message.tool_calls = calls
+        told = sample.logprobs if request.logprobs else None
+        return ChatChoice(
+            index=sample.index,
+            message=message,
+            logprobs=chat_logprobs(told, request.top_logprobs or 0) if told is not None else None,
+            finish_reason=self._finish_reason(sample.finish_reason or "abort", len(calls)),
+            stop_reason=sample.stop_reason,
+        )
 
-    def _logprobs(self, sample: CompletionOutput) -> ChatLogprobs | None:
-        if not self.chat.request.logprobs or sample.logprobs is None:
-            return None
-        new = sample.logprobs[self.num_tokens :]
-        self.num_tokens = len(sample.logprobs)
-        return chat_logprobs(new, self.chat.request.top_logprobs or 0) if new else None
-
-
-def _choice(chat: _Chat, sample: CompletionOutput) -> ChatChoice:
-    request = chat.request
-    content, calls = chat.echo + sample.text, list[ToolCall]()
-    if chat.tools is not None:
-        content, calls = parse_answer(chat.tools, sample.text, max_calls(request))
-        content = chat.echo + content
-    message = AssistantMessage(role=chat.role, content=content or (None if calls else ""))
-    if calls:
-        message.tool_calls = calls
-    wants_logprobs = request.logprobs and sample.logprobs is not None
-    return ChatChoice(
-        index=sample.index,
-        message=message,
-        logprobs=chat_logprobs(sample.logprobs or (), request.top_logprobs or 0) if wants_logprobs else None,
-        finish_reason=_finish_reason(request, sample.finish_reason or "abort", len(calls)),
-        stop_reason=sample.stop_reason,
-    )
-
-
-def _finish_reason(request: ChatRequest, reason: str, num_calls: int) -> str:
-    """OpenAI says "tool_calls" where the model chose to call, and "stop" where it was told what to call."""
-    chosen = num_calls > 0 and not isinstance(request.tool_choice, NamedToolChoice)
-    return "tool_calls" if chosen and reason == "stop" else reason
-
-
-def _chunk(chat: _Chat, choices: list[ChatChunkChoice], used: Usage | None) -> ChatChunk:
-    chunk = ChatChunk(
-        id=chat.id, object="chat.completion.chunk", created=chat.created, model=chat.model, choices=choices
-    )
-    if chat.request.stream_options is not None:
-        chunk.usage = used
-    return chunk
+    def _finish_reason(self, reason: str, num_calls: int) -> str:
+        """OpenAI says "tool_calls" where the model chose to call, "stop" where it was told what to call."""
+        chosen = num_calls > 0 and not isinstance(self.request.tool_choice, NamedToolChoice)
+        return "tool_calls" if chosen and reason == "stop" else reason
 
 
 def _text(content: Any) -> str:

@@ -9,11 +9,11 @@ import uuid
 from opsin.api import ProcessedPrompt
 from opsin.config import PoolingParams
 from opsin.results import PoolingRequestOutput
+from opsin.server.answers.generation import usage
 from opsin.server.http.errors import bad_request
 from opsin.server.http.gather import all_of
-from opsin.server.schema.embedding import EmbeddingRequest
-from opsin.server.schema.prompts import listed
-from opsin.server.schema.responses import Embedding, EmbeddingList, PromptTokensDetails, Usage
+from opsin.server.schema.prompts import EmbeddingRequest
+from opsin.server.schema.responses import Embedding, EmbeddingList
 from opsin.server.serving import Serving
 
 
@@ -43,8 +43,6 @@ class Embeddings:
         )
         for output in found:
             serving.metrics.embedded(started, len(output.prompt_token_ids))
-        num_tokens = sum(len(output.prompt_token_ids) for output in found)
-        cached = sum(output.metrics.num_cached_tokens for output in found)
         return EmbeddingList(
             id=request_id,
             object="list",
@@ -54,12 +52,7 @@ class Embeddings:
                 Embedding(index=index, object="embedding", embedding=_numbers(output, request))
                 for index, output in enumerate(found)
             ],
-            usage=Usage(
-                prompt_tokens=num_tokens,
-                completion_tokens=0,
-                total_tokens=num_tokens,
-                prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
-            ),
+            usage=usage(*found),
         )
 
     async def _prompts(self, request: EmbeddingRequest) -> list[ProcessedPrompt]:
@@ -72,20 +65,11 @@ class Embeddings:
                 )
             options = request.options(cache_salt=request.cache_salt)
             return [await serving.chat_prompt(request, options, min_new_tokens=0)]
-        inputs = listed(request.input)
-        most = serving.settings.limits.max_inputs
-        if len(inputs) > most:
-            raise bad_request(f"at most {most} inputs are accepted (--max-inputs)", "input")
+        inputs = serving.inputs(request.input, "input")
         if request.mm_processor_kwargs:
             raise bad_request("input holds no media; use messages", "mm_processor_kwargs")
-        return await all_of(
-            serving.plain_prompt(
-                text,
-                truncate=request.truncate_prompt_tokens,
-                cache_salt=request.cache_salt,
-                min_new_tokens=0,
-            )
-            for text in inputs
+        return await serving.plain_prompts(
+            inputs, truncate=request.truncate_prompt_tokens, cache_salt=request.cache_salt, min_new_tokens=0
         )
 
 

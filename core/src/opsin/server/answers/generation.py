@@ -1,63 +1,120 @@
-"""One prompt through the engine: sampled, best of several, or by beam search."""
+"""Prompts through the engine: sampled, best of several, or by beam search; whole or as a stream."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from typing import Generic, TypeVar
 
 from opsin.api import ProcessedPrompt
 from opsin.config import BeamSearchParams, SamplingParams
-from opsin.results import BeamSearchOutput, CompletionOutput, RequestMetrics, RequestOutput
-from opsin.server.schema.responses import PromptTokensDetails, Usage
+from opsin.results import CompletionOutput, Logprob, Output, RequestMetrics, RequestOutput
+from opsin.server.http.gather import all_of, merged
+from opsin.server.metrics import Progress
+from opsin.server.schema.responses import (
+    ChatChunk,
+    ChatChunkChoice,
+    Completion,
+    CompletionChoice,
+    PromptTokensDetails,
+    Usage,
+)
+from opsin.server.schema.sampling import SamplingRequest
 from opsin.server.serving import Serving
+
+ChoiceT = TypeVar("ChoiceT", bound="ChatChunkChoice | CompletionChoice")
+ChunkT = TypeVar("ChunkT", bound="ChatChunk | Completion")
+
+
+@dataclass
+class Sent:
+    """What has been sent of one sample."""
+
+    num_chars: int = 0
+    num_tokens: int = 0
+    begun: bool = False
+    ended: bool = False
+
+    def advance(self, sample: CompletionOutput) -> tuple[str, Sequence[Mapping[int, Logprob]]]:
+        """The new text and log-probabilities; they count as sent from now on."""
+        logprobs = sample.logprobs or ()
+        new = sample.text[self.num_chars :], logprobs[self.num_tokens :]
+        self.num_chars, self.num_tokens = len(sample.text), len(logprobs)
+        self.begun, self.ended = True, sample.finish_reason is not None
+        return new
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class Job(ABC, Generic[ChoiceT, ChunkT]):
     """A request on its way through the engine.
 
     Attributes:
         serving: the model.
+        request: what was asked for.
+        prompts: what to generate from, at least one.
         id: unique.
         model: the name to answer under.
         started: arrival of the request, in seconds of `time.monotonic`.
-        params: of sampling.
+        params: how to sample; ``params.n`` is greater than `num_samples` where the most probable are chosen.
         beams: search instead of sampling; there is only one output then.
-        num_samples: to give for each prompt; the most probable ones where ``params.n`` is greater.
         created: seconds since 1970.
     """
 
     serving: Serving
+    request: SamplingRequest
+    prompts: Sequence[ProcessedPrompt]
     id: str
     model: str
     started: float
     params: SamplingParams
     beams: BeamSearchParams | None
-    num_samples: int
     created: int = field(default_factory=lambda: int(time.time()))
 
-    async def outputs(
-        self, prompt: ProcessedPrompt, request_id: str, *, finished_only: bool = False
-    ) -> AsyncGenerator[RequestOutput, None]:
-        """A prompt's outputs, each with all there is so far; with ``finished_only`` only the last one.
+    @property
+    def num_samples(self) -> int:
+        """Samples to give for each prompt."""
+        return self.request.n or 1
+
+    @abstractmethod
+    def new_choices(self, number: int, sample: CompletionOutput) -> Iterable[ChoiceT]:
+        """What is new of a sample of prompt ``number``; it counts as sent from now on."""
+
+    @abstractmethod
+    def chunk(self, choices: list[ChoiceT]) -> ChunkT:
+        """An event of a stream, its usage unset."""
+
+    async def finished(self) -> list[RequestOutput]:
+        """The last output of each prompt.
 
         Raises:
             RequestError: the engine refuses the request.
         """
-        engine, track, params = self.serving.engine, self.serving.metrics.track(self.started), self.params
+        return await all_of(self._last(number) for number in range(len(self.prompts)))
+
+    async def _last(self, number: int) -> RequestOutput:
+        async with aclosing(self.outputs(number, finished_only=True)) as stream:
+            async for output in stream:
+                return output
+        raise AssertionError("a request ends with an output or an error")
+
+    async def outputs(
+        self, number: int, *, finished_only: bool = False
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """A prompt's outputs, each with all there is so far; with ``finished_only`` only the last one."""
+        engine, metrics, params = self.serving.engine, self.serving.metrics, self.params
+        prompt, request_id = self.prompts[number], f"{self.id}-{number}"
         if params.structured is not None:
             # Builds the tokenizer's tables here, not on the engine's thread, which all requests share.
             await engine.in_pool(engine.frontend.grammars.compile, params.structured)
-        finished = False
+        progress, finished = Progress(self.started), False
         try:
             if self.beams is not None:
-                arrived = time.monotonic()
-                found = await engine.beam_search(prompt, self.beams, request_id)
-                output = _of_beams(prompt, found, request_id, arrived, self.num_samples)
+                output = await self._search(prompt, self.beams, request_id)
                 finished = True
-                track.saw(output)
+                metrics.advanced(progress, output)
                 yield output
                 return
             choosing = self.num_samples < params.n
@@ -65,27 +122,59 @@ class Job:
             async with aclosing(generated) as stream:
                 async for output in stream:
                     finished = output.finished
-                    track.saw(output)
+                    metrics.advanced(progress, output)
                     if choosing:
                         output = replace(output, outputs=_best(output.outputs, self.num_samples))
                     yield output
         finally:
-            if not finished:
-                track.ended_early(params.n if self.beams is None else self.num_samples)
+            if not finished:  # the client has left, or the request has failed on the way
+                metrics.ended("abort", params.n if self.beams is None else self.num_samples)
 
-    async def only_output(self, prompt: ProcessedPrompt, request_id: str) -> RequestOutput:
-        """A prompt's last output."""
-        async with aclosing(self.outputs(prompt, request_id, finished_only=True)) as stream:
-            async for output in stream:
-                return output
-        raise AssertionError("a request ends with an output or an error")
+    async def _search(
+        self, prompt: ProcessedPrompt, beams: BeamSearchParams, request_id: str
+    ) -> RequestOutput:
+        arrived = time.monotonic()
+        found = await self.serving.engine.beam_search(prompt, beams, request_id)
+        samples = [
+            CompletionOutput(index, beam.text, beam.tokens, beam.cum_logprob, None, beam.finish_reason)
+            for index, beam in enumerate(found.sequences[: self.num_samples])
+        ]
+        times = RequestMetrics(arrived, finished_time=time.monotonic())
+        return RequestOutput(request_id, prompt.text, list(prompt.token_ids), None, samples, True, times)
 
 
-def usage(*finished: RequestOutput) -> Usage:
+async def streamed(
+    prepare: Callable[[], Awaitable[Job[ChoiceT, ChunkT]]],
+) -> AsyncGenerator[ChunkT, None]:
+    """The answer of a job as it is made; whatever ``prepare`` raises comes before the first chunk."""
+    job = await prepare()
+    options = job.request.stream_options
+
+    def chunk(choices: list[ChoiceT], used: Usage | None) -> ChunkT:
+        made = job.chunk(choices)
+        if options is not None:
+            made.usage = used
+        return made
+
+    latest: dict[int, RequestOutput] = {}
+    streams = [job.outputs(number) for number in range(len(job.prompts))]
+    async with aclosing(merged(streams)) as together:
+        async for number, output in together:
+            latest[number] = output
+            so_far = usage(output) if options is not None and options.continuous_usage_stats else None
+            for sample in output.outputs:
+                for choice in job.new_choices(number, sample):
+                    yield chunk([choice], so_far)
+    if options is not None and options.include_usage:
+        yield chunk([], usage(*latest.values()))
+
+
+def usage(*outputs: Output) -> Usage:
     """Tokens of requests, so far."""
-    prompt = sum(len(output.prompt_token_ids) for output in finished)
-    generated = sum(len(sample.token_ids) for output in finished for sample in output.outputs)
-    cached = sum(output.metrics.num_cached_tokens for output in finished if output.metrics is not None)
+    prompt = sum(len(output.prompt_token_ids) for output in outputs)
+    answers = [output for output in outputs if isinstance(output, RequestOutput)]
+    generated = sum(len(sample.token_ids) for answer in answers for sample in answer.outputs)
+    cached = sum(output.metrics.num_cached_tokens for output in outputs if output.metrics is not None)
     return Usage(
         prompt_tokens=prompt,
         completion_tokens=generated,
@@ -97,14 +186,3 @@ def usage(*finished: RequestOutput) -> Usage:
 def _best(samples: Sequence[CompletionOutput], count: int) -> list[CompletionOutput]:
     ranked = sorted(samples, key=lambda sample: -(sample.cumulative_logprob or 0.0))
     return [replace(sample, index=index) for index, sample in enumerate(ranked[:count])]
-
-
-def _of_beams(
-    prompt: ProcessedPrompt, found: BeamSearchOutput, request_id: str, arrived: float, count: int
-) -> RequestOutput:
-    samples = [
-        CompletionOutput(index, beam.text, beam.tokens, beam.cum_logprob, None, beam.finish_reason)
-        for index, beam in enumerate(found.sequences[:count])
-    ]
-    times = RequestMetrics(arrived, finished_time=time.monotonic())
-    return RequestOutput(request_id, prompt.text, list(prompt.token_ids), None, samples, True, times)

@@ -3,62 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from opsin.results import Logprob
 from opsin.server.schema.responses import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
 
 LOWEST = -9999.0
-"""Stands for minus infinity, which JSON has no number for."""
+"""Stands for minus infinity, which JSON cannot write."""
 
 Entries = Mapping[int, Logprob]
-"""Token id -> its place, the token itself first."""
+"""Token id -> its place; the chosen token comes first."""
 
 
 def chat_logprobs(tokens: Iterable[Entries], num_top: int) -> ChatLogprobs:
     """The form of chat answers, with ``num_top`` alternatives each."""
-    content = []
-    for entries in tokens:
-        chosen = next(iter(entries.values()))
-        token = _top(chosen)
-        content.append(
+
+    def described(entry: Logprob) -> dict[str, Any]:
+        text = entry.decoded_token or ""
+        return {"token": text, "logprob": _number(entry), "bytes": list(text.encode("utf-8", "replace"))}
+
+    return ChatLogprobs(
+        content=[
             TokenLogprob(
-                token=token.token,
-                logprob=token.logprob,
-                bytes=token.bytes,
-                top_logprobs=[_top(entry) for entry in _best(entries, num_top)],
+                **described(next(iter(entries.values()))),
+                top_logprobs=[TopLogprob(**described(entry)) for entry in _best(entries, num_top)],
             )
-        )
-    return ChatLogprobs(content=content)
+            for entries in tokens
+        ]
+    )
 
 
 def completion_logprobs(
-    tokens: Sequence[Entries | None], texts: Sequence[str], num_top: int, offset: int
+    tokens: Sequence[Entries | None], num_top: int, offset: int = 0, *, unpredicted: str = ""
 ) -> CompletionLogprobs:
     """The form of completions.
 
     Args:
         tokens: None for a token that nothing predicts.
-        texts: of the tokens.
         num_top: alternatives each.
-        offset: characters before the first of them.
+        offset: characters before the first token.
+        unpredicted: text of the tokens that nothing predicts.
     """
-    offsets = []
-    for text in texts:
-        offsets.append(offset)
-        offset += len(text)
+    chosen = [next(iter(entries.values())) if entries else None for entries in tokens]
+    texts = [unpredicted if entry is None else entry.decoded_token or "" for entry in chosen]
     return CompletionLogprobs(
-        tokens=list(texts),
-        token_logprobs=[
-            None if entries is None else _number(next(iter(entries.values()))) for entries in tokens
-        ],
+        tokens=texts,
+        token_logprobs=[None if entry is None else _number(entry) for entry in chosen],
         top_logprobs=[
-            None
-            if entries is None
-            else {entry.decoded_token or "": _number(entry) for entry in _best(entries, num_top)}
+            {entry.decoded_token or "": _number(entry) for entry in _best(entries, num_top)}
+            if entries
+            else None
             for entries in tokens
         ],
-        text_offset=offsets,
+        text_offset=list(accumulate(map(len, texts), initial=offset))[:-1],
     )
 
 
@@ -80,13 +78,8 @@ def prompt_logprobs(
 
 
 def _best(entries: Entries, count: int) -> list[Logprob]:
-    """The most probable ones; the token itself may be among them or not."""
+    """The most probable ones, with or without the token itself."""
     return sorted(entries.values(), key=lambda entry: -entry.logprob)[:count]
-
-
-def _top(entry: Logprob) -> TopLogprob:
-    text = entry.decoded_token or ""
-    return TopLogprob(token=text, logprob=_number(entry), bytes=list(text.encode("utf-8", "replace")))
 
 
 def _number(entry: Logprob) -> float:

@@ -1,7 +1,8 @@
-"""A request's sampling fields -> `SamplingParams`, within the server's limits."""
+"""A request's fields -> `SamplingParams` and `BeamSearchParams`, within the server's limits."""
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from opsin.config import BeamSearchParams, SamplingParams, StructuredOutput
@@ -10,92 +11,92 @@ from opsin.server.http.errors import bad_request
 from opsin.server.schema.sampling import SamplingRequest
 from opsin.server.serving import Serving
 
-_PLAIN = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "seed",
-    "stop",
-    "stop_token_ids",
-    "include_stop_str_in_output",
-    "ignore_eos",
-    "min_tokens",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "prompt_logprobs",
-    "skip_special_tokens",
-    "priority",
-)
-"""Fields with the name and meaning they have in `SamplingParams`; the model's defaults where absent."""
+_SHARED = {f.name for f in fields(SamplingParams)} & SamplingRequest.model_fields.keys()
+"""Fields with one name and meaning in requests and `SamplingParams`; the model's defaults where absent."""
 
 
-def sampling_params(
+def decoding(
     request: SamplingRequest,
     serving: Serving,
     *,
     max_tokens: int | None,
     logprobs: int | None,
-    structured: StructuredOutput | None,
-) -> SamplingParams:
-    """What the request asks for, over the checkpoint's generation_config.
+    calls: StructuredOutput | None = None,
+) -> tuple[SamplingParams, BeamSearchParams | None]:
+    """What the request asks for, over the checkpoint's generation_config; and its beam search, if any.
 
     Args:
         request: checked by its model.
         serving: gives defaults and limits.
         max_tokens: None: to the end of the context.
         logprobs: alternatives per token; None: no log-probabilities.
-        structured: constrains the answer.
+        calls: constrains the answer to calls of tools.
 
     Raises:
         ApiError: a limit is exceeded, or two settings do not go together.
     """
+    structured = _constraint(request)
+    if calls is not None and structured is not None:
+        raise bad_request("tool_choice already constrains the answer; leave out the other constraint")
+    structured = calls or structured
     _check_limits(request, serving, logprobs)
-    changes: dict[str, Any] = {
-        name: value for name in _PLAIN if (value := getattr(request, name)) is not None
-    }
-    best_of = request.best_of or 1
-    choosing = best_of > (request.n or 1)
-    if request.logit_bias is not None:
-        changes["logit_bias"] = {int(token): bias for token, bias in request.logit_bias.items()}
-    if logprobs is None and choosing:
-        logprobs = 0  # the choice is by log-probability
-    changes |= {
-        "n": max(best_of, request.n or 1),
+    num_samples, best_of = request.n or 1, request.best_of or 1
+    changes = request.model_dump(include=_SHARED, exclude_none=True) | {
+        "n": max(best_of, num_samples),
         "max_tokens": max_tokens,
-        "logprobs": logprobs,
+        # best_of chooses by log-probability
+        "logprobs": 0 if logprobs is None and best_of > num_samples else logprobs,
         "structured": structured,
     }
     try:
-        return serving.info.default_params(**changes)
+        params = serving.info.default_params(**changes)
     except ConfigError as error:
         raise bad_request(str(error)) from None
-
-
-def beam_params(
-    request: SamplingRequest, *, max_tokens: int | None, structured: StructuredOutput | None
-) -> BeamSearchParams | None:
-    """Settings of a beam search, None if none is asked for.
-
-    Raises:
-        ApiError: something cannot be had with beam search.
-    """
     if not request.use_beam_search:
-        return None
+        return params, None
     if structured is not None or request.prompt_logprobs is not None or request.stop:
         raise bad_request(
             "use_beam_search goes without constraints, stop strings and log-probabilities", "use_beam_search"
         )
     try:
-        return BeamSearchParams(
-            beam_width=max(request.best_of or 1, request.n or 1),
+        beams = BeamSearchParams(
+            beam_width=params.n,
             max_tokens=max_tokens if max_tokens is not None else 2**31,
             ignore_eos=bool(request.ignore_eos),
             length_penalty=1.0 if request.length_penalty is None else request.length_penalty,
         )
     except ConfigError as error:
         raise bad_request(str(error), "use_beam_search") from None
+    if logprobs is not None:
+        raise bad_request("use_beam_search gives no log-probabilities", "logprobs")
+    return params, beams
+
+
+def _constraint(request: SamplingRequest) -> StructuredOutput | None:
+    """What the answer's text has to be, None if it is free.
+
+    Raises:
+        ApiError: two constraints are asked for, or one is empty.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    wanted = request.response_format
+    if wanted is not None and wanted.json_schema is not None:
+        found["response_format"] = {"json": wanted.json_schema.schema_}
+    elif wanted is not None and wanted.type == "json_object":
+        found["response_format"] = {"json_object": True}
+    for kind in ("json", "regex", "choice", "grammar"):
+        value = getattr(request, f"guided_{kind}")
+        if value is not None:
+            found[f"guided_{kind}"] = {kind: value}
+    if request.structured_outputs is not None:
+        found["structured_outputs"] = request.structured_outputs.model_dump(by_alias=True, exclude_none=True)
+    try:
+        constraints = [StructuredOutput(**given) for given in found.values()]
+    except ConfigError as error:
+        raise bad_request(str(error)) from None
+    if len(constraints) > 1:
+        raise bad_request(f"{' and '.join(found)} constrain the same answer; set only one of them")
+    return constraints[0] if constraints else None
 
 
 def _check_limits(request: SamplingRequest, serving: Serving, logprobs: int | None) -> None:
@@ -113,12 +114,7 @@ def _check_limits(request: SamplingRequest, serving: Serving, logprobs: int | No
     for name, value in (("logprobs", logprobs), ("prompt_logprobs", request.prompt_logprobs)):
         if value is not None and value > limits.max_logprobs:
             raise bad_request(f"{name}: at most {limits.max_logprobs} are given (--max-logprobs)", name)
-    ids = {
-        "stop_token_ids": request.stop_token_ids or (),
-        "logit_bias": [int(token) for token in request.logit_bias or ()],
-    }
-    for name, tokens in ids.items():
-        if any(not 0 <= token < serving.info.vocab_size for token in tokens):
-            raise bad_request(
-                f"{name}: a token id is out of vocabulary; expected 0 to {serving.info.vocab_size - 1}", name
-            )
+    size = serving.info.vocab_size
+    for name, tokens in (("stop_token_ids", request.stop_token_ids), ("logit_bias", request.logit_bias)):
+        if any(not 0 <= int(token) < size for token in tokens or ()):
+            raise bad_request(f"{name}: a token id is out of vocabulary; expected 0 to {size - 1}", name)

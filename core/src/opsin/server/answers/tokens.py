@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from opsin.server.http.errors import bad_request
+from opsin.server.schema.prompts import DetokenizeRequest, TokenizeRequest
 from opsin.server.schema.responses import Text, Tokens
-from opsin.server.schema.tokens import DetokenizeRequest, TokenizeRequest
 from opsin.server.serving import Serving
 
 
@@ -29,16 +29,10 @@ class Tokenization:
             special = request.add_special_tokens is not False
             ids = await serving.engine.in_pool(tokenizer.encode, request.prompt, add_special_tokens=special)
         else:
-            prompt = await serving.chat_prompt(
-                request, request.options(tools=request.tools or ()), min_new_tokens=0
-            )
-            ids = list(prompt.token_ids)
-        return Tokens(
-            count=len(ids),
-            max_model_len=serving.info.max_model_len,
-            tokens=ids,
-            token_strs=tokenizer.convert_ids_to_tokens(ids) if request.return_token_strs else None,
-        )
+            options = request.options(tools=request.tools or ())
+            ids = list((await serving.chat_prompt(request, options, min_new_tokens=0)).token_ids)
+        strs = tokenizer.convert_ids_to_tokens(ids) if request.return_token_strs else None
+        return Tokens(count=len(ids), max_model_len=serving.info.max_model_len, tokens=ids, token_strs=strs)
 
     async def detokenize(self, request: DetokenizeRequest) -> Text:
         """Text of ids.
@@ -48,10 +42,9 @@ class Tokenization:
         """
         serving = self._serving
         serving.check(request.model)
-        if any(not 0 <= token < serving.info.vocab_size for token in request.tokens):
-            raise bad_request(
-                f"a token id is out of vocabulary; expected 0 to {serving.info.vocab_size - 1}", "tokens"
-            )
+        size = serving.info.vocab_size
+        if any(not 0 <= token < size for token in request.tokens):
+            raise bad_request(f"a token id is out of vocabulary; expected 0 to {size - 1}", "tokens")
         tokenizer = serving.frontend.tokenizer
         text = await serving.engine.in_pool(tokenizer.decode, request.tokens, skip_special_tokens=False)
         return Text(prompt=text)

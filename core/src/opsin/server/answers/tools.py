@@ -1,4 +1,4 @@
-"""Tools of a chat: which the model is told of, answers that must be calls, calls as OpenAI has them."""
+"""Tools of a chat: those the model is told of, answers that must be calls, calls as OpenAI writes them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def call_grammar(request: ChatRequest, form: ToolFormat) -> StructuredOutput | N
 
 
 def max_calls(request: ChatRequest) -> int | None:
-    """Calls that the answer may hold; None: any number."""
+    """Most calls that the answer may hold; None: any number."""
     return 1 if request.parallel_tool_calls is False else None
 
 

@@ -34,8 +34,8 @@ def decode_embeds(value: Any, max_bytes: int) -> Tensor | dict[str, Tensor]:
         max_bytes: most bytes of all files together.
 
     Raises:
-        MediaError: another form, another dtype, NaN or infinity, or too much. The message is the same for
-            whatever a library says.
+        MediaError: another form, another dtype, NaN or infinity, or too much. The message never quotes a
+            library.
     """
     if isinstance(value, Mapping):
         if len(value) > MAX_TENSORS:

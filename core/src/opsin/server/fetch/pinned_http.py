@@ -1,4 +1,4 @@
-"""GET for URLs that strangers wrote: only to public addresses, and only to the addresses that were checked.
+"""GET for URLs from strangers: only to public addresses, and only to the addresses that were checked.
 
 The guards against server-side request forgery, in the order of a request:
 
@@ -17,16 +17,16 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import lru_cache
-from http import HTTPStatus
 
 import httpx2
 
 import opsin
 from opsin.errors import MediaError
 from opsin.server.fetch.addresses import is_allowed
-from opsin.server.http.fetch_error import FetchError
+from opsin.server.fetch.settings import FetchSettings
+from opsin.server.http.errors import ApiError
 
 Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
 """Host name or literal address, port -> addresses, best first. Raises OSError if there are none."""
@@ -47,27 +47,17 @@ async def system_resolver(host: str, port: int) -> list[str]:
 class PinnedHTTP:
     """Fetches from public addresses. Belongs to one event loop; close it with `aclose`."""
 
-    def __init__(
-        self,
-        *,
-        allowed_domains: Collection[str] | None = None,
-        allow_loopback: bool = False,
-        max_redirects: int = 5,
-        resolver: Resolver = system_resolver,
-        tls: ssl.SSLContext | None = None,
-    ) -> None:
+    def __init__(self, settings: FetchSettings, *, resolver: Resolver, tls: ssl.SSLContext | None) -> None:
         """Set up; nothing is opened yet.
 
         Args:
-            allowed_domains: the only hosts to fetch from, by exact name; None: any. Opens no address.
-            allow_loopback: whether this machine's loopback addresses count as public.
-            max_redirects: most redirects that are followed.
+            settings: what is allowed.
             resolver: gives the addresses of a host.
             tls: certificates to trust; None: the system's, or those of SSL_CERT_FILE or SSL_CERT_DIR.
         """
-        self._domains = None if allowed_domains is None else {_canonical(name) for name in allowed_domains}
-        self._allow_loopback = allow_loopback
-        self._max_redirects = max_redirects
+        self._settings = settings
+        domains = settings.allowed_media_domains
+        self._domains = None if domains is None else {_canonical(name) for name in domains}
         self._resolver = resolver
         # httpx2's transport rather than its client: a client has cookies, proxies and redirects of its own.
         # Connections are not kept: one is known by its address, and could be handed to another host's URL.
@@ -77,42 +67,39 @@ class PinnedHTTP:
             trust_env=False,
         )
 
-    async def get(
-        self, url: str, *, deadline_s: float, receive: Callable[[bytes], None], accept: str = "*/*"
-    ) -> None:
+    async def get(self, url: str, *, receive: Callable[[bytes], None], accept: str) -> None:
         """Fetch one URL.
 
         Args:
             url: as the client wrote it.
-            deadline_s: for every step together.
             receive: gets the content in pieces; what it raises ends the fetch.
             accept: the Accept header.
 
         Raises:
-            FetchError: not allowed, an error status, not reachable, or not in time.
+            ApiError: not allowed, an error status, not reachable, or not in time.
             MediaError: not a URL.
         """
-        host = "the host"
+        parsed, deadline_s = parse_url(url), self._settings.image_fetch_timeout
+        host = shown(parsed)
         try:
-            parsed = parse_url(url)
-            host = shown(parsed)
-            await asyncio.wait_for(self._follow(parsed, receive, accept, deadline_s), deadline_s)
+            await asyncio.wait_for(self._follow(parsed, receive, accept), deadline_s)
         except (asyncio.TimeoutError, httpx2.TimeoutException):
-            raise FetchError(
-                f"fetching from {host} was not done within {deadline_s:g} s", HTTPStatus.GATEWAY_TIMEOUT
+            raise ApiError(
+                504,
+                f"fetching from {host} was not done within {deadline_s:g} s; "
+                "--image-fetch-timeout or OPSIN_IMAGE_FETCH_TIMEOUT sets it",
             ) from None
         except httpx2.TransportError:
-            raise FetchError(f"{host} cannot be reached", HTTPStatus.BAD_GATEWAY) from None
+            raise ApiError(502, f"{host} cannot be reached") from None
 
     async def aclose(self) -> None:
         """Close what is open."""
         await self._transport.aclose()
 
-    async def _follow(
-        self, url: httpx2.URL, receive: Callable[[bytes], None], accept: str, deadline_s: float
-    ) -> None:
-        for _ in range(self._max_redirects + 1):
-            response = await self._send(url, accept, deadline_s)
+    async def _follow(self, url: httpx2.URL, receive: Callable[[bytes], None], accept: str) -> None:
+        most = self._settings.max_redirects
+        for _ in range(most + 1):
+            response = await self._send(url, accept)
             try:
                 location = response.headers.get("location")
                 if response.status_code not in _REDIRECTS or location is None:
@@ -121,12 +108,12 @@ class PinnedHTTP:
                 url = parse_url(location, base=url)
             finally:
                 await response.aclose()
-        raise FetchError(
-            f"{shown(url)} is the end of more than {self._max_redirects} redirects", HTTPStatus.FORBIDDEN
-        )
+        raise ApiError(403, f"{shown(url)} is the end of more than {most} redirects")
 
-    async def _send(self, url: httpx2.URL, accept: str, deadline_s: float) -> httpx2.Response:
+    async def _send(self, url: httpx2.URL, accept: str) -> httpx2.Response:
         addresses = await self._addresses(url)
+        # An address that swallows packets must leave time for the others.
+        connect_s = self._settings.image_fetch_timeout / len(addresses)
         headers = {
             "Host": url.netloc.decode("ascii"),
             "User-Agent": f"opsin/{opsin.__version__}",
@@ -139,8 +126,7 @@ class PinnedHTTP:
                 "GET",
                 url.copy_with(host=address),
                 headers=headers,
-                # An address that swallows packets must leave time for the others.
-                extensions={"sni_hostname": host, "timeout": {"connect": deadline_s / len(addresses)}},
+                extensions={"sni_hostname": host, "timeout": {"connect": connect_s}},
             )
             try:
                 return await self._transport.handle_async_request(request)
@@ -153,19 +139,19 @@ class PinnedHTTP:
         """The addresses of a URL's host, all of them allowed."""
         host = url.raw_host.decode("ascii")
         if self._domains is not None and _canonical(host) not in self._domains:
-            raise FetchError(
-                f"{shown(url)} is not among the domains this server fetches from", HTTPStatus.FORBIDDEN
-            )
+            raise ApiError(403, f"{shown(url)} is not among the domains this server fetches from")
         port = url.port or {"http": 80, "https": 443}[url.scheme]
         try:
             addresses = await self._resolver(host, port)
         except (OSError, UnicodeError):
             addresses = []
         if not addresses:
-            raise FetchError(f"{shown(url)} has no known address", HTTPStatus.BAD_GATEWAY)
-        # All of them: a name with a public and a private address would else be a matter of luck.
-        if not all(is_allowed(address, allow_loopback=self._allow_loopback) for address in addresses):
-            raise FetchError(f"{shown(url)} is not on the public internet", HTTPStatus.FORBIDDEN)
+            raise ApiError(502, f"{shown(url)} has no known address")
+        # All of them: otherwise a name with a public and a private address would be a matter of luck.
+        if not all(
+            is_allowed(address, allow_loopback=self._settings.allow_loopback_media) for address in addresses
+        ):
+            raise ApiError(403, f"{shown(url)} is not on the public internet")
         return addresses[:MAX_TRIED_ADDRESSES]
 
 
@@ -173,28 +159,26 @@ def parse_url(text: str, base: httpx2.URL | None = None) -> httpx2.URL:
     """An http(s) URL, or a redirect's target relative to ``base``.
 
     Raises:
-        FetchError: it may not be fetched, wherever it leads.
+        ApiError: it may not be fetched, wherever it leads.
         MediaError: it is not a URL.
     """
     if len(text) > MAX_URL_CHARS:
         raise MediaError(f"the URL has {len(text)} characters; at most {MAX_URL_CHARS} are accepted")
     if "\\" in text or any(character <= " " or character == "\x7f" for character in text):
         # Parsers disagree on where the host ends in these.
-        raise FetchError(
-            "the URL has a backslash, blank or control character; percent-encode it", HTTPStatus.FORBIDDEN
-        )
+        raise ApiError(403, "the URL has a backslash, blank or control character; percent-encode it")
     try:
         url = httpx2.URL(text) if base is None else base.join(text)
         port = url.port
     except (httpx2.InvalidURL, UnicodeError, ValueError, TypeError):
         raise MediaError("the URL is malformed; expected http(s)://host/path") from None
     if url.scheme not in ("http", "https"):
-        raise FetchError(
+        raise ApiError(
+            403,
             f"{url.scheme[:20] or 'other'}: URLs are not fetched; expected data:, http:// or https://",
-            HTTPStatus.FORBIDDEN,
         )
     if url.userinfo or "@" in url.netloc.decode("ascii"):
-        raise FetchError("URLs with a user name or password are not fetched", HTTPStatus.FORBIDDEN)
+        raise ApiError(403, "URLs with a user name or password are not fetched")
     if not url.raw_host or b"%" in url.raw_host or (port is not None and not 1 <= port <= 65535):
         raise MediaError("the URL names no host and port; expected http(s)://host/path")
     return url
@@ -208,11 +192,11 @@ def shown(url: httpx2.URL) -> str:
 async def _read(url: httpx2.URL, response: httpx2.Response, receive: Callable[[bytes], None]) -> None:
     status = response.status_code
     if status >= 500 or status in _TEMPORARY:
-        raise FetchError(f"{shown(url)} answered with status {status}", HTTPStatus.BAD_GATEWAY)
+        raise ApiError(502, f"{shown(url)} answered with status {status}")
     if not 200 <= status < 300:
-        raise FetchError(f"{shown(url)} answered with status {status}", HTTPStatus.UNPROCESSABLE_ENTITY)
+        raise ApiError(422, f"{shown(url)} answered with status {status}")
     if response.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
-        raise FetchError(f"{shown(url)} answered with compressed content", HTTPStatus.UNPROCESSABLE_ENTITY)
+        raise ApiError(422, f"{shown(url)} answered with compressed content")
     assert isinstance(response.stream, httpx2.AsyncByteStream)
     async for piece in response.stream:
         receive(piece)

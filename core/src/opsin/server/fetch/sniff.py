@@ -1,11 +1,11 @@
-"""What encoded media are, from their first bytes. Names and Content-Type headers are not asked."""
+"""What encoded media are, by their first bytes. Names and Content-Type headers are ignored."""
 
 from __future__ import annotations
 
 from opsin.api import Modality
 
 SNIFFED_BYTES = 16
-"""How many bytes `modality_of` looks at."""
+"""Number of bytes that `modality_of` looks at."""
 
 
 def modality_of(head: bytes) -> Modality | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from http import HTTPStatus
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -17,31 +16,31 @@ from opsin.server.schema.strict import plain
 M = TypeVar("M", bound=BaseModel)
 
 MAX_ERRORS = 5
-"""Faults that an answer lists at most."""
+"""Most faults that an answer lists."""
 
 _ON_THE_LOOP_BYTES = 64 * 1024
 """Bodies up to this size are parsed in place; larger ones on a thread."""
 
-_DRAINED_BYTES = 8
-"""How many times the limit is read and thrown away, so that a client that only reads after it has sent
-everything gets the answer rather than a broken connection."""
+_DRAINED_LIMITS = 8
+"""Up to this many times the limit is read and discarded: a client that reads only after it has sent
+everything gets the answer instead of a broken connection."""
 
 _TAGS = frozenset({"as_text", "as_parts"})
-"""Alternatives of a union in pydantic's locations; they are no fields of the client's. After "as_parts" come
-an index and the part's type."""
+"""Alternatives of a union in pydantic's locations; the client has no such fields. "as_parts" is followed by
+an index and the type of the part."""
 
 
 async def read_body(request: Request, model: type[M], max_bytes: int) -> M:
     """The body of a request as a model.
 
     Raises:
-        ApiError: too large, not JSON, or not what the model wants. The input is not repeated.
-        ClientGone: the client went away while sending.
+        ApiError: too large, not JSON, or refused by the model. The error does not repeat the input.
+        ClientGone: the client disconnected while sending.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         # Also what keeps other sites' pages from posting here: this type needs their browser's preflight.
-        raise ApiError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "expected Content-Type: application/json")
+        raise ApiError(415, "expected Content-Type: application/json")
     try:
         data = await _read(request, max_bytes)
     except ClientDisconnect:
@@ -66,11 +65,11 @@ async def _read(request: Request, max_bytes: int) -> bytes:
             pieces.clear()
         if not too_large:
             pieces.append(piece)
-        elif size > _DRAINED_BYTES * max_bytes:
+        elif size > _DRAINED_LIMITS * max_bytes:
             break
     if too_large:
         raise ApiError(
-            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+            413,
             f"the request's body is too large; at most {max_bytes} bytes are accepted (--max-body-bytes)",
         )
     return b"".join(pieces)

@@ -1,4 +1,4 @@
-"""Work that ends when its client goes away."""
+"""Work that ends when its client disconnects."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The result of ``work``, which is cancelled when the client disconnects.
 
     Args:
-        receive: of the request, whose body has been read.
+        receive: channel of the request, whose body has been read.
         work: what to do.
 
     Raises:
-        ClientGone: the client was faster.
+        ClientGone: it disconnected first.
     """
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_disconnected(receive))

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from http import HTTPStatus
 
 from pydantic import BaseModel
 from starlette.responses import Response
 
 from opsin.errors import OpsinError, RequestError
-from opsin.server.http.fetch_error import FetchError
 
 _TYPES: Mapping[int, str] = {
     400: "BadRequestError",
@@ -58,12 +56,7 @@ class ApiError(OpsinError):
     """
 
     def __init__(
-        self,
-        status: HTTPStatus,
-        message: str,
-        *,
-        param: str | None = None,
-        retry_after_s: float | None = None,
+        self, status: int, message: str, *, param: str | None = None, retry_after_s: float | None = None
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -74,16 +67,14 @@ class ApiError(OpsinError):
         """As the client sees it, without addresses in memory, which only a library's text could hold."""
         message = _ADDRESS.sub("0x...", str(self))[:_MAX_CHARS]
         kind = _TYPES.get(self.status, "BadRequestError" if self.status < 500 else "InternalServerError")
-        return ErrorBody(
-            error=ErrorDetail(message=message, type=kind, param=self.param, code=int(self.status))
-        )
+        return ErrorBody(error=ErrorDetail(message=message, type=kind, param=self.param, code=self.status))
 
     def response(self) -> Response:
         """The HTTP response."""
         headers = {}
         if self.retry_after_s is not None:
             headers["Retry-After"] = str(math.ceil(self.retry_after_s))
-        if self.status is HTTPStatus.UNAUTHORIZED:
+        if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return Response(
             self.body().model_dump_json(), self.status, headers=headers, media_type="application/json"
@@ -92,18 +83,13 @@ class ApiError(OpsinError):
 
 def bad_request(message: str, param: str | None = None) -> ApiError:
     """A 400."""
-    return ApiError(HTTPStatus.BAD_REQUEST, message, param=param)
+    return ApiError(400, message, param=param)
 
 
 def api_error(error: BaseException, request_id: str) -> ApiError:
-    """Any exception as the answer it deserves; what was not raised on purpose is a 500 without details."""
+    """Any exception as an answer; what was not raised on purpose is a 500 without details."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, FetchError):
-        return ApiError(error.status, str(error), param=error.param)
     if isinstance(error, RequestError):
         return bad_request(str(error))
-    return ApiError(
-        HTTPStatus.INTERNAL_SERVER_ERROR,
-        f"internal error; the server's log has the details under request id {request_id}",
-    )
+    return ApiError(500, f"internal error; the server's log has the details under request id {request_id}")

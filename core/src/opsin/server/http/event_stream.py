@@ -17,29 +17,29 @@ logger = logging.getLogger(__name__)
 
 
 class EventStream(Response):
-    """Streams chunks. Ends them when the client goes away; waits for clients that read slowly."""
+    """Streams chunks. Ends the work when the client disconnects; waits for clients that read slowly."""
 
     media_type = "text/event-stream"
 
     def __init__(self, first: BaseModel, rest: AsyncGenerator[BaseModel, None], request_id: str) -> None:
-        """``first`` has been taken out of ``rest`` already: what is wrong with a request shows by then."""
+        """``first`` was taken from ``rest`` already: whatever is wrong with a request is known by then."""
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._first = first
         self._rest = rest
         self._request_id = request_id
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
         """Send it all."""
         async with aclosing(self._rest):
             await while_connected(receive, self._send(send))
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await _send_event(send, _json(self._first))
+        await _send_event(send, self._first.model_dump_json(exclude_unset=True))
         try:
             async for chunk in self._rest:
-                await _send_event(send, _json(chunk))
+                await _send_event(send, chunk.model_dump_json(exclude_unset=True))
         except ClientGone:
             raise
         except Exception as error:
@@ -49,10 +49,6 @@ class EventStream(Response):
             await _send_event(send, answer.body().model_dump_json())
         await _send_event(send, "[DONE]")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-def _json(chunk: BaseModel) -> str:
-    return chunk.model_dump_json(exclude_unset=True)
 
 
 async def _send_event(send: Send, text: str) -> None:

@@ -1,16 +1,17 @@
-"""Several coroutines, or several streams, as one that ends them all when one fails."""
+"""Several coroutines, or several streams, as one; when one fails, all are ended."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
 async def all_of(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Results in order; after the first failure, or when cancelled, none of the others goes on."""
+    """Results in order; the first failure, or cancellation, ends all the others."""
     tasks = [asyncio.ensure_future(one) for one in work]
     try:
         return await asyncio.gather(*tasks)
@@ -22,6 +23,11 @@ async def all_of(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
     """Items of all streams as they come, each with its stream's number."""
+    if len(streams) == 1:  # the usual case, without a task for each item
+        async with aclosing(streams[0]) as only:
+            async for item in only:
+                yield 0, item
+        return
 
     async def next_of(number: int) -> tuple[int, T] | None:
         try:

@@ -1,4 +1,4 @@
-"""What every request passes on its way in: an id and a log line, the API key, admission."""
+"""What every request passes on its way in: id and log line, root path, API key, admission."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import re
 import time
 import uuid
 from collections.abc import Collection, Sequence
-from http import HTTPStatus
 
-from starlette._utils import get_route_path  # the router's own: nobody else may decide what is open
+from starlette._utils import get_route_path  # the router's own, so that both agree on what is open
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -24,15 +23,15 @@ logger = logging.getLogger(__name__)
 access = logging.getLogger("opsin.access")
 
 OPEN_PATHS = frozenset({"/health", "/version"})
-"""Need no API key, and are answered while the server stops."""
+"""Paths that need no API key and are answered while the server stops."""
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _CLIENT_CLOSED_REQUEST = 499
-"""nginx's status, for the log only: there is nobody to send it to."""
+"""nginx's status, for the log only: there is no client to send it to."""
 
 
 class RequestLog:
-    """Outermost: names each request, turns every exception into an answer, writes the access log."""
+    """Outermost: gives each request an id, turns exceptions into answers, writes the access log."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -61,7 +60,7 @@ class RequestLog:
             status = _CLIENT_CLOSED_REQUEST
         except Exception as error:
             answer = api_error(error, request_id)
-            if answer.status is HTTPStatus.INTERNAL_SERVER_ERROR:
+            if answer.status == 500:
                 logger.exception("request %s failed", request_id)
             if status is None:
                 await answer.response()(scope, receive, send_named)
@@ -80,7 +79,7 @@ class RequestLog:
 
 
 class RootPath:
-    """Tells the router of the prefix under which a proxy shows the server, taken off by the proxy or not."""
+    """Tells the router the prefix under which a proxy shows the server, whether it removes it or not."""
 
     def __init__(self, app: ASGIApp, root_path: str) -> None:
         self._app = app
@@ -93,7 +92,7 @@ class RootPath:
 
 
 class ApiKeys:
-    """Lets requests through that bring a key. Every route needs one that is not named as open."""
+    """Lets requests through that bring a key. Every path needs one unless it is listed as open."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], open_paths: Collection[str]) -> None:
         self._app = app
@@ -106,14 +105,12 @@ class ApiKeys:
             # Digests have one length and all are compared: the time tells nothing about the keys.
             matches = [hmac.compare_digest(_digest(given), digest) for digest in self._digests]
             if not any(matches):
-                raise ApiError(
-                    HTTPStatus.UNAUTHORIZED, "a valid API key is needed: Authorization: Bearer KEY"
-                )
+                raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY")
         await self._app(scope, receive, send)
 
 
 class Admit:
-    """Counts the requests that work for somebody, and turns away those that are too many."""
+    """Counts requests that do work, and turns away those beyond the limit."""
 
     def __init__(self, app: ASGIApp, admission: Admission, open_paths: Collection[str]) -> None:
         self._app = app
@@ -136,8 +133,6 @@ def _digest(key: bytes) -> bytes:
 
 
 def _given_key(scope: Scope) -> bytes:
-    for name, value in scope["headers"]:
-        if name == b"authorization":
-            scheme, _, key = value.partition(b" ")
-            return key.strip() if scheme.lower() == b"bearer" else b""
-    return b""
+    given = Headers(scope=scope).get("authorization", "").encode("latin-1")
+    scheme, _, key = given.partition(b" ")
+    return key.strip() if scheme.lower() == b"bearer" else b""

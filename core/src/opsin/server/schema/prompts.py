@@ -1,10 +1,16 @@
-"""The ``prompt`` and ``input`` fields: text or token ids, one or several."""
+"""Bodies of the requests that take plain prompts: completions, embeddings, tokens."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, cast
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
+
+from opsin.config import INT64_MAX, MAX_LOGPROBS
+from opsin.server.schema.chat import ChatFields, Tool
+from opsin.server.schema.sampling import SamplingRequest
+from opsin.server.schema.strict import RequestBody, field_error
 
 _EXPECTED = (
     "expected a text, a list of texts, a list of token ids, or a list of such lists; none of them empty"
@@ -12,7 +18,7 @@ _EXPECTED = (
 
 
 def _known_shape(value: Any) -> Any:
-    """One clear error in the place of one for each alternative of the union."""
+    """One clear error instead of one for each alternative of the union."""
     if isinstance(value, str) and value:
         return value
     if isinstance(value, list) and value:
@@ -27,6 +33,9 @@ def _are_ids(value: list[Any]) -> bool:
     return all(type(element) is int for element in value)
 
 
+PlainPrompt = str | list[int]
+"""A text, or token ids."""
+
 _Text = Annotated[str, Field(min_length=1)]
 _Ids = Annotated[list[int], Field(min_length=1)]
 
@@ -34,9 +43,70 @@ Prompts = Annotated[
     _Text | Annotated[list[_Text], Field(min_length=1)] | _Ids | Annotated[list[_Ids], Field(min_length=1)],
     BeforeValidator(_known_shape),
 ]
+"""Text or token ids, one or several."""
 
 
-def listed(prompts: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
-    """One prompt or several -> a list."""
-    one = isinstance(prompts, str) or isinstance(prompts[0], int)
-    return cast(list[str | list[int]], [prompts] if one else prompts)
+class CompletionRequest(SamplingRequest):
+    """The body of ``POST /v1/completions``: plain prompts, no chat template."""
+
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **SamplingRequest.unsupported,
+        "add_special_tokens": (True,),
+        "suffix": ("",),
+    }
+
+    prompt: Prompts
+    logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
+    echo: bool | None = None
+    truncate_prompt_tokens: Annotated[int | None, Field(ge=-1, le=INT64_MAX)] = None
+
+    @model_validator(mode="after")
+    def _consistent_completion(self) -> CompletionRequest:
+        if self.max_tokens == 0 and (not self.echo or self.stream):
+            raise field_error("max_tokens", "max_tokens=0 needs echo=true and stream=false")
+        if self.stream and self.echo and self.logprobs is not None:
+            raise field_error("echo", "echo with logprobs is not available with stream=true")
+        return self
+
+
+class EmbeddingRequest(ChatFields):
+    """The body of ``POST /v1/embeddings``: ``input``, or ``messages`` for pictures."""
+
+    input: Prompts | None = None
+    model: Annotated[str | None, Field(max_length=1024)] = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int | None, Field(ge=1, le=INT64_MAX)] = None
+    truncate_prompt_tokens: Annotated[int | None, Field(ge=-1, le=INT64_MAX)] = None
+    cache_salt: Annotated[str | None, Field(min_length=1, max_length=1024)] = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> EmbeddingRequest:
+        if (self.input is None) == (self.messages is None):
+            raise ValueError('expected either "input" or "messages"')
+        return self
+
+
+class TokenizeRequest(ChatFields):
+    """The body of ``POST /tokenize``: ``prompt``, or ``messages`` as in a chat."""
+
+    prompt: str | None = None
+    model: Annotated[str | None, Field(max_length=1024)] = None
+    add_special_tokens: bool | None = None
+    """Of a ``prompt``: whether the tokenizer adds its own (a BOS); the default."""
+    return_token_strs: bool | None = None
+    tools: Annotated[list[Tool] | None, Field(max_length=256)] = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError('expected either "prompt" or "messages"')
+        if self.messages is not None and self.add_special_tokens:
+            raise ValueError("add_special_tokens is for a prompt; a chat template writes its own")
+        return self
+
+
+class DetokenizeRequest(RequestBody):
+    """The body of ``POST /detokenize``."""
+
+    tokens: Annotated[list[int], Field(max_length=1_000_000)]
+    model: Annotated[str | None, Field(max_length=1024)] = None

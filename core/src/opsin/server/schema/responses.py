@@ -1,4 +1,4 @@
-"""What the server answers with. Fields that are never set are left out of the JSON, nulls are kept."""
+"""What the server answers with. The JSON omits fields that were never set and keeps nulls."""
 
 from __future__ import annotations
 
@@ -75,13 +75,17 @@ class ChatChoice(BaseModel):
     stop_reason: int | str | None
 
 
-class ChatCompletion(BaseModel):
-    """Answer of ``/v1/chat/completions``."""
-
+class _Answer(BaseModel):
     id: str
-    object: Literal["chat.completion"]
+    object: str
     created: int
     model: str
+
+
+class ChatCompletion(_Answer):
+    """Answer of ``/v1/chat/completions``."""
+
+    object: Literal["chat.completion"]
     choices: list[ChatChoice]
     usage: Usage
     prompt_logprobs: list[dict[str, dict[str, Any]] | None] | None
@@ -121,13 +125,10 @@ class ChatChunkChoice(BaseModel):
     stop_reason: int | str | None = None
 
 
-class ChatChunk(BaseModel):
+class ChatChunk(_Answer):
     """An event of a streamed chat."""
 
-    id: str
     object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
 
@@ -152,13 +153,10 @@ class CompletionChoice(BaseModel):
     prompt_logprobs: list[dict[str, dict[str, Any]] | None] | None = None
 
 
-class Completion(BaseModel):
+class Completion(_Answer):
     """Answer of ``/v1/completions``, and event of a streamed one."""
 
-    id: str
     object: Literal["text_completion"]
-    created: int
-    model: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
 
@@ -171,13 +169,10 @@ class Embedding(BaseModel):
     embedding: list[float] | str
 
 
-class EmbeddingList(BaseModel):
+class EmbeddingList(_Answer):
     """Answer of ``/v1/embeddings``."""
 
-    id: str
     object: Literal["list"]
-    created: int
-    model: str
     data: list[Embedding]
     usage: Usage
 

@@ -1,4 +1,4 @@
-"""What all request bodies have in common: strict types, and a word on every field that is not followed."""
+"""What all request bodies have in common: strict types, and an error for every field that has no effect."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pydantic_core import PydanticCustomError
 
 
 def field_error(name: str, text: str) -> PydanticCustomError:
-    """An error of one field, raised where pydantic does not know which; its text names it, too."""
+    """An error of one field, raised where pydantic does not know which. The text names it as well."""
     return PydanticCustomError("field", "{text}", {"text": text, "param": plain(name)})
 
 
 def plain(name: str) -> str:
-    """A name that a client chose, short and without anything that could mean something elsewhere."""
+    """A client's name, shortened and without characters that could have a meaning elsewhere."""
     return re.sub(r"[^\w-]", "?", name[:40], flags=re.ASCII)
 
 

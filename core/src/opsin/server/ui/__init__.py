@@ -1,4 +1,4 @@
-"""The playground page at ``/``: four static files, and headers that let them do nothing but their work."""
+"""The playground page at ``/``: four static files, and headers that restrict what they may do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONTENT_TYPES = {
 }
 
 UI_PATHS = frozenset({"/", *(f"/ui/{name}" for name in CONTENT_TYPES if name != "index.html")})
-"""What is served without an API key: the page asks for it, and sends it with every question."""
+"""Paths served without an API key: the page asks for the key and sends it with every question."""
 
 HEADERS = {
     # No inline script or style, nothing from elsewhere, no frame around it, no text made markup.
