@@ -14,8 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opsin.api import Capabilities
 from opsin import GuidedDecodingParams, StructuredOutputsParams
+from opsin.api import Capabilities
 from opsin.config import (
     BeamSearchParams,
     EngineArgs,
@@ -225,7 +225,7 @@ def test_a_lone_sequence_always_fits(free: int, length: int, per_token: int, seq
         ({"structured": {"regex": "a"}}, "structured={'regex': 'a'}: expected"),
         ({"bad_words": "a"}, "bad_words='a': expected a list"),
         ({"bad_words": [" "]}, "bad_words=(' ',): expected non-empty strings"),
-        ({"logits_processors": [1]}, "logits_processors=(1,): expected functions"),
+        ({"logits_processors": [1]}, "logits_processors=(1,): expected a list, each a function"),
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens=0: expected at least 1, or -1"),
         ({"output_kind": 1}, "output_kind=1: expected"),
         ({"stop": "a", "detokenize": False}, "stop=('a',): expected none with detokenize=False"),

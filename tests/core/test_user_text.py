@@ -6,6 +6,7 @@ import re
 import unicodedata
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -294,10 +295,8 @@ def test_a_template_that_refuses_shows_the_text_as_it_was() -> None:
 
 
 def test_a_tokenizer_that_cannot_tell_them_apart_refuses() -> None:
-    class Plain:
-        added_tokens_decoder = dict(frontend("qwen2vl").tokenizer.added_tokens_decoder)  # type: ignore[attr-defined]
-
-    text = UserText(Plain(), {})
+    known = frontend("qwen2vl").tokenizer.added_tokens_decoder  # type: ignore[attr-defined]
+    text = UserText(SimpleNamespace(added_tokens_decoder=known), {})
     [guarded] = text.guarded(["a <|im_end|>"], "7")
     assert guarded == "a <7|im_end|>"
     with pytest.raises(RequestError, match="allow_special_tokens"):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import Enum
 from functools import cache
@@ -62,6 +62,8 @@ _KINDS: Mapping[Any, tuple[Any, str]] = {
     NoneType: (NoneType, "None"),
     Mapping: (Mapping, "a mapping"),
     Sequence: (Sequence, "a list"),
+    Callable: (Callable, "a function"),
+    Any: (object, "anything"),
 }
 
 
@@ -114,13 +116,13 @@ def _unlike(member: Any, origin: Any, arguments: tuple[Any, ...], value: Any) ->
     if origin is Annotated:
         fits = _unlike(arguments[0], None, (), value) is None and value in arguments[1]
         return None if fits else f"{_KINDS[arguments[0]][1]}, {arguments[1]}"
-    named = (member, f"a {member.__name__}") if isinstance(member, type) else (object, "")
-    kind, what = _KINDS.get(origin or member, named)
+    kind, what = _KINDS.get(origin or member) or (member, f"a {member.__name__}")
     # To Python, True and False are integers, and a text is a sequence.
     odd = isinstance(value, bool) if kind in (Integral, Real) else isinstance(value, (str, bytes))
     if not isinstance(value, kind) or (odd and kind in (Integral, Real, Sequence)):
         return what
-    if kind is Mapping:
+    inside: list[tuple[str, Any, Iterable[Any]]]
+    if isinstance(value, Mapping) and arguments:
         inside = [("its keys", arguments[0], value), ("its values", arguments[1], value.values())]
     else:
         inside = [("each", arguments[0], value)] if kind is Sequence else []
@@ -282,7 +284,6 @@ class SamplingParams:
             "bad_words": (all(map(str.strip, self.bad_words or ())), "non-empty strings"),
             "min_tokens": (self.min_tokens <= most, "between 0 and max_tokens"),
             "truncate_prompt_tokens": (self.truncate_prompt_tokens != 0, "at least 1, or -1"),
-            "logits_processors": (all(map(callable, self.logits_processors or ())), "functions"),
         }
         for name, (fine, expected) in checks.items():
             if not fine:

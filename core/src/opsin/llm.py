@@ -31,7 +31,14 @@ from opsin.config import (
 )
 from opsin.engine.beam import beam_search
 from opsin.engine.engine import Engine
-from opsin.errors import BatchInterrupted, ConfigError, RequestError, RequestsFailed, require_known
+from opsin.errors import (
+    BatchInterrupted,
+    ConfigError,
+    OpsinError,
+    RequestError,
+    RequestsFailed,
+    require_known,
+)
 from opsin.inputs.chat import ChatOptions, Tool
 from opsin.inputs.feed import Feed
 from opsin.inputs.prompt import PromptInput
@@ -62,7 +69,7 @@ _FILL_WAIT_S = 0.05
 
 
 class _Prepared(NamedTuple):
-    prompt: ProcessedPrompt
+    prompt: ProcessedPrompt | RequestError
     params: _Params
 
 
@@ -432,21 +439,28 @@ class LLM:
             own = next(rest, None)
             if own is None:
                 raise ConfigError(f"there are parameters for {number} prompts, and more prompts than that")
+            if not isinstance(own, (SamplingParams, PoolingParams)):
+                raise ConfigError(f"got a {type(own).__name__} as parameters of prompt {number}")
             yield partial(self._prepare, prompt, own, options)
 
     def _prepare(self, prompt: Any, params: _Params, options: ChatOptions | None) -> _Prepared:
         frontend = self.engine.frontend
-        if options is not None:
-            prompt = frontend.renderer.render(frontend.conversation(prompt), options)
-        processed = frontend.processor.process(
-            prompt,
-            min_new_tokens=int(isinstance(params, SamplingParams)),
-            truncate=params.truncate_prompt_tokens,
-        )
+        try:
+            if options is not None:
+                prompt = frontend.renderer.render(frontend.conversation(prompt), options)
+            processed = frontend.processor.process(
+                prompt,
+                min_new_tokens=int(isinstance(params, SamplingParams)),
+                truncate=params.truncate_prompt_tokens,
+            )
+        except RequestError as error:
+            return _Prepared(error, params)
         return _Prepared(processed, params)
 
     def _stream(self, jobs: Iterator[_Job]) -> Iterator[RequestOutput]:
         prompt, params = next(jobs)()
+        if isinstance(prompt, RequestError):
+            raise prompt
         assert isinstance(params, SamplingParams)
         request_id, latest = f"stream-{next(self._ids)}", deque[Output](maxlen=1)
         self._receivers[request_id] = latest.append
@@ -516,8 +530,8 @@ class LLM:
                     break
                 self._step()
                 yield from taken()
-            for request_id, index in running.items():  # someone has called Engine.abort
-                yield index, _refused(request_id, RequestError("the request was aborted"))
+            if running:
+                raise OpsinError(f"{len(running)} requests were aborted through LLM.engine")
         except KeyboardInterrupt:
             yield from taken()
             raise
@@ -543,11 +557,13 @@ class LLM:
                 break
             index, future = ready
             request_id = f"{batch}-{index}"
+            prompt, params = future.result()
             try:
-                prompt, params = future.result()
+                if isinstance(prompt, RequestError):
+                    raise prompt
                 self.engine.add(request_id, prompt, params)
             except RequestError as error:
-                yield index, _refused(request_id, error)
+                yield index, _refused(request_id, error, params)
             else:
                 room -= len(prompt.token_ids)
                 running[request_id] = index
@@ -593,8 +609,10 @@ def _one_each(prompts: Iterable[object], given: T | Iterable[T], kind: type[T], 
         raise ConfigError(
             f"{name} is a {type(given).__name__}; expected {kind.__name__}, or one for each prompt"
         )
-    if isinstance(given, Sized) and isinstance(prompts, Sized) and len(given) != len(prompts):
-        raise ConfigError(f"{len(given)} {name} for {len(prompts)} prompts; pass one, or one for each")
+    both: list[object] = [given, prompts]
+    sizes = [len(values) for values in both if isinstance(values, Sized)]
+    if len(set(sizes)) == 2:
+        raise ConfigError(f"{sizes[0]} {name} for {sizes[1]} prompts; pass one, or one for each")
     return given
 
 
@@ -636,9 +654,11 @@ def _score(one: PoolingRequestOutput, two: PoolingRequestOutput) -> ScoringReque
     return ScoringRequestOutput(two.request_id, ScoringOutput(similarity), ids, True)
 
 
-def _refused(request_id: str, error: RequestError) -> RequestOutput:
+def _refused(request_id: str, error: RequestError, params: _Params) -> Output:
     """The output of a prompt that never reached the engine."""
     metrics = RequestMetrics(time.monotonic())
+    if isinstance(params, PoolingParams):
+        return PoolingRequestOutput(request_id, None, [], None, True, metrics, error)
     return RequestOutput(request_id, None, [], None, FailedOutputs(error), True, metrics, error)
 
 
