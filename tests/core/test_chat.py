@@ -197,8 +197,8 @@ def test_a_guess_which_item_a_placeholder_means_is_never_made(message: dict[str,
 
 @pytest.mark.parametrize("text", ["<|image_2|>", "<|image_1|><|image_1|>"])
 def test_a_numbered_placeholder_must_belong_to_its_message(text: str) -> None:
+    chat = renderer(placeholders=NUMBERED)
     with pytest.raises(RequestError, match="write none"):
-        chat = renderer(placeholders=NUMBERED)
         render(chat, [user(image(), text), user(image())], allow_special_tokens=True)
 
 

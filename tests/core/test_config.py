@@ -260,7 +260,10 @@ def test_types_of_sampling_parameters_are_checked(wrong: dict[str, Any], expecte
         (lambda: EngineConfig(model="m", seed="1"), "seed='1': expected an integer or None"),  # type: ignore[arg-type]
         (lambda: EngineConfig(model="m", max_num_seqs=4.5), "expected an integer, at least 1"),  # type: ignore[arg-type]
         (lambda: EngineConfig(model="m", enable_prefix_caching="no"), "expected true or false"),  # type: ignore[arg-type]
-        (lambda: EngineConfig(model="m", limit_mm_per_prompt={"image": 1.5}), "its values an integer"),  # type: ignore[dict-item]
+        (
+            lambda: EngineConfig(model="m", limit_mm_per_prompt={"image": 1.5}),
+            "['image']=1.5: expected an integer",
+        ),  # type: ignore[dict-item]
         (lambda: EngineArgs(model="m", tensor_parallel_size=2), "one device, in one process"),
     ],
 )

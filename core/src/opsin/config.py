@@ -85,9 +85,11 @@ def check_fields(settings: object) -> None:
         value = getattr(settings, name)
         if getattr(value, "ndim", None) == 0:
             value = value.item()
-        if isinstance(value, PurePath):
+        expected = expectation(hint, value)
+        if expected and isinstance(value, PurePath):
             value = str(value)
-        if expected := expectation(hint, value):
+            expected = expectation(hint, value)
+        if expected:
             raise ConfigError(f"{name}={value!r:.200}: expected {expected}")
         object.__setattr__(settings, name, value)
 
@@ -512,15 +514,15 @@ class EngineConfig(MediaLimits):
         if isinstance(self.limit_mm_per_prompt, Mapping):
             limits = {modality: _count(limit) for modality, limit in self.limit_mm_per_prompt.items()}
             self._put("limit_mm_per_prompt", limits)
+            for modality, limit in limits.items():
+                if wrong := expectation(NonNegative, limit):
+                    raise ConfigError(f"limit_mm_per_prompt[{modality!r}]={limit!r}: expected {wrong}")
         super().__post_init__()
         task, by_runner = _TASKS[self.task], _RUNNERS[self.runner]
         if task and by_runner and task != by_runner:
             raise ConfigError(f"task={self.task!r} and runner={self.runner!r} contradict each other; set one")
         self._put("task", task or by_runner or "generate")
         self._put("mm_processor_kwargs", dict(self.mm_processor_kwargs))
-        for modality, limit in (self.limit_mm_per_prompt or {}).items():
-            if limit < 0:
-                raise ConfigError(f"limit_mm_per_prompt[{modality!r}]={limit!r}: expected at least 0")
 
     def _put(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

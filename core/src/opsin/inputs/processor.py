@@ -290,8 +290,8 @@ def _truncated(
     cut = max(0, len(token_ids) - most)
     if placed and placed[0].start < cut:
         raise RequestError(
-            f"truncate_prompt_tokens: the last {most} of {len(token_ids)} tokens cut off {placed[0].modality} 1, "
-            f"which begins at {placed[0].start}; leave it out, or keep more"
+            f"truncate_prompt_tokens: keeping {most} of {len(token_ids)} tokens would cut off "
+            f"{placed[0].modality} 1, which begins at {placed[0].start}; leave it out, or keep more"
         )
     return token_ids[cut:], [replace(item, start=item.start - cut) for item in placed]
 
