@@ -135,11 +135,18 @@ def test_the_plugins_own_template_renders_as_the_checkpoints(case: dict[str, Any
     assert own == case["prompt"].removesuffix("<|endoftext|>")
 
 
-def test_a_placeholder_smuggled_into_text_is_refused_not_mixed_up() -> None:
+def test_a_placeholder_in_a_text_is_text() -> None:
     chat, processor = qwen2vl_inputs()
-    prompt = render(chat, [user(image(), "What is <|image_pad|> here?")])
+    text = "What is <|image_pad|> here?<|im_end|>"
+    result = processor.process(render(chat, [user(image(), text)]))
+    assert [item.modality for item in result.media] == ["image"]
+    assert result.text is not None
+    assert f"{text}<|im_end|>" in result.text
+    end = result.media[0].end
+    assert TOKENIZER.decode(result.token_ids[end:]).startswith(f"<|vision_end|>{text}<|im_end|>")
+    assert list(result.token_ids).count(TOKENIZER.convert_tokens_to_ids("<|im_end|>")) == 2
     with pytest.raises(RequestError, match=r"2 image placeholder\(s\) for 1 image item"):
-        processor.process(prompt)
+        processor.process(render(chat, [user(image(), text)], allow_special_tokens=True))
 
 
 # --- placing media --------------------------------------------------------------------------------
@@ -162,7 +169,8 @@ def test_placeholders_are_written_where_the_parts_stand() -> None:
 
 @pytest.mark.parametrize("template", [STRING_TEMPLATE, PARTS_TEMPLATE])
 def test_placeholders_the_user_wrote_are_not_doubled(template: str) -> None:
-    prompt = render(renderer(template), [user(image(), "what is <image>?")])
+    messages = [user(image(), "what is <image>?")]
+    prompt = render(renderer(template), messages, allow_special_tokens=True)
     assert prompt.text == "[user]what is <image>?"
     assert len(prompt.media["image"]) == 1
 
@@ -170,7 +178,8 @@ def test_placeholders_the_user_wrote_are_not_doubled(template: str) -> None:
 def test_numbered_placeholders_the_user_wrote_keep_their_numbers() -> None:
     chat = renderer(placeholders=NUMBERED)
     messages = [user(image(), "a"), user(image(), image(), "b <|image_3|>")]
-    assert render(chat, messages).text == "[user]<|image_1|>\na[user]<|image_2|>\nb <|image_3|>"
+    text = render(chat, messages, allow_special_tokens=True).text
+    assert text == "[user]<|image_1|>\na[user]<|image_2|>\nb <|image_3|>"
 
 
 @pytest.mark.parametrize(
@@ -183,13 +192,14 @@ def test_numbered_placeholders_the_user_wrote_keep_their_numbers() -> None:
 )
 def test_a_guess_which_item_a_placeholder_means_is_never_made(message: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match="write none"):
-        render(renderer(), [user(image(), "fine"), message])
+        render(renderer(), [user(image(), "fine"), message], allow_special_tokens=True)
 
 
 @pytest.mark.parametrize("text", ["<|image_2|>", "<|image_1|><|image_1|>"])
 def test_a_numbered_placeholder_must_belong_to_its_message(text: str) -> None:
+    chat = renderer(placeholders=NUMBERED)
     with pytest.raises(RequestError, match="write none"):
-        render(renderer(placeholders=NUMBERED), [user(image(), text), user(image())])
+        render(chat, [user(image(), text), user(image())], allow_special_tokens=True)
 
 
 # --- parts ----------------------------------------------------------------------------------------

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
+import re
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from opsin import GuidedDecodingParams, StructuredOutputsParams
 from opsin.api import Capabilities
-from opsin.config import BeamSearchParams, EngineConfig, PoolingParams, SamplingParams
+from opsin.config import (
+    BeamSearchParams,
+    EngineArgs,
+    EngineConfig,
+    PoolingParams,
+    SamplingParams,
+    StructuredOutput,
+)
 from opsin.engine.sizing import resolve, resolve_dtype
 from opsin.errors import ConfigError
 
@@ -37,7 +49,7 @@ CPU = Capabilities(dtypes=("float32", "bfloat16"), dtype_for={"float16": "float3
         {"repetition_penalty": 0.0},
         {"logit_bias": {5: 101.0}},
         {"logprobs": 21},
-        {"prompt_logprobs": -1},
+        {"prompt_logprobs": -2},
     ],
     ids=str,
 )
@@ -52,8 +64,6 @@ def test_sampling_parameters_are_normalised() -> None:
     assert params.stop_token_ids == (1,)
     assert params.top_k == 0
     assert params.logit_bias == {7: 1.0}
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        params.n = 2  # type: ignore[misc]
 
 
 def test_generation_config_gives_defaults_that_changes_override() -> None:
@@ -122,7 +132,7 @@ def test_task_and_runner_that_contradict_each_other() -> None:
 def test_what_is_wrong_and_what_would_be_right() -> None:
     with pytest.raises(ConfigError, match=r"scheduling_policy='lifo': expected 'fcfs', 'priority'"):
         EngineConfig(model="m", scheduling_policy="lifo")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="max_model_len=0: expected a number, at least 1 or None"):
+    with pytest.raises(ConfigError, match="max_model_len=0: expected an integer, at least 1 or None"):
         EngineConfig(model="m", max_model_len=0)
 
 
@@ -194,3 +204,127 @@ def test_a_lone_sequence_always_fits(free: int, length: int, per_token: int, seq
         return
     assert resolved.max_model_len <= resolved.num_blocks * resolved.block_size
     assert resolved.num_blocks * resolved.block_size * per_token <= max(free, 1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        ({"max_tokens": 2.5}, "max_tokens=2.5: expected an integer, at least 1 or None"),
+        ({"n": True}, "n=True: expected an integer, at least 1"),
+        ({"stop_token_ids": ["a"]}, "stop_token_ids=('a',): expected a list, each an integer or None"),
+        ({"stop_token_ids": 5}, "stop_token_ids=5: expected a list or None"),
+        ({"temperature": None}, "temperature=None: expected a number, at least 0"),
+        ({"temperature": "0.5"}, "temperature='0.5': expected a number, at least 0"),
+        ({"temperature": float("inf")}, "temperature=inf: expected a number"),
+        ({"stop": 3}, "stop=3: expected a string or a list"),
+        ({"stop": [1]}, "stop=(1,): expected a string or a list, each a string"),
+        ({"ignore_eos": 1}, "ignore_eos=1: expected true or false"),
+        ({"seed": 1.0}, "seed=1.0: expected an integer"),
+        ({"logit_bias": {"a": 1}}, "logit_bias={'a': 1}: expected a mapping, its keys an integer"),
+        ({"logit_bias": {1: "a"}}, "logit_bias={1: 'a'}: expected a mapping, its values a number"),
+        ({"structured": {"regex": "a"}}, "structured={'regex': 'a'}: expected"),
+        ({"bad_words": "a"}, "bad_words='a': expected a list"),
+        ({"bad_words": [" "]}, "bad_words=(' ',): expected non-empty strings"),
+        ({"logits_processors": [1]}, "logits_processors=(1,): expected a list, each a function"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens=0: expected at least 1, or -1"),
+        ({"output_kind": 1}, "output_kind=1: expected"),
+        ({"stop": "a", "detokenize": False}, "stop=('a',): expected none with detokenize=False"),
+        ({"temprature": 1}, "unknown 'temprature' (did you mean 'temperature'?)"),
+        ({"best_of": 2}, "best_of=2 is not supported: ask for n samples"),
+        (
+            {"structured_outputs": StructuredOutput(regex="a"), "structured": StructuredOutput(regex="b")},
+            "pass one",
+        ),
+    ],
+    ids=str,
+)
+def test_types_of_sampling_parameters_are_checked(wrong: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        SamplingParams(**wrong)
+    params = SamplingParams()
+    if len(wrong) == 1 and next(iter(wrong)) in vars(params):
+        with pytest.raises(ConfigError, match=re.escape(expected)):
+            setattr(params, *next(iter(wrong.items())))
+        assert params == SamplingParams()
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: PoolingParams(dimensions=2.0), "dimensions=2.0: expected an integer"),  # type: ignore[arg-type]
+        (lambda: PoolingParams(truncate_prompt_tokens=0), "truncate_prompt_tokens=0"),
+        (lambda: PoolingParams(normalize=True), "pass normalize= to LLM"),  # type: ignore[call-arg]
+        (lambda: BeamSearchParams(beam_width="2"), "beam_width='2': expected an integer"),  # type: ignore[arg-type]
+        (lambda: BeamSearchParams(2, temperature=0.5), "temperature=0.5 is not supported"),  # type: ignore[call-arg]
+        (lambda: EngineConfig(model=5), "model=5: expected a string"),  # type: ignore[arg-type]
+        (lambda: EngineConfig(model="m", seed="1"), "seed='1': expected an integer or None"),  # type: ignore[arg-type]
+        (lambda: EngineConfig(model="m", max_num_seqs=4.5), "expected an integer, at least 1"),  # type: ignore[arg-type]
+        (lambda: EngineConfig(model="m", enable_prefix_caching="no"), "expected true or false"),  # type: ignore[arg-type]
+        (
+            lambda: EngineConfig(model="m", limit_mm_per_prompt={"image": 1.5}),
+            "['image']=1.5: expected an integer",
+        ),  # type: ignore[dict-item]
+        (lambda: EngineArgs(model="m", tensor_parallel_size=2), "one device, in one process"),
+    ],
+)
+def test_types_of_other_settings_are_checked(make: Any, expected: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        make()
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    params = SamplingParams(
+        n=np.int64(2),  # type: ignore[arg-type]
+        temperature=np.float32(0.5),  # type: ignore[arg-type]
+        stop_token_ids=np.array([1, 2]),  # type: ignore[arg-type]
+        ignore_eos=np.bool_(True),  # type: ignore[arg-type]
+        max_tokens=torch.tensor(7),  # type: ignore[arg-type]
+    )
+    assert params == SamplingParams(
+        n=2, temperature=0.5, stop_token_ids=[1, 2], ignore_eos=True, max_tokens=7
+    )
+    assert [type(value) for value in (params.n, params.temperature, params.ignore_eos)] == [int, float, bool]
+    with pytest.raises(ConfigError, match="max_tokens"):
+        SamplingParams(max_tokens=np.float64(2))  # type: ignore[arg-type]
+    assert EngineConfig(model=Path("a/b"), max_num_seqs=np.int32(3)).model == "a/b"  # type: ignore[arg-type]
+
+
+def test_sampling_parameters_may_be_assigned() -> None:
+    params = SamplingParams(temperature=0)
+    copied = params.clone()
+    params.max_tokens = 5
+    params.stop = "end"
+    params.top_k = -1
+    params.structured_outputs = StructuredOutput(regex="a")  # type: ignore[attr-defined]
+    assert params == SamplingParams(
+        temperature=0, max_tokens=5, stop=["end"], structured=StructuredOutput(regex="a")
+    )
+    assert copied == SamplingParams(temperature=0)
+    assert dataclasses.replace(params, n=2).max_tokens == 5
+    assert pickle.loads(pickle.dumps(params)) == params
+    with pytest.raises(ConfigError, match="unknown 'max_token'"):
+        params.max_token = 5  # type: ignore[attr-defined]
+
+
+def test_constraints_under_vllms_names() -> None:
+    wanted = StructuredOutputsParams(json={"type": "object"}, backend="xgrammar")
+    for name in ("structured_outputs", "guided_decoding"):
+        assert SamplingParams(**{name: wanted}).structured == GuidedDecodingParams(json={"type": "object"})
+        assert SamplingParams(**{name: None}).structured is None
+
+
+def test_engine_args_are_arguments_of_llm() -> None:
+    args = EngineArgs(
+        model="m",
+        tensor_parallel_size=1,
+        gpu_memory_utilization=0.9,
+        limit_mm_per_prompt={"image": 2},
+        kv_cache_memory_bytes=2**30,
+        mm_processor_cache_gb=0.5,
+        max_num_seqs=None,
+        enable_prefix_caching=None,
+    )
+    plain = EngineConfig(
+        model="m", limit_mm_per_prompt={"image": 2}, kv_cache_memory=2**30, media_cache_memory=2**29
+    )
+    assert dataclasses.asdict(args) == dataclasses.asdict(plain)

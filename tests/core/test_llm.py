@@ -4,20 +4,37 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+import os
+import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from opsin import LLM, BeamSearchParams, PoolingParams, RequestOutput, SamplingParams
+from opsin import (
+    LLM,
+    BatchInterrupted,
+    BeamSearchParams,
+    PoolingParams,
+    RequestOutput,
+    RequestOutputKind,
+    SamplingParams,
+)
+from opsin.api import ProcessedPrompt
 from opsin.engine.runner import Runner
+from opsin.engine.sampler import sample
+from opsin.engine.sequence import Sequence
 from opsin.errors import ConfigError, RequestError, RequestsFailed
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MODEL = str(GOLDEN / "qwen2vl" / "model")
+PICTURE = str(GOLDEN / "images" / "astronaut_96x96.png")
 MARK = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
@@ -298,3 +315,365 @@ def test_a_step_that_is_tried_again_adds_nothing_to_a_mean_twice(monkeypatch: py
         assert one is not None
         assert other is not None
         assert torch.allclose(one.data, other.data, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------
+# Batches lose nothing
+# --------------------------------------------------------------------------------------------------
+
+SHORT = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+PROMPTS = ["one", "two and a half", "three", "four is more", "five"]
+
+
+def ids_of(outputs: Any) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def test_iterators_of_prompts_give_what_lists_give(llm: LLM) -> None:
+    expected = ids_of(llm.generate(PROMPTS, SHORT, use_tqdm=False))
+    assert ids_of(llm.generate((prompt for prompt in PROMPTS), SHORT, use_tqdm=False)) == expected
+    assert ids_of(llm.generate(iter(PROMPTS), iter([SHORT] * 5), use_tqdm=False)) == expected
+    assert ids_of(llm.generate(dict.fromkeys(PROMPTS).keys(), SHORT, use_tqdm=False)) == expected
+    vectors = [
+        output.outputs.embedding for output in llm.embed(iter(PROMPTS), use_tqdm=False) if output.outputs
+    ]
+    assert vectors == [o.outputs.embedding for o in llm.embed(PROMPTS, use_tqdm=False) if o.outputs]
+    said = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    answers = ids_of(llm.chat(said, SHORT, use_tqdm=False))
+    assert ids_of(llm.chat(iter(said), SHORT, use_tqdm=False)) == answers
+    assert ids_of(llm.chat(iter(said[0]), SHORT, use_tqdm=False)) == answers[:1]
+    assert llm.generate([], use_tqdm=False) == llm.generate(iter([]), use_tqdm=False) == []
+    assert llm.chat(iter([]), use_tqdm=False) == []
+
+
+def test_iterators_are_read_while_others_are_answered(llm: LLM) -> None:
+    read: list[int] = []
+
+    def prompts() -> Iterator[str]:
+        for number in range(400):
+            read.append(number)
+            yield f"prompt {number}"
+
+    found = llm.generate_iter(prompts(), SHORT)
+    first = next(found)
+    assert len(read) < 400, "not all are read before the first is answered"
+    rest = dict([first, *found])
+    assert sorted(rest) == list(range(400))
+    assert not llm.engine.has_unfinished()
+    assert not llm._receivers
+
+
+@pytest.mark.parametrize(
+    "make", [list, tuple, np.array, torch.tensor, lambda ids: np.array(ids, dtype=np.int32)]
+)
+def test_token_ids_in_any_form(llm: LLM, make: Any) -> None:
+    one, two = [5, 6, 7], [8, 9, 10]
+    expected = ids_of(llm.generate([one, two], SHORT, use_tqdm=False))
+    assert ids_of(llm.generate(make(one), SHORT, use_tqdm=False)) == expected[:1]
+    assert ids_of(llm.generate([make(one), make(two)], SHORT, use_tqdm=False)) == expected
+    assert ids_of(llm.generate(make([one, two]), SHORT, use_tqdm=False)) == expected
+    assert ids_of(llm.generate({"prompt_token_ids": make(one)}, SHORT, use_tqdm=False)) == expected[:1]
+
+
+def test_what_is_no_prompt_is_refused(llm: LLM) -> None:
+    for wrong in (np.array([1.5]), b"bytes", [[1.5]]):
+        with pytest.raises(RequestError, match="expected a text, a list of token ids"):
+            llm.generate(wrong, SHORT, use_tqdm=False)  # type: ignore[arg-type]
+    for wrong in (5, None):
+        with pytest.raises(ConfigError, match="expected a prompt, or several"):
+            llm.generate(wrong, SHORT, use_tqdm=False)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="there are parameters for 2 prompts"):
+        llm.generate(iter(PROMPTS), [SHORT, SHORT], use_tqdm=False)
+    with pytest.raises(ConfigError, match="sampling_params is a int"):
+        llm.generate(PROMPTS, 5, use_tqdm=False)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="got a str as parameters of prompt 0"):
+        llm.generate("a", ["greedy"], use_tqdm=False)  # type: ignore[list-item]
+    assert not llm.engine.has_unfinished()
+
+
+def test_iter_methods_yield_as_completed_with_the_index(llm: LLM) -> None:
+    lengths = [9, 3, 6]
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in lengths]
+    order = [
+        (index, len(output.outputs[0].token_ids)) for index, output in llm.generate_iter(["a"] * 3, params)
+    ]
+    assert order == [(1, 3), (2, 6), (0, 9)]
+    asked = [[{"role": "user", "content": "a"}]] * 3
+    assert [index for index, _ in llm.chat_iter(asked, params, add_generation_prompt=True)] == [1, 2, 0]
+    embedded = {index: output.outputs for index, output in llm.embed_iter(PROMPTS)}
+    assert sorted(embedded) == [0, 1, 2, 3, 4]
+    failed = dict(llm.generate_iter(["a", {"prompt": MARK}], SHORT))
+    assert failed[0].error is None
+    assert failed[1].error is not None
+    with pytest.raises(ConfigError, match="unknown 'add_generation_promt'"):
+        llm.chat_iter(asked, params, add_generation_promt=True)
+
+
+def test_leaving_an_iteration_early_ends_what_is_left(llm: LLM) -> None:
+    found = llm.generate_iter(PROMPTS, SHORT)
+    next(found)
+    found.close()  # type: ignore[attr-defined]
+    assert not llm.engine.has_unfinished()
+    assert llm.engine.stats().kv_blocks_used == 0
+    assert not llm._receivers
+
+
+def test_calls_within_an_iteration_lose_nothing(llm: LLM) -> None:
+    expected = ids_of(llm.generate(PROMPTS, SHORT, use_tqdm=False))
+
+    def beams() -> list[list[int]]:
+        [found] = llm.beam_search("two", BeamSearchParams(beam_width=2, max_tokens=3))
+        return [beam.tokens for beam in found.sequences]
+
+    best = beams()
+    streamed = list(llm.stream("one", SHORT))[-1].outputs
+    found: dict[int, list[int]] = {}
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (4, 9, 10, 11, 12)]
+    for index, output in llm.generate_iter(PROMPTS, params):
+        found[index] = output.outputs[0].token_ids[:4]
+        assert ids_of(llm.generate(["three"], SHORT, use_tqdm=False)) == [expected[2]]
+        assert beams() == best
+        assert list(llm.stream("one", SHORT))[-1].outputs == streamed
+    assert [found[index] for index in range(5)] == expected
+
+
+def test_ctrl_c_gives_what_is_finished(llm: LLM) -> None:
+    def interrupt(ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+        if len(ids) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return logits
+
+    params = [SHORT, SamplingParams(temperature=0, max_tokens=9, ignore_eos=True), SHORT]
+    params[1].logits_processors = [interrupt]
+    with pytest.raises(BatchInterrupted) as caught:
+        llm.generate(["a", "b", "c"], params, use_tqdm=False)
+    assert isinstance(caught.value, KeyboardInterrupt)
+    assert sorted(caught.value.outputs) == [0, 2]
+    assert all(output.finished for output in caught.value.outputs.values())
+    assert not llm.engine.has_unfinished()
+    assert llm.engine.stats().kv_blocks_used == 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert len(run(llm).outputs[0].token_ids) == 12, "the engine goes on"
+
+
+def test_a_failed_item_names_its_file_and_raises_why(llm: LLM, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    prompts = ["fine", {"prompt": MARK * 2, "multi_modal_data": {"image": [PICTURE, str(broken)]}}]
+    with pytest.raises(RequestsFailed, match=r"request 1: image 2 \('.*broken.png'\): ") as caught:
+        llm.generate(prompts, SHORT, use_tqdm=False)
+    good, bad = caught.value.outputs
+    assert good.outputs[0].finished()
+    with pytest.raises(RequestError, match="broken.png"):
+        _ = bad.outputs[0].text
+    assert list(bad.outputs) == []
+    picture = Image.open(PICTURE)
+    said = [{"role": "user", "content": [{"type": "image", "image": broken}]}]
+    with pytest.raises(RequestError, match=r"messages\[0\].content\[0\] \('.*broken.png'\)"):
+        llm.chat(said, SHORT, use_tqdm=False)
+    [failed] = llm.embed(
+        {"prompt": MARK * 2, "multi_modal_data": {"image": picture}}, use_tqdm=False, on_error="return"
+    )
+    assert failed.error is not None
+    assert failed.outputs is None
+
+
+@pytest.mark.parametrize("hook", ["map", "expand", "positions"])
+def test_a_bug_in_a_plugin_fails_its_request_alone(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, hook: str
+) -> None:
+    def bug(*_: Any) -> Any:
+        raise KeyError("grid")
+
+    processor = llm.engine.frontend.processor
+    if hook == "map":
+        monkeypatch.setattr(processor.mappers["image"], "map", bug)
+    elif hook == "expand":
+        placeholders = {m: replace(p, expand=bug) for m, p in processor.placeholders.items()}
+        monkeypatch.setattr(processor, "placeholders", placeholders)
+    else:
+        positions = processor.model_spec.positions
+        assert positions is not None
+        spec = replace(
+            processor.model_spec,
+            positions=lambda config, ids, media: bug() if media else positions(config, ids, media),
+        )
+        monkeypatch.setattr(processor, "model_spec", spec)
+    picture = Image.new("RGB", (61, 35), {"map": "red", "expand": "green", "positions": "blue"}[hook])
+    bad = {"prompt": MARK, "multi_modal_data": {"image": picture}}
+    good, failed = llm.generate(["fine", bad], SHORT, use_tqdm=False, on_error="return")
+    assert good.error is None
+    where = "" if hook == "positions" else "image 1: "
+    expected = f"{where}{hook}: the plugin of Qwen2VLForConditionalGeneration failed with KeyError: 'grid'"
+    assert str(failed.error) == expected
+
+
+def test_a_model_for_embeddings_gives_no_answers() -> None:
+    with LLM(MODEL, dtype="float32", kv_cache_memory=2**20, task="embed") as embedder:
+        for call in (embedder.generate, embedder.generate_iter, embedder.stream):
+            with pytest.raises(ConfigError, match=r'loaded for embeddings; load it with task="generate"'):
+                call("a")
+        for ask in (embedder.chat, embedder.chat_iter, embedder.stream_chat):
+            with pytest.raises(ConfigError, match="loaded for embeddings"):
+                ask(ASK)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="loaded for embeddings"):
+            embedder.beam_search("a", BeamSearchParams(2))
+        [one, other] = embedder.score("a cat", ["a cat", "a dog"], use_tqdm=False)
+        assert one.outputs.score == pytest.approx(1, abs=1e-5)
+        assert other.outputs.score < 0.9999
+        assert len(embedder.score(["a", "b"], ["c", "d"], use_tqdm=False)) == 2
+        with pytest.raises(ConfigError, match="2 and 3 prompts"):
+            embedder.score(["a", "b"], ["c", "d", "e"])
+
+
+# --------------------------------------------------------------------------------------------------
+# vLLM's parameters
+# --------------------------------------------------------------------------------------------------
+
+
+def test_allowed_and_bad_tokens(llm: LLM) -> None:
+    ids = run(llm).outputs[0].token_ids
+    allowed = sorted({*range(40, 60)} - {ids[0]})
+    assert set(run(llm, allowed_token_ids=allowed).outputs[0].token_ids) <= set(allowed)
+    assert set(run(llm, allowed_token_ids=allowed, temperature=2.0, seed=1).outputs[0].token_ids) <= set(
+        allowed
+    )
+    bare, spaced = (llm.get_tokenizer().encode(word, add_special_tokens=False) for word in ("he", " he"))
+    assert len(bare) == len(spaced) == 1
+    for [token] in (bare, spaced):
+        assert set(run(llm, logit_bias={token: 100}).outputs[0].token_ids) == {token}
+        assert token not in run(llm, logit_bias={token: 100}, bad_words=["he"]).outputs[0].token_ids
+    with pytest.raises(RequestError, match="allowed_token_ids has token id 100000"):
+        run(llm, allowed_token_ids=[100000])
+
+
+def test_bad_words_of_several_tokens_forbid_the_last_only(llm: LLM) -> None:
+    prompt, params = ProcessedPrompt(token_ids=[1, 2, 3]), SamplingParams(temperature=0)
+
+    def best(*generated: int) -> Any:
+        sequence = Sequence(0, "a", 0, prompt, params, bad_words=[[4, 5, 6], [7]])
+        sequence.token_ids += generated
+        [token] = sample(torch.tensor([[0.0, 1, 0, 0, 0, 0, 9, 10]]), [sequence])
+        return token
+
+    assert best().token_id == 6
+    assert best(4, 5).token_id == 1
+    assert best(5).token_id == 6
+    assert best(4).token_id == 6
+
+
+def test_logits_processors(llm: LLM) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def only(prompt: list[int], output: list[int], logits: torch.Tensor) -> torch.Tensor:
+        seen.append((len(prompt), len(output)))
+        forced = torch.full_like(logits, float("-inf"))
+        forced[70 + len(output)] = 0
+        return forced
+
+    params = {"logits_processors": [only], "max_tokens": 3}
+    assert run(llm, [5, 6, 7, 8], **params).outputs[0].token_ids == [70, 71, 72]
+    assert seen == [(4, 0), (4, 1), (4, 2)]
+    twice = run(llm, logits_processors=[lambda ids, logits: -logits, lambda ids, logits: -logits])
+    assert twice.outputs[0].token_ids == run(llm).outputs[0].token_ids
+    for wrong in (lambda ids, logits: 1 / 0, lambda ids, logits: logits[:3], lambda ids, logits: None):
+        good, bad = llm.generate(
+            ["a", "b"], [SHORT, replace(SHORT, logits_processors=[wrong])], use_tqdm=False, on_error="return"
+        )
+        assert good.error is None
+        assert "logits_processors: test_logits_processors.<locals>.<lambda> failed" in str(bad.error)
+
+
+def test_all_logprobs(llm: LLM) -> None:
+    output = run(llm, logprobs=-1, prompt_logprobs=-1, max_tokens=2)
+    size = llm.engine.info.vocab_size
+    assert output.outputs[0].logprobs is not None
+    assert [len(entries) for entries in output.outputs[0].logprobs] == [size, size]
+    total = sum(math.exp(entry.logprob) for entry in output.outputs[0].logprobs[0].values())
+    assert total == pytest.approx(1, abs=1e-4)
+    assert output.prompt_logprobs is not None
+    assert all(entries is None or len(entries) == size for entries in output.prompt_logprobs)
+
+
+def test_the_prompts_end_can_be_kept(llm: LLM) -> None:
+    ids = list(range(100, 130))
+    assert run(llm, ids, truncate_prompt_tokens=5).prompt_token_ids == ids[-5:]
+    assert run(llm, ids, truncate_prompt_tokens=-1).prompt_token_ids == ids
+    long = list(range(50, 60)) * 1000
+    assert len(run(llm, long, truncate_prompt_tokens=-1, max_tokens=1).prompt_token_ids) == 2047
+    [embedded] = llm.embed(long, use_tqdm=False, truncate_prompt_tokens=7)
+    assert list(embedded.prompt_token_ids) == long[-7:]
+    picture = {"multi_modal_data": {"image": Image.open(PICTURE)}}
+    whole = run(llm, {"prompt": f"before {MARK} after", **picture})
+    cut = run(llm, {"prompt": f"before {MARK} after", **picture}, truncate_prompt_tokens=14)
+    assert cut.prompt_token_ids == whole.prompt_token_ids[-14:]
+    alone = run(llm, {"prompt": f"{MARK} after", **picture})
+    assert cut.prompt_token_ids == alone.prompt_token_ids[-14:]
+    with pytest.raises(RequestError, match="would cut off image 1"):
+        run(llm, {"prompt": f"before {MARK} after", **picture}, truncate_prompt_tokens=5)
+
+
+def test_no_text_if_none_is_wanted(llm: LLM) -> None:
+    output = run(llm, detokenize=False).outputs[0]
+    assert output.text == ""
+    assert output.token_ids == run(llm).outputs[0].token_ids
+
+
+def test_kinds_of_output_of_a_stream(llm: LLM) -> None:
+    def stream(kind: RequestOutputKind) -> list[RequestOutput]:
+        params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, output_kind=kind, logprobs=0)
+        return list(llm.stream("Hello there", params))
+
+    whole = stream(RequestOutputKind.CUMULATIVE)[-1].outputs[0]
+    new = [output.outputs[0] for output in stream(RequestOutputKind.DELTA)]
+    assert [len(output.token_ids) for output in new] == [1] * 9
+    assert "".join(output.text for output in new) == whole.text
+    assert [token for output in new for token in output.token_ids] == whole.token_ids
+    assert [entry for output in new for entry in output.logprobs or ()] == whole.logprobs
+    [only] = stream(RequestOutputKind.FINAL_ONLY)
+    assert only.outputs[0] == whole
+    [batch] = llm.generate("Hello there", SamplingParams(output_kind=RequestOutputKind.DELTA, max_tokens=3))
+    assert len(batch.outputs[0].token_ids) == 3, "a batch gives all of it"
+
+
+def test_a_request_keeps_the_parameters_it_came_with(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    found = llm.stream("a", params)
+    next(found)
+    params.max_tokens = 2
+    assert len(list(found)[-1].outputs[0].token_ids) == 5
+
+
+def test_priorities_are_given_one_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM(
+        MODEL, dtype="float32", kv_cache_memory=2**20, max_num_seqs=1, scheduling_policy="priority"
+    ) as ranked:
+        added: list[tuple[str, int]] = []
+        add = ranked.engine.add
+
+        def note(request_id: str, prompt: Any, params: Any) -> None:
+            added.append((request_id, params.priority))
+            add(request_id, prompt, params)
+
+        monkeypatch.setattr(ranked.engine, "add", note)
+        list(ranked.generate_iter(["a", "b"], SHORT, priority=[3, 2]))
+        ranked.generate(["a", "b"], SHORT, use_tqdm=False, priority=5)
+        ranked.chat(ASK, SHORT, use_tqdm=False, priority=iter([7]))
+        assert added == [("0-0", 3), ("0-1", 2), ("1-0", 5), ("1-1", 5), ("2-0", 7)]
+    with pytest.raises(ConfigError, match="1 priority for 2 prompts"):
+        ranked.generate(["a", "b"], SHORT, priority=[1])
+
+
+def test_metrics_and_the_prefix_cache(llm: LLM) -> None:
+    ids = list(range(200, 264))
+    assert llm.reset_prefix_cache()
+    assert run(llm, ids).num_cached_tokens == 0
+    assert run(llm, ids).num_cached_tokens > 0
+    assert llm.reset_prefix_cache()
+    assert run(llm, ids).num_cached_tokens == 0
+    metrics = {metric.name: metric.value for metric in llm.get_metrics()}
+    assert metrics["opsin:prefix_hits"] == llm.engine.stats().prefix_hits
+    found = llm.stream(ids, SHORT)
+    next(found)
+    assert not llm.reset_prefix_cache(), "a request is running"
+    list(found)

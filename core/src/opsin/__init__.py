@@ -10,40 +10,67 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from opsin.async_engine import AsyncEngine
-    from opsin.config import BeamSearchParams, EngineConfig, PoolingParams, SamplingParams
+    from opsin.config import (
+        BeamSearchParams,
+        EngineArgs,
+        EngineConfig,
+        GuidedDecodingParams,
+        PoolingParams,
+        RequestOutputKind,
+        SamplingParams,
+        StructuredOutput,
+        StructuredOutputsParams,
+    )
     from opsin.engine.engine import Engine
+    from opsin.errors import BatchInterrupted
     from opsin.hookspecs import hookimpl
     from opsin.llm import LLM
-    from opsin.results import CompletionOutput, RequestOutput
+    from opsin.results import CompletionOutput, PoolingRequestOutput, RequestOutput, ScoringRequestOutput
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "LLM",
-    "AsyncEngine",
-    "BeamSearchParams",
-    "CompletionOutput",
-    "Engine",
-    "EngineConfig",
-    "PoolingParams",
-    "RequestOutput",
-    "SamplingParams",
-    "__version__",
-    "hookimpl",
-]
 
 _HOME = {
     "LLM": "opsin.llm",
     "AsyncEngine": "opsin.async_engine",
+    "BatchInterrupted": "opsin.errors",
     "BeamSearchParams": "opsin.config",
     "CompletionOutput": "opsin.results",
     "Engine": "opsin.engine.engine",
+    "EngineArgs": "opsin.config",
     "EngineConfig": "opsin.config",
+    "GuidedDecodingParams": "opsin.config",
     "PoolingParams": "opsin.config",
+    "PoolingRequestOutput": "opsin.results",
     "RequestOutput": "opsin.results",
+    "RequestOutputKind": "opsin.config",
     "SamplingParams": "opsin.config",
+    "ScoringRequestOutput": "opsin.results",
+    "StructuredOutput": "opsin.config",
+    "StructuredOutputsParams": "opsin.config",
     "hookimpl": "opsin.hookspecs",
 }
+
+__all__ = [
+    "LLM",
+    "AsyncEngine",
+    "BatchInterrupted",
+    "BeamSearchParams",
+    "CompletionOutput",
+    "Engine",
+    "EngineArgs",
+    "EngineConfig",
+    "GuidedDecodingParams",
+    "PoolingParams",
+    "PoolingRequestOutput",
+    "RequestOutput",
+    "RequestOutputKind",
+    "SamplingParams",
+    "ScoringRequestOutput",
+    "StructuredOutput",
+    "StructuredOutputsParams",
+    "__version__",
+    "hookimpl",
+]
 
 
 def __getattr__(name: str) -> Any:

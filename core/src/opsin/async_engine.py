@@ -14,7 +14,13 @@ from contextlib import aclosing, suppress
 from typing import Any, NamedTuple, TypeVar
 
 from opsin.api import ProcessedPrompt
-from opsin.config import BeamSearchParams, EngineConfig, PoolingParams, SamplingParams
+from opsin.config import (
+    BeamSearchParams,
+    EngineConfig,
+    PoolingParams,
+    RequestOutputKind,
+    SamplingParams,
+)
 from opsin.engine.beam import BeamSearch
 from opsin.engine.engine import Engine
 from opsin.errors import OpsinError, RequestError
@@ -116,15 +122,20 @@ class AsyncEngine:
         """Load a model and start the thread."""
         return cls(Engine(config, plugins))
 
-    async def process(self, prompt: PromptInput, *, min_new_tokens: int = 1) -> ProcessedPrompt:
+    async def process(
+        self, prompt: PromptInput, *, min_new_tokens: int = 1, truncate: int | None = None
+    ) -> ProcessedPrompt:
         """Decode, map and tokenize a prompt in the pool; the event loop stays free.
+
+        The arguments are those of `PromptProcessor.process`.
 
         Raises:
             RequestError: the prompt cannot be used.
         """
         has_media = isinstance(prompt, Mapping) and prompt.get("multi_modal_data")
         run = self.prepare if has_media else self.in_pool
-        return await run(self.frontend.processor.process, prompt, min_new_tokens=min_new_tokens)
+        process = self.frontend.processor.process
+        return await run(process, prompt, min_new_tokens=min_new_tokens, truncate=truncate)
 
     async def prepare(
         self, work: Callable[..., ProcessedPrompt], *args: Any, **kwargs: Any
@@ -171,22 +182,27 @@ class AsyncEngine:
         *,
         finished_only: bool = False,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Stream a request's outputs, each with all there is so far.
+        """Stream a request's outputs, each with what `SamplingParams.output_kind` says.
 
-        A slow consumer skips intermediate outputs; with ``finished_only`` there is only the last one. Leaving
-        the iteration early (a break, a cancelled task, a closed client) aborts the request.
+        A slow consumer skips intermediate outputs (and gets what was new in them with the next one); with
+        ``finished_only`` there is only the last one. Leaving the iteration early (a break, a cancelled task,
+        a closed client) aborts the request.
 
         Raises:
             RequestError: this request cannot be served.
             OpsinError: the engine has stopped, or was closed.
         """
-        processed = prompt if isinstance(prompt, ProcessedPrompt) else await self.process(prompt)
         params = params or self.info.default_params()
+        if not isinstance(prompt, ProcessedPrompt):
+            prompt = await self.process(prompt, truncate=params.truncate_prompt_tokens)
+        kind, earlier = params.output_kind, None
+        finished_only = finished_only or kind is RequestOutputKind.FINAL_ONLY
         # Closed together with this generator, not at garbage collection: closing is what aborts the request.
-        async with aclosing(self._outputs(processed, params, request_id, finished_only)) as outputs:
+        async with aclosing(self._outputs(prompt, params, request_id, finished_only)) as outputs:
             async for output in outputs:
                 assert isinstance(output, RequestOutput)
-                yield output
+                yield output.since(earlier) if kind is RequestOutputKind.DELTA else output
+                earlier = output
 
     async def embed(
         self,
@@ -199,9 +215,10 @@ class AsyncEngine:
         Raises:
             RequestError, OpsinError: as in `generate`.
         """
+        params = params or PoolingParams()
         if not isinstance(prompt, ProcessedPrompt):
-            prompt = await self.process(prompt, min_new_tokens=0)
-        output = await self._last(prompt, params or PoolingParams(), request_id)
+            prompt = await self.process(prompt, min_new_tokens=0, truncate=params.truncate_prompt_tokens)
+        output = await self._last(prompt, params, request_id)
         assert isinstance(output, PoolingRequestOutput)
         return output
 

@@ -1,22 +1,37 @@
 """What a user may set: `EngineConfig` for a model, `SamplingParams` and its siblings for a request.
 
-All of them are frozen; unknown names and impossible values are errors at construction. `LLM`, the command
+Unknown names and impossible values are errors at construction. Only `SamplingParams` may be assigned to, as
+vLLM's scripts do; a request keeps the values that it came with. `LLM`, the command
 line, the environment and the YAML file take the names, defaults and help of `EngineConfig`; the sections of
 its docstring are the topics of ``opsin serve --help``.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
-from numbers import Real
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from enum import Enum
+from functools import cache
+from numbers import Integral, Real
+from pathlib import PurePath
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from opsin.api import PoolingType
-from opsin.errors import ConfigError, MediaError
+from opsin.errors import ConfigError, MediaError, require_known
+from opsin.vllm_names import (
+    BEAM_SEARCH,
+    ENGINE,
+    POOLING,
+    SAMPLING,
+    STRUCTURED,
+    Renamed,
+    takes_vllm_names,
+    translated,
+)
 
 MAX_LOGPROBS = 20
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
@@ -24,13 +39,13 @@ INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
 @dataclass(frozen=True, repr=False)
 class Range:
-    """Bounds of a number, both included: the metadata of an ``Annotated`` type."""
+    """Bounds of a finite number, both included: the metadata of an ``Annotated`` type."""
 
     least: float
     most: float = math.inf
 
-    def __contains__(self, value: object) -> bool:
-        return isinstance(value, Real) and self.least <= float(value) <= self.most
+    def __contains__(self, value: Any) -> bool:
+        return bool(self.least <= value <= self.most and value != math.inf)
 
     def __repr__(self) -> str:
         return f"at least {self.least}" if self.most == math.inf else f"{self.least} to {self.most}"
@@ -39,35 +54,85 @@ class Range:
 Positive = Annotated[int, Range(1)]
 NonNegative = Annotated[int, Range(0)]
 
+_KINDS: Mapping[Any, tuple[Any, str]] = {
+    bool: (bool, "true or false"),
+    int: (Integral, "an integer"),
+    float: (Real, "a number"),
+    str: (str, "a string"),
+    NoneType: (NoneType, "None"),
+    Mapping: (Mapping, "a mapping"),
+    Sequence: (Sequence, "a list"),
+    Callable: (Callable, "a function"),
+    Any: (object, "anything"),
+}
+
+
+@cache
+def _hints(settings: type) -> dict[str, Any]:
+    return get_type_hints(settings, include_extras=True)
+
 
 def check_fields(settings: object) -> None:
-    """Check the fields of a dataclass whose type is a ``Literal``, a mapping or has a `Range`.
+    """Check that the fields of a dataclass have the values that their types describe.
+
+    Numbers of numpy become Python's, and paths become strings.
 
     Raises:
         ConfigError: a value is not of its field's type.
     """
-    for name, hint in get_type_hints(type(settings), include_extras=True).items():
-        if expected := expectation(hint, getattr(settings, name)):
-            raise ConfigError(f"{name}={getattr(settings, name)!r}: expected {expected}")
+    kind: Any = type(settings)
+    for name, hint in _hints(kind).items():
+        value = getattr(settings, name)
+        if getattr(value, "ndim", None) == 0:
+            value = value.item()
+        expected = expectation(hint, value)
+        if expected and isinstance(value, PurePath):
+            value = str(value)
+            expected = expectation(hint, value)
+        if expected:
+            raise ConfigError(f"{name}={value!r:.200}: expected {expected}")
+        object.__setattr__(settings, name, value)
 
 
 def expectation(hint: Any, value: Any) -> str | None:
-    """What a type accepts, where that is checked and the value is something else."""
+    """What a type accepts, where the value is something else."""
     expected = []
-    for member in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
-        if get_origin(member) is Literal:
-            fits, what = value in get_args(member), ", ".join(map(repr, get_args(member)))
-        elif get_origin(member) is Annotated:
-            bounds = member.__metadata__[0]
-            fits, what = value in bounds, f"a number, {bounds}"
-        elif get_origin(member) is Mapping:
-            fits, what = isinstance(value, Mapping), "a mapping"
-        else:
-            fits, what = member is not NoneType or value is None, "None"
-        if fits:
+    for member in _members(hint):
+        wrong = _unlike(*member, value)
+        if wrong is None:
             return None
-        expected.append(what)
-    return " or ".join(expected)
+        expected.append(wrong)
+    return " or ".join(filter(None, expected))
+
+
+@cache
+def _members(hint: Any) -> list[tuple[Any, Any, tuple[Any, ...]]]:
+    """The types of a union, or the one there is: each with its origin and arguments."""
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return [(member, get_origin(member), get_args(member)) for member in members]
+
+
+def _unlike(member: Any, origin: Any, arguments: tuple[Any, ...], value: Any) -> str | None:
+    if origin is Literal:
+        return None if value in arguments else ", ".join(map(repr, arguments))
+    if origin is Annotated:
+        fits = _unlike(arguments[0], None, (), value) is None and value in arguments[1]
+        return None if fits else f"{_KINDS[arguments[0]][1]}, {arguments[1]}"
+    kind, what = _KINDS.get(origin or member) or (member, f"a {member.__name__}")
+    # To Python, True and False are integers, and a text is a sequence.
+    odd = isinstance(value, bool) if kind in (Integral, Real) else isinstance(value, (str, bytes))
+    if not isinstance(value, kind) or (odd and kind in (Integral, Real, Sequence)):
+        return what
+    inside: list[tuple[str, Any, Iterable[Any]]]
+    if isinstance(value, Mapping) and arguments:
+        inside = [("its keys", arguments[0], value), ("its values", arguments[1], value.values())]
+    else:
+        inside = [("each", arguments[0], value)] if kind is Sequence else []
+    for which, hint, elements in inside:
+        for element in elements:
+            if wrong := expectation(hint, element):
+                return f"{what}, {which} {wrong}"
+    return None
 
 
 def parameters_of(settings: type) -> list[inspect.Parameter]:
@@ -87,6 +152,7 @@ def parameters_of(settings: type) -> list[inspect.Parameter]:
     return parameters
 
 
+@takes_vllm_names(STRUCTURED)
 @dataclass(frozen=True, kw_only=True)
 class StructuredOutput:
     """A constraint on the text of an answer. Exactly one field is set.
@@ -115,7 +181,30 @@ class StructuredOutput:
             raise ConfigError("structured output: choice needs at least one text, and none may be empty")
 
 
-@dataclass(frozen=True)
+StructuredOutputsParams = GuidedDecodingParams = StructuredOutput
+"""vLLM's names."""
+
+
+class RequestOutputKind(Enum):
+    """What each output of a stream holds: all so far, what is new, or (only the last one) all."""
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
+
+
+LogitsProcessor = Callable[..., Any]
+"""``(output_ids, logits) -> logits``, or ``(prompt_ids, output_ids, logits) -> logits``.
+
+Logits are float32 (V,), a row of the step's batch, which may be changed in place.
+"""
+
+_NumLogprobs = Annotated[int, Range(-1, MAX_LOGPROBS)]
+_Penalty = Annotated[float, Range(-2, 2)]
+
+
+@takes_vllm_names(SAMPLING)
+@dataclass
 class SamplingParams:
     """How tokens are chosen and when a request ends. Field names and meanings are vLLM's.
 
@@ -132,70 +221,89 @@ class SamplingParams:
         presence_penalty, frequency_penalty: subtracted per generated token present / per occurrence.
         repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output.
         logit_bias: token id -> added to its logit.
-        logprobs: return the log-probabilities of this many best tokens, and of the chosen one.
+        logprobs: return the log-probabilities of this many best tokens (-1: of all), and of the chosen one.
         prompt_logprobs: the same for every prompt token.
-        structured: a constraint on the text.
+        structured: a constraint on the text. vLLM's names are ``structured_outputs``, ``guided_decoding``.
         skip_special_tokens: leave special tokens out of the text.
         priority: whose turn it is, where `EngineConfig.scheduling_policy` is ``"priority"``: smaller numbers
             first, equal ones in the order of arrival.
+        bad_words: texts that are never generated.
+        allowed_token_ids: generate no other tokens.
+        logits_processors: functions that change the logits of each token, in order, after ``logit_bias``.
+        truncate_prompt_tokens: keep this many of the prompt's last tokens; -1: as many as the context holds.
+        detokenize: make text of the tokens.
+        output_kind: what each output of a stream holds.
     """
 
-    n: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
+    n: Positive = 1
+    temperature: Annotated[float, Range(0)] = 1.0
+    top_p: Annotated[float, Range(0, 1)] = 1.0
+    top_k: Annotated[int, Range(-1)] = 0
+    min_p: Annotated[float, Range(0, 1)] = 0.0
+    seed: Annotated[int, Range(INT64_MIN, INT64_MAX)] | None = None
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] | None = None
     ignore_eos: bool = False
-    max_tokens: int | None = 16
-    min_tokens: int = 0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: Mapping[int, float] | None = None
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
+    max_tokens: Positive | None = 16
+    min_tokens: NonNegative = 0
+    presence_penalty: _Penalty = 0.0
+    frequency_penalty: _Penalty = 0.0
+    repetition_penalty: Annotated[float, Range(0, 100)] = 1.0
+    logit_bias: Mapping[int, Annotated[float, Range(-100, 100)]] | None = None
+    logprobs: _NumLogprobs | None = None
+    prompt_logprobs: _NumLogprobs | None = None
     structured: StructuredOutput | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     priority: int = 0
+    bad_words: Sequence[str] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    logits_processors: Sequence[LogitsProcessor] | None = None
+    truncate_prompt_tokens: Annotated[int, Range(-1)] | None = None
+    detokenize: bool = True
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
-        stop = self.stop
-        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop or ()))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        if self.top_k == -1:  # vLLM's older spelling of "all"
-            object.__setattr__(self, "top_k", 0)
-        bias = {int(token): float(value) for token, value in (self.logit_bias or {}).items()}
-        object.__setattr__(self, "logit_bias", bias)
+        values = {**vars(self)}
+        if isinstance(self.stop, str):
+            values["stop"] = [self.stop]
+        for name in ("stop", "stop_token_ids"):
+            values[name] = _listed(values[name]) or ()
+        for name in ("bad_words", "allowed_token_ids", "logits_processors"):
+            values[name] = _listed(values[name]) or None
+        if isinstance(bias := values["logit_bias"] or {}, Mapping):  # JSON has texts for keys
+            bias = {int(k) if isinstance(k, str) and k.isdecimal() else k: v for k, v in bias.items()}
+        values["logit_bias"] = bias
+        vars(self).update(values)
+        check_fields(self)
+        vars(self)["top_k"] = max(0, self.top_k)  # -1 is vLLM's older spelling of "all"
+        most = INT64_MAX if self.max_tokens is None else self.max_tokens
         checks = {
-            "n": (self.n >= 1, "at least 1"),
-            "temperature": (0 <= self.temperature < float("inf"), "a finite number, 0 or more"),
-            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
-            "top_k": (self.top_k >= 0, "0 (all) or more"),
-            "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
-            "seed": (self.seed is None or INT64_MIN <= self.seed <= INT64_MAX, "a 64-bit integer"),
+            "top_p": (self.top_p > 0, "a number greater than 0, at most 1"),
+            "repetition_penalty": (self.repetition_penalty > 0, "a number greater than 0, at most 100"),
             "stop": (all(self.stop_strings), "non-empty strings"),
-            "max_tokens": (self.max_tokens is None or self.max_tokens >= 1, "at least 1, or None"),
-            "min_tokens": (
-                0 <= self.min_tokens <= (INT64_MAX if self.max_tokens is None else self.max_tokens),
-                "between 0 and max_tokens",
-            ),
-            "presence_penalty": (-2 <= self.presence_penalty <= 2, "in [-2, 2]"),
-            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "in [-2, 2]"),
-            "repetition_penalty": (0 < self.repetition_penalty <= 100, "in (0, 100]"),
-            "logit_bias": (all(-100 <= b <= 100 for b in bias.values()), "values in [-100, 100]"),
-            "logprobs": (self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),
-            "prompt_logprobs": (
-                self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= MAX_LOGPROBS,
-                f"0 to {MAX_LOGPROBS}",
-            ),
+            "stop ": (self.detokenize or not self.stop, "none with detokenize=False: there is no text"),
+            "bad_words": (all(map(str.strip, self.bad_words or ())), "non-empty strings"),
+            "min_tokens": (self.min_tokens <= most, "between 0 and max_tokens"),
+            "truncate_prompt_tokens": (self.truncate_prompt_tokens != 0, "at least 1, or -1"),
         }
         for name, (fine, expected) in checks.items():
             if not fine:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: expected {expected}")
+                raise ConfigError(f"{name.strip()}={getattr(self, name.strip())!r}: expected {expected}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Assign a field; checked as at construction."""
+        if len(vars(self)) == len(self.__dataclass_fields__):
+            entry = SAMPLING.get(name)
+            name = entry.to if isinstance(entry, Renamed) else name
+            require_known("SamplingParams", [name], self.__dataclass_fields__, ConfigError)
+            vars(self).update(vars(replace(self, **{name: value})))
+        else:  # within the constructor
+            vars(self)[name] = value
+
+    def clone(self) -> SamplingParams:
+        """A copy."""
+        return copy.copy(self)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -222,6 +330,7 @@ class SamplingParams:
         return cls(**{**taken, **changes})
 
 
+@takes_vllm_names(BEAM_SEARCH)
 @dataclass(frozen=True)
 class BeamSearchParams:
     """Beam search: keep the ``beam_width`` most probable continuations at every step.
@@ -233,18 +342,16 @@ class BeamSearchParams:
         length_penalty: a finished beam's score is its log-probability / length ** length_penalty.
     """
 
-    beam_width: int
-    max_tokens: int = 16
+    beam_width: Annotated[int, Range(1, MAX_LOGPROBS // 2)]
+    max_tokens: Positive = 16
     ignore_eos: bool = False
     length_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.beam_width <= MAX_LOGPROBS // 2:
-            raise ConfigError(f"beam_width={self.beam_width}: expected 1 to {MAX_LOGPROBS // 2}")
-        if self.max_tokens < 1:
-            raise ConfigError(f"max_tokens={self.max_tokens}: expected at least 1")
+        check_fields(self)
 
 
+@takes_vllm_names(POOLING)
 @dataclass(frozen=True)
 class PoolingParams:
     """Settings of an embedding request.
@@ -252,13 +359,16 @@ class PoolingParams:
     Attributes:
         dimensions: keep this many leading dimensions, and normalise after that (models trained for it:
             Kusupati et al. 2022, Matryoshka representation learning).
+        truncate_prompt_tokens: as in `SamplingParams`.
     """
 
-    dimensions: int | None = None
+    dimensions: Positive | None = None
+    truncate_prompt_tokens: Annotated[int, Range(-1)] | None = None
 
     def __post_init__(self) -> None:
-        if self.dimensions is not None and self.dimensions < 1:
-            raise ConfigError(f"dimensions={self.dimensions}: expected at least 1, or None for all")
+        check_fields(self)
+        if self.truncate_prompt_tokens == 0:
+            raise ConfigError("truncate_prompt_tokens=0: expected at least 1, or -1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -424,23 +534,45 @@ class EngineConfig(MediaLimits):
         dtype = str(self.dtype).removeprefix("torch.")
         self._put("dtype", _DTYPES.get(dtype, dtype))
         self._put("mm_processor_kwargs", self.mm_processor_kwargs or {})
+        if isinstance(self.limit_mm_per_prompt, Mapping):
+            limits = {modality: _count(limit) for modality, limit in self.limit_mm_per_prompt.items()}
+            self._put("limit_mm_per_prompt", limits)
+            for modality, limit in limits.items():
+                if wrong := expectation(NonNegative, limit):
+                    raise ConfigError(f"limit_mm_per_prompt[{modality!r}]={limit!r}: expected {wrong}")
         super().__post_init__()
         task, by_runner = _TASKS[self.task], _RUNNERS[self.runner]
         if task and by_runner and task != by_runner:
             raise ConfigError(f"task={self.task!r} and runner={self.runner!r} contradict each other; set one")
         self._put("task", task or by_runner or "generate")
         self._put("mm_processor_kwargs", dict(self.mm_processor_kwargs))
-        if self.limit_mm_per_prompt is not None:
-            limits = {modality: _count(limit) for modality, limit in self.limit_mm_per_prompt.items()}
-            self._put("limit_mm_per_prompt", limits)
-            for modality, limit in limits.items():
-                if not isinstance(limit, int) or limit < 0:
-                    raise ConfigError(
-                        f"limit_mm_per_prompt[{modality!r}]={limit!r}: expected a number, at least 0"
-                    )
 
     def _put(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
+
+
+class EngineArgs(EngineConfig):
+    """`EngineConfig` that takes the arguments of vLLM's class: ``LLM(**asdict(EngineArgs(...)))``."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**engine_settings("EngineArgs", settings))
+
+
+def engine_settings(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments for an engine, vLLM's included, as fields of `EngineConfig`; None asks for nothing.
+
+    Raises:
+        ConfigError: an argument is unknown, or asks for what opsin has not.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    return translated(where, given, ENGINE, EngineConfig.__dataclass_fields__)
+
+
+def _listed(values: Any) -> Any:
+    """A list, tuple, set or array -> a tuple; anything else is left for the check to name."""
+    if hasattr(values, "tolist"):
+        values = values.tolist()
+    return tuple(values) if isinstance(values, (list, tuple, set, frozenset)) else values
 
 
 def _count(limit: Any) -> Any:

@@ -11,11 +11,13 @@ OpsinError
 │   └── PromptTooLongError it does not fit the context
 ├── RequestsFailed         some requests of a batch failed; `.outputs` has all results
 └── DeviceLostError        the device is gone; the only fatal error of a running engine
+
+BatchInterrupted is a KeyboardInterrupt: Ctrl-C during a batch; `.outputs` has what is finished.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -66,6 +68,18 @@ class RequestsFailed(OpsinError):
     def __init__(self, message: str, outputs: Sequence[Any]) -> None:
         super().__init__(message)
         self.outputs = list(outputs)
+
+
+class BatchInterrupted(KeyboardInterrupt):
+    """Ctrl-C during a batch.
+
+    Attributes:
+        outputs: finished outputs, by the number of their prompt.
+    """
+
+    def __init__(self, message: str, outputs: Mapping[int, Any]) -> None:
+        super().__init__(message)
+        self.outputs = dict(outputs)
 
 
 class DeviceLostError(OpsinError):

@@ -4,31 +4,76 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, Literal, TypeVar, cast
+from numbers import Integral
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
+from torch.nn.functional import cosine_similarity
 from tqdm import tqdm
 
 from opsin.api import ProcessedPrompt, Tokenizer
-from opsin.config import BeamSearchParams, EngineConfig, PoolingParams, SamplingParams, parameters_of
+from opsin.config import (
+    BeamSearchParams,
+    EngineConfig,
+    PoolingParams,
+    RequestOutputKind,
+    SamplingParams,
+    engine_settings,
+    parameters_of,
+)
 from opsin.engine.beam import beam_search
 from opsin.engine.engine import Engine
-from opsin.errors import ConfigError, RequestError, RequestsFailed, require_known
+from opsin.errors import (
+    BatchInterrupted,
+    ConfigError,
+    OpsinError,
+    RequestError,
+    RequestsFailed,
+    require_known,
+)
 from opsin.inputs.chat import ChatOptions, Tool
 from opsin.inputs.feed import Feed
 from opsin.inputs.prompt import PromptInput
 from opsin.plugins import Plugins
-from opsin.results import BeamSearchOutput, Output, PoolingRequestOutput, RequestMetrics, RequestOutput
+from opsin.results import (
+    BeamSearchOutput,
+    FailedOutputs,
+    Metric,
+    Output,
+    PoolingRequestOutput,
+    RequestMetrics,
+    RequestOutput,
+    ScoringOutput,
+    ScoringRequestOutput,
+)
+from opsin.vllm_names import CALL, METHODS, translated
 
 Message = Mapping[str, Any]
 OnError = Literal["raise", "return"]
+Progress = bool | Callable[..., Any]
+"""Whether to show progress; or what to show it with, called like `tqdm.tqdm`."""
 
-P = TypeVar("P", SamplingParams, PoolingParams)
+_Params = SamplingParams | PoolingParams
+T = TypeVar("T")
 
 _FILL_WAIT_S = 0.05
 """How long a batch with room waits for prompts in preparation before it starts without them."""
+
+
+class _Prepared(NamedTuple):
+    prompt: ProcessedPrompt | RequestError
+    params: _Params
+
+
+_Job = Callable[[], _Prepared]
 
 
 def _signature() -> inspect.Signature:
@@ -50,6 +95,8 @@ class LLM:
         >>> picture = {"type": "image_pil", "image_pil": PIL.Image.open("circle.png")}
         >>> llm.chat([{"role": "user", "content": [picture, question]}])[0].outputs[0].text
         'The circle is red.'
+
+    vLLM's names are accepted: docs/vllm.md says which have an effect.
     """
 
     __signature__ = _signature()
@@ -67,44 +114,73 @@ class LLM:
             MissingPluginError: no plugin provides the model's architecture or the device.
             CheckpointError: the checkpoint cannot be found or is not complete.
         """
-        require_known("LLM", settings, EngineConfig.__dataclass_fields__, ConfigError)
         # The caller is this machine's user, who may read its files anyway.
-        config = EngineConfig(**{"model": str(model), "local_media": True, **settings})
-        self.engine = Engine(config, plugins)
+        given = {"local_media": True, **engine_settings("LLM", settings)}
+        self.engine = Engine(EngineConfig(model=model, **given), plugins)
         self._ids = itertools.count()
+        self._receivers: dict[str, Callable[[Output], object]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        if name in METHODS:
+            raise AttributeError(f"LLM.{name} is not in opsin: {METHODS[name]}")
+        raise AttributeError(f"'LLM' object has no attribute {name!r}")
 
     # ---- batches ------------------------------------------------------------------------------
 
     def generate(
         self,
-        prompts: PromptInput | Sequence[PromptInput],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        use_tqdm: bool = True,
+        prompts: PromptInput | Iterable[PromptInput],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        use_tqdm: Progress = True,
         *,
         on_error: OnError = "raise",
+        priority: int | Iterable[int] | None = None,
+        **other: Any,
     ) -> list[RequestOutput]:
         """Answer prompts as one batch.
 
         Args:
-            prompts: one or a list; see `opsin.inputs.prompt.PromptInput`.
+            prompts: one, a list, an array of token ids, or an iterator, which is read while others are
+                answered; see `opsin.inputs.prompt.PromptInput`.
             sampling_params: for all, or one each; None: the checkpoint's generation_config.
-            use_tqdm: show progress.
+            use_tqdm: show progress; or what to show it with.
             on_error: ``"raise"``: if requests failed, raise `RequestsFailed` once all others are done
                 (a single prompt raises its own error). ``"return"``: return their outputs with ``error`` set.
+            priority: as in `SamplingParams`, for all, or one each.
+            other: vLLM's arguments that ask for nothing; all others are errors.
 
         Returns:
             Outputs in the order of the prompts.
+
+        Raises:
+            BatchInterrupted: Ctrl-C; ``.outputs`` has what is finished.
         """
-        process = self.engine.frontend.processor.process
-        jobs = [partial(process, prompt) for prompt in _listed(prompts)]
-        params = self._params_for(len(jobs), sampling_params)
-        return cast(list[RequestOutput], self._run(jobs, params, use_tqdm, on_error))
+        self._check_call("generate", other)
+        prompts = _listed(prompts)
+        jobs = self._jobs(prompts, self._sampling(prompts, sampling_params, priority))
+        return cast(list[RequestOutput], self._run(jobs, prompts, use_tqdm, on_error))
+
+    def generate_iter(
+        self,
+        prompts: PromptInput | Iterable[PromptInput],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        *,
+        priority: int | Iterable[int] | None = None,
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """Answer prompts as `generate` does; yields ``(index, output)`` as soon as one is finished.
+
+        A failed request's output has ``error`` set. Leaving the iteration ends what is not finished.
+        """
+        self._check_call("generate_iter", {})
+        prompts = _listed(prompts)
+        jobs = self._jobs(prompts, self._sampling(prompts, sampling_params, priority))
+        return cast(Iterator[tuple[int, RequestOutput]], self._finished(jobs))
 
     def chat(
         self,
-        messages: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        use_tqdm: bool = True,
+        messages: Iterable[Message] | Iterable[Sequence[Message]],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        use_tqdm: Progress = True,
         *,
         on_error: OnError = "raise",
         add_generation_prompt: bool | None = None,
@@ -114,9 +190,11 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
         cache_salt: str | None = None,
+        allow_special_tokens: bool = False,
+        priority: int | Iterable[int] | None = None,
         **misspelt: Any,
     ) -> list[RequestOutput]:
-        """Answer one conversation or a list of them as one batch.
+        """Answer one conversation, a list of them or an iterator over them as one batch.
 
         Args:
             messages: OpenAI-style messages; content parts as in `opsin.inputs.conversation`: ``text``,
@@ -132,16 +210,17 @@ class LLM:
             chat_template_kwargs: further variables of the template.
             mm_processor_kwargs: as in a prompt's dict.
             cache_salt: as in a prompt's dict.
-            misspelt: names that are no parameters; each is an error.
+            allow_special_tokens: take special tokens and placeholders in the messages as such, not as text.
+                Only for messages that no one else has written.
+            priority: as in `generate`.
+            misspelt: names that are no parameters; each is an error, but for vLLM's that ask for nothing.
 
         Raises:
             ConfigError: there is no such parameter.
+            BatchInterrupted: as in `generate`.
         """
-        # Python's own TypeError does not say what was meant.
         known = [name for name in inspect.signature(LLM.chat).parameters if name not in ("self", "misspelt")]
-        require_known("LLM.chat", misspelt, known, ConfigError)
-        one = bool(messages) and isinstance(messages[0], Mapping)
-        many = cast(Sequence[Sequence[Message]], [messages] if one else messages)
+        self._check_call("chat", misspelt, known)
         options = ChatOptions(
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
@@ -150,39 +229,105 @@ class LLM:
             chat_template_kwargs=chat_template_kwargs,
             mm_processor_kwargs=mm_processor_kwargs,
             cache_salt=cache_salt,
+            allow_special_tokens=allow_special_tokens,
         )
-        jobs = [partial(self._process_chat, conversation, options) for conversation in many]
-        params = self._params_for(len(jobs), sampling_params)
-        return cast(list[RequestOutput], self._run(jobs, params, use_tqdm, on_error))
+        conversations = _conversations(messages)
+        jobs = self._jobs(conversations, self._sampling(conversations, sampling_params, priority), options)
+        return cast(list[RequestOutput], self._run(jobs, conversations, use_tqdm, on_error))
+
+    def chat_iter(
+        self,
+        messages: Iterable[Message] | Iterable[Sequence[Message]],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        **options: Any,
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """Answer conversations as `chat` does, and yield as `generate_iter` does.
+
+        Args:
+            messages: as in `chat`.
+            sampling_params: as in `chat`.
+            options: fields of `opsin.inputs.chat.ChatOptions`, which `chat` describes.
+
+        Raises:
+            ConfigError: there is no such option.
+        """
+        chat_options = self._chat_options("chat_iter", options)
+        conversations = _conversations(messages)
+        jobs = self._jobs(conversations, self._sampling(conversations, sampling_params), chat_options)
+        return cast(Iterator[tuple[int, RequestOutput]], self._finished(jobs))
 
     def embed(
         self,
-        prompts: PromptInput | Sequence[PromptInput],
-        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
-        use_tqdm: bool = True,
+        prompts: PromptInput | Iterable[PromptInput],
+        pooling_params: PoolingParams | Iterable[PoolingParams] | None = None,
+        use_tqdm: Progress = True,
         *,
         on_error: OnError = "raise",
+        truncate_prompt_tokens: int | None = None,
+        **other: Any,
     ) -> list[PoolingRequestOutput]:
         """Turn prompts into vectors; ``output.outputs.embedding`` is a list, ``.data`` a tensor.
 
         How hidden states are pooled is the family's default, or ``LLM(pooling_type=, normalize=)``.
-        ``pooling_params`` are for all prompts, or one each; the other arguments are those of `generate`.
+        ``pooling_params`` are for all prompts, or one each; ``truncate_prompt_tokens`` is set in all of them.
+        The other arguments are those of `generate`.
         """
-        process = partial(self.engine.frontend.processor.process, min_new_tokens=0)
-        jobs = [partial(process, prompt) for prompt in _listed(prompts)]
-        params = _one_each(len(jobs), pooling_params or PoolingParams(), PoolingParams, "pooling_params")
-        return cast(list[PoolingRequestOutput], self._run(jobs, params, use_tqdm, on_error))
+        self._check_call("embed", other)
+        prompts = _listed(prompts)
+        jobs = self._jobs(prompts, self._pooling(prompts, pooling_params, truncate_prompt_tokens))
+        return cast(list[PoolingRequestOutput], self._run(jobs, prompts, use_tqdm, on_error))
 
     encode = embed
     """The older name."""
 
+    def embed_iter(
+        self,
+        prompts: PromptInput | Iterable[PromptInput],
+        pooling_params: PoolingParams | Iterable[PoolingParams] | None = None,
+        *,
+        truncate_prompt_tokens: int | None = None,
+    ) -> Iterator[tuple[int, PoolingRequestOutput]]:
+        """Turn prompts into vectors as `embed` does, and yield as `generate_iter` does."""
+        prompts = _listed(prompts)
+        jobs = self._jobs(prompts, self._pooling(prompts, pooling_params, truncate_prompt_tokens))
+        return cast(Iterator[tuple[int, PoolingRequestOutput]], self._finished(jobs))
+
+    def score(
+        self,
+        data_1: PromptInput | Iterable[PromptInput],
+        data_2: PromptInput | Iterable[PromptInput],
+        use_tqdm: Progress = True,
+        *,
+        truncate_prompt_tokens: int | None = None,
+        **other: Any,
+    ) -> list[ScoringRequestOutput]:
+        """How similar prompts are: the cosine of their embeddings.
+
+        Args:
+            data_1: one prompt, compared with each of ``data_2``; or as many.
+            data_2: one or several prompts.
+            use_tqdm: as in `embed`.
+            truncate_prompt_tokens: as in `embed`.
+            other: as in `generate`.
+        """
+        self._check_call("score", other)
+        first, second = list(_listed(data_1)), list(_listed(data_2))
+        if len(first) not in (1, len(second)):
+            raise ConfigError(f"score: {len(first)} and {len(second)} prompts; expected 1, or as many")
+        found = self.embed(
+            [*first, *second], use_tqdm=use_tqdm, truncate_prompt_tokens=truncate_prompt_tokens
+        )
+        ones = found[: len(first)] * (len(second) // len(first))
+        return [_score(one, two) for one, two in zip(ones, found[len(first) :])]
+
     def beam_search(
-        self, prompts: PromptInput | Sequence[PromptInput], params: BeamSearchParams
+        self, prompts: PromptInput | Iterable[PromptInput], params: BeamSearchParams, **other: Any
     ) -> list[BeamSearchOutput]:
         """The ``params.beam_width`` most probable continuations of each prompt, best first."""
+        self._check_call("beam_search", other)
         frontend = self.engine.frontend
         return beam_search(
-            self.engine,
+            SimpleNamespace(add=self.engine.add, step=self._step, abort=self.engine.abort),
             [frontend.processor.process(prompt) for prompt in _listed(prompts)],
             params,
             tokenizer=frontend.tokenizer,
@@ -195,13 +340,14 @@ class LLM:
     def stream(
         self, prompt: PromptInput, sampling_params: SamplingParams | None = None
     ) -> Iterator[RequestOutput]:
-        """Answer one prompt, giving the output so far after every step."""
-        return self._stream(self.engine.frontend.processor.process(prompt), sampling_params)
+        """Answer one prompt, giving after every step what `SamplingParams.output_kind` says."""
+        self._check_call("stream", {})
+        return self._stream(self._jobs([prompt], [sampling_params or self.get_default_sampling_params()]))
 
     def stream_chat(
         self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, **options: Any
     ) -> Iterator[RequestOutput]:
-        """Answer one conversation, giving the output so far after every step.
+        """Answer one conversation as `stream` does.
 
         Args:
             messages: as in `chat`.
@@ -211,8 +357,9 @@ class LLM:
         Raises:
             ConfigError: there is no such option.
         """
-        require_known("LLM.stream_chat", options, ChatOptions.__dataclass_fields__, ConfigError)
-        return self._stream(self._process_chat(messages, ChatOptions(**options)), sampling_params)
+        chat_options = self._chat_options("stream_chat", options)
+        params = sampling_params or self.get_default_sampling_params()
+        return self._stream(self._jobs([messages], [params], chat_options))
 
     # ---- around -------------------------------------------------------------------------------
 
@@ -223,6 +370,14 @@ class LLM:
     def get_default_sampling_params(self) -> SamplingParams:
         """The checkpoint's generation_config as sampling parameters."""
         return self.engine.info.default_params()
+
+    def get_metrics(self) -> list[Metric]:
+        """The engine's counters and gauges at this moment; see `opsin.results.EngineStats`."""
+        return [Metric(f"opsin:{name}", value) for name, value in asdict(self.engine.stats()).items()]
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes. False, and nothing is forgotten, while requests are in progress."""
+        return self.engine.reset_prefix_cache()
 
     def close(self) -> None:
         """Release the model."""
@@ -236,67 +391,165 @@ class LLM:
 
     # ---- inside -------------------------------------------------------------------------------
 
-    def _process_chat(self, messages: Sequence[Message], options: ChatOptions) -> ProcessedPrompt:
-        frontend = self.engine.frontend
-        return frontend.chat(frontend.conversation(messages), options)
+    def _check_call(self, method: str, other: Mapping[str, Any], known: Sequence[str] = ()) -> None:
+        """Refuse a wrong task, and what is no argument: Python's TypeError does not say what was meant."""
+        for name in translated(f"LLM.{method}", other, CALL, known):
+            raise AssertionError(f"{name} is a parameter")
+        if self.engine.config.task != "generate" and method not in ("embed", "score"):
+            raise ConfigError(
+                f'LLM.{method}: this model was loaded for embeddings; load it with task="generate" for '
+                "answers, or use LLM.embed"
+            )
 
-    def _stream(self, prompt: ProcessedPrompt, params: SamplingParams | None) -> Iterator[RequestOutput]:
-        request_id = f"stream-{next(self._ids)}"
-        self.engine.add(request_id, prompt, params or self.engine.info.default_params())
+    def _chat_options(self, method: str, options: Mapping[str, Any]) -> ChatOptions:
+        self._check_call(method, {})
+        require_known(f"LLM.{method}", options, ChatOptions.__dataclass_fields__, ConfigError)
+        return ChatOptions(**options)
+
+    def _sampling(
+        self,
+        prompts: Iterable[object],
+        given: SamplingParams | Iterable[SamplingParams] | None,
+        priority: int | Iterable[int] | None = None,
+    ) -> Iterable[SamplingParams]:
+        default = given or self.get_default_sampling_params()
+        params = _one_each(prompts, default, SamplingParams, "sampling_params")
+        if priority is None:
+            return params
+        return (
+            replace(own, priority=value)
+            for own, value in zip(params, _one_each(prompts, priority, int, "priority"))
+        )
+
+    def _pooling(
+        self,
+        prompts: Iterable[object],
+        given: PoolingParams | Iterable[PoolingParams] | None,
+        truncate: int | None,
+    ) -> Iterable[PoolingParams]:
+        params = _one_each(prompts, given or PoolingParams(), PoolingParams, "pooling_params")
+        return params if truncate is None else (replace(p, truncate_prompt_tokens=truncate) for p in params)
+
+    def _jobs(
+        self, prompts: Iterable[Any], params: Iterable[_Params], options: ChatOptions | None = None
+    ) -> Iterator[_Job]:
+        """What prepares each prompt, or with ``options`` each conversation."""
+        rest = iter(params)
+        for number, prompt in enumerate(prompts):
+            own = next(rest, None)
+            if own is None:
+                raise ConfigError(f"there are parameters for {number} prompts, and more prompts than that")
+            if not isinstance(own, (SamplingParams, PoolingParams)):
+                raise ConfigError(f"got a {type(own).__name__} as parameters of prompt {number}")
+            yield partial(self._prepare, prompt, own, options)
+
+    def _prepare(self, prompt: Any, params: _Params, options: ChatOptions | None) -> _Prepared:
+        frontend = self.engine.frontend
         try:
-            while self.engine.has_unfinished():
-                for output in self.engine.step():
-                    if isinstance(output, RequestOutput) and output.request_id == request_id:
-                        if output.error is not None:
-                            raise output.error
-                        yield output
+            if options is not None:
+                prompt = frontend.renderer.render(frontend.conversation(prompt), options)
+            processed = frontend.processor.process(
+                prompt,
+                min_new_tokens=int(isinstance(params, SamplingParams)),
+                truncate=params.truncate_prompt_tokens,
+            )
+        except RequestError as error:
+            return _Prepared(error, params)
+        return _Prepared(processed, params)
+
+    def _stream(self, jobs: Iterator[_Job]) -> Iterator[RequestOutput]:
+        prompt, params = next(jobs)()
+        if isinstance(prompt, RequestError):
+            raise prompt
+        assert isinstance(params, SamplingParams)
+        request_id, latest = f"stream-{next(self._ids)}", deque[Output](maxlen=1)
+        self._receivers[request_id] = latest.append
+        earlier: RequestOutput | None = None
+        try:
+            self.engine.add(request_id, prompt, params)
+            while earlier is None or not earlier.finished:
+                if not latest:
+                    self._step()
+                    continue
+                output = latest.popleft()
+                assert isinstance(output, RequestOutput)
+                if output.error is not None:
+                    raise output.error
+                if output.finished or params.output_kind is not RequestOutputKind.FINAL_ONLY:
+                    yield output.since(earlier) if params.output_kind is RequestOutputKind.DELTA else output
+                earlier = output
         finally:
+            del self._receivers[request_id]
             self.engine.abort(request_id)
 
     def _run(
-        self,
-        jobs: Sequence[Callable[[], ProcessedPrompt]],
-        params: Sequence[SamplingParams] | Sequence[PoolingParams],
-        use_tqdm: bool,
-        on_error: OnError,
+        self, jobs: Iterator[_Job], prompts: Iterable[object], progress: Progress, on_error: OnError
     ) -> list[Output]:
-        batch = next(self._ids)
-        ids = [f"{batch}-{index}" for index in range(len(jobs))]
-        results: dict[str, Output | None] = dict.fromkeys(ids)
-        config = self.engine.config
+        found: dict[int, Output] = {}
+        bar = progress if callable(progress) else partial(tqdm, disable=not progress)
+        total = len(prompts) if isinstance(prompts, Sized) else None
+        num_tokens, started = 0, time.monotonic()
+        try:
+            with bar(total=total, desc="answers", unit="req") as shown:
+                for index, output in self._finished(jobs):
+                    found[index] = output
+                    num_tokens += _num_tokens(output)
+                    shown.update()
+                    speed = num_tokens / max(time.monotonic() - started, 1e-9)
+                    shown.set_postfix_str(f"{speed:.1f} tok/s", refresh=False)
+        except KeyboardInterrupt:
+            raise BatchInterrupted(
+                f"interrupted; the {len(found)} finished outputs are in this error's .outputs", found
+            ) from None
+        outputs = [found[index] for index in sorted(found)]
+        if on_error == "raise":
+            _raise_failures(outputs)
+        return outputs
+
+    def _finished(self, jobs: Iterator[_Job]) -> Iterator[tuple[int, Output]]:
+        """Run jobs, and yield each one's number with its output as they finish."""
+        batch, config = next(self._ids), self.engine.config
         feed = Feed(
             jobs,
             num_threads=config.preprocess_threads,
             ahead=2 * config.max_num_seqs,
             has_room=self.engine.frontend.processor.held_media.has_room,
         )
+        running: dict[str, int] = {}
+        finished: deque[Output] = deque()
+
+        def take(output: Output) -> None:
+            if output.finished:
+                finished.append(output)
+
+        def taken() -> Iterator[tuple[int, Output]]:
+            while finished:
+                output = finished.popleft()
+                del self._receivers[output.request_id]
+                yield running.pop(output.request_id), output
+
         try:
-            with tqdm(total=len(jobs), desc="answers", unit="req", disable=not use_tqdm) as progress:
-                num_tokens = 0
-                while feed or self.engine.has_unfinished():
-                    finished = self._add_ready(feed, ids, params)
-                    finished += [output for output in self.engine.step() if output.finished]
-                    for output in finished:
-                        if output.request_id in results:
-                            results[output.request_id] = output
-                            num_tokens += _num_tokens(output)
-                            progress.update()
-                    elapsed = progress.format_dict["elapsed"] or 1e-9
-                    progress.set_postfix_str(f"{num_tokens / elapsed:.1f} tok/s", refresh=False)
+            while feed or running:
+                yield from self._add_ready(feed, batch, running, take)
+                if not self.engine.has_unfinished():
+                    break
+                self._step()
+                yield from taken()
+            if running:
+                raise OpsinError(f"{len(running)} requests were aborted through LLM.engine")
+        except KeyboardInterrupt:
+            yield from taken()
+            raise
         finally:
             feed.close()
-            for request_id in ids:
-                self.engine.abort(request_id)  # without an interruption there is nothing left to abort
-        outputs = [output for output in results.values() if output is not None]
-        if on_error == "raise":
-            _raise_failures(outputs)
-        return outputs
+            for request_id in running:  # the iteration was left early
+                del self._receivers[request_id]
+                self.engine.abort(request_id)
 
     def _add_ready(
-        self, feed: Feed, ids: Sequence[str], params: Sequence[SamplingParams] | Sequence[PoolingParams]
-    ) -> list[Output]:
-        """Add the prompts that are prepared, in order; returns outputs of those that cannot be used."""
-        failed: list[Output] = []
+        self, feed: Feed[_Prepared], batch: int, running: dict[str, int], take: Callable[[Output], None]
+    ) -> Iterator[tuple[int, Output]]:
+        """Add the prompts that are prepared, in order; yields outputs of those that cannot be used."""
         room = self.engine.config.max_num_batched_tokens
         while feed and self.engine.num_waiting < self.engine.config.max_num_seqs:
             # An idle engine has to wait. One whose next batch is full does not. Any other waits briefly: one
@@ -308,27 +561,64 @@ class LLM:
             if ready is None:
                 break
             index, future = ready
+            request_id = f"{batch}-{index}"
+            prompt, params = future.result()
             try:
-                prompt = future.result()
-                self.engine.add(ids[index], prompt, params[index])
-                room -= len(prompt.token_ids)
+                if isinstance(prompt, RequestError):
+                    raise prompt
+                self.engine.add(request_id, prompt, params)
             except RequestError as error:
-                failed.append(_refused(ids[index], error))
-        return failed
+                yield index, _refused(request_id, error, params)
+            else:
+                room -= len(prompt.token_ids)
+                running[request_id] = index
+                self._receivers[request_id] = take
 
-    def _params_for(
-        self, count: int, given: SamplingParams | Sequence[SamplingParams] | None
-    ) -> list[SamplingParams]:
-        return _one_each(count, given or self.engine.info.default_params(), SamplingParams, "sampling_params")
+    def _step(self) -> Sequence[Output]:
+        """Compute a step, and give each output to whoever has asked for it."""
+        with _uninterrupted():
+            outputs = self.engine.step()
+            for output in outputs:
+                if receive := self._receivers.get(output.request_id):
+                    receive(output)
+        return outputs
 
 
-def _one_each(count: int, given: P | Sequence[P], kind: type[P], name: str) -> list[P]:
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let the first Ctrl-C wait for the end of a step: one that is cut off leaves caches half filled."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    came = False
+
+    def note(*_: object) -> None:
+        nonlocal came
+        came = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if came:
+        raise KeyboardInterrupt
+
+
+def _one_each(prompts: Iterable[object], given: T | Iterable[T], kind: type[T], name: str) -> Iterable[T]:
     if isinstance(given, kind):
-        return [given] * count
-    params = list(cast(Sequence[P], given))
-    if len(params) != count:
-        raise ConfigError(f"{len(params)} {name} for {count} prompts; pass one, or one for each")
-    return params
+        return itertools.repeat(given)
+    if not isinstance(given, Iterable):
+        raise ConfigError(
+            f"{name} is a {type(given).__name__}; expected {kind.__name__}, or one for each prompt"
+        )
+    both: list[object] = [given, prompts]
+    sizes = [len(values) for values in both if isinstance(values, Sized)]
+    if len(set(sizes)) == 2:
+        raise ConfigError(f"{sizes[0]} {name} for {sizes[1]} prompts; pass one, or one for each")
+    return given
 
 
 def _num_tokens(output: Output) -> int:
@@ -337,18 +627,44 @@ def _num_tokens(output: Output) -> int:
     return len(output.prompt_token_ids)
 
 
-def _listed(prompts: PromptInput | Sequence[PromptInput]) -> list[PromptInput]:
-    """One prompt or several -> a list; a list of integers is one prompt of token ids."""
-    if isinstance(prompts, (str, Mapping)) or (prompts and all(isinstance(item, int) for item in prompts)):
-        return [cast(PromptInput, prompts)]
-    return list(cast(Sequence[PromptInput], prompts))
+def _listed(prompts: PromptInput | Iterable[PromptInput]) -> Iterable[PromptInput]:
+    """One prompt or several -> several; integers are one prompt of token ids."""
+    given: Any = prompts
+    if hasattr(given, "tolist"):  # an array or a tensor: (T,), or (B, T)
+        given = given.tolist()
+    are_ids = isinstance(given, Sequence) and given and all(isinstance(item, Integral) for item in given)
+    if are_ids or isinstance(given, (str, bytes, Mapping)):
+        return [given]
+    if not isinstance(given, Iterable):
+        raise ConfigError(f"got a {type(given).__name__}; expected a prompt, or several")
+    return given
 
 
-def _refused(request_id: str, error: RequestError) -> RequestOutput:
+def _conversations(messages: Iterable[Message] | Iterable[Sequence[Message]]) -> Iterable[Sequence[Message]]:
+    """One conversation or several -> several."""
+    rest: Iterator[Any] = iter(messages)
+    first = next(rest, None)
+    if isinstance(first, Mapping):
+        return [[first, *rest]]
+    if isinstance(messages, Sequence):
+        return cast(Sequence[Sequence[Message]], messages)
+    return [] if first is None else itertools.chain([first], rest)
+
+
+def _score(one: PoolingRequestOutput, two: PoolingRequestOutput) -> ScoringRequestOutput:
+    assert one.outputs is not None
+    assert two.outputs is not None
+    similarity = float(cosine_similarity(one.outputs.data, two.outputs.data, dim=0))
+    ids = [*one.prompt_token_ids, *two.prompt_token_ids]
+    return ScoringRequestOutput(two.request_id, ScoringOutput(similarity), ids, True)
+
+
+def _refused(request_id: str, error: RequestError, params: _Params) -> Output:
     """The output of a prompt that never reached the engine."""
-    return RequestOutput(
-        request_id, None, [], None, [], finished=True, metrics=RequestMetrics(time.monotonic()), error=error
-    )
+    metrics = RequestMetrics(time.monotonic())
+    if isinstance(params, PoolingParams):
+        return PoolingRequestOutput(request_id, None, [], None, True, metrics, error)
+    return RequestOutput(request_id, None, [], None, FailedOutputs(error), True, metrics, error)
 
 
 def _raise_failures(outputs: Sequence[Output]) -> None:

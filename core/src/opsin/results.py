@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
 from opsin.errors import RequestError
 
@@ -50,6 +50,30 @@ class CompletionOutput:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
 
+    def finished(self) -> bool:
+        """Whether it grows no more."""
+        return self.finish_reason is not None
+
+    def since(self, earlier: CompletionOutput) -> CompletionOutput:
+        """The same with only the text, tokens and log-probabilities that are new."""
+        return replace(
+            self,
+            text=self.text[len(earlier.text) :],
+            token_ids=self.token_ids[len(earlier.token_ids) :],
+            logprobs=self.logprobs and self.logprobs[len(earlier.logprobs or ()) :],
+        )
+
+
+class FailedOutputs(list[CompletionOutput]):
+    """The outputs of a request that failed before it had any: to look for one raises the reason."""
+
+    def __init__(self, error: RequestError) -> None:
+        super().__init__()
+        self.error = error
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        raise self.error
+
 
 @dataclass(frozen=True, slots=True)
 class RequestMetrics:
@@ -80,7 +104,8 @@ class RequestOutput:
         prompt: the text the user wrote, if it was text.
         prompt_token_ids: after expansion of media.
         prompt_logprobs: None first (nothing predicts the first token), then as in `CompletionOutput`.
-        outputs: one per sample.
+        outputs: one per sample. Of a request that failed before it began there is none, and ``outputs[0]``
+            raises ``error``.
         finished: whether all samples have ended.
         error: why the request failed, or None.
     """
@@ -93,6 +118,18 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics | None = None
     error: RequestError | None = None
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens taken from the prefix cache."""
+        return self.metrics.num_cached_tokens if self.metrics else 0
+
+    def since(self, earlier: RequestOutput | None) -> RequestOutput:
+        """The same with only what is new in its outputs."""
+        if earlier is None:
+            return self
+        outputs = [now.since(before) for now, before in zip(self.outputs, earlier.outputs)]
+        return replace(self, outputs=outputs)
 
 
 @dataclass(frozen=True)
@@ -126,6 +163,32 @@ class PoolingRequestOutput:
     finished: bool
     metrics: RequestMetrics
     error: RequestError | None = None
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens taken from the prefix cache."""
+        return self.metrics.num_cached_tokens
+
+
+@dataclass(frozen=True)
+class ScoringOutput:
+    """How similar two prompts are: the cosine of their embeddings."""
+
+    score: float
+
+
+@dataclass(frozen=True)
+class ScoringRequestOutput:
+    """The similarity of two prompts.
+
+    Attributes:
+        prompt_token_ids: of both, after expansion of media.
+    """
+
+    request_id: str
+    outputs: ScoringOutput
+    prompt_token_ids: Sequence[int]
+    finished: bool
 
 
 Output = RequestOutput | PoolingRequestOutput
@@ -191,3 +254,10 @@ class EngineStats:
     num_encoded: int
     num_preemptions: int
     num_restarts: int
+
+
+class Metric(NamedTuple):
+    """One of `EngineStats` under its name for Prometheus."""
+
+    name: str
+    value: int

@@ -105,7 +105,8 @@ def _flag(parameter: inspect.Parameter, topic: str, text: str) -> inspect.Parame
 
 
 def _check(hint: Any, _: Any, value: Any) -> None:
-    if expected := expectation(hint, value):
+    # What is in a mapping is for the settings to judge: they take more forms than they keep.
+    if not isinstance(value, Mapping) and (expected := expectation(hint, value)):
         raise ValueError(f"Expected {expected}.")
 
 

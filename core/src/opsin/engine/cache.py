@@ -102,6 +102,14 @@ class BlockPool:
                 if block not in self._key_of:
                     self._free.move_to_end(block, last=False)
 
+    def reset(self) -> bool:
+        """Forget the keys of all blocks, unless one is in use. Returns whether it did."""
+        if self.num_used:
+            return False
+        self._key_of.clear()
+        self._block_of.clear()
+        return True
+
     def register(self, block: int, key: bytes) -> None:
         """Make a used block's finished contents findable; the first block with a key keeps it."""
         assert self._references[block] > 0, f"block {block} registered while free"

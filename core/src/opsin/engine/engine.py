@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from opsin.api import ModelSpec, Pooling, ProcessedPrompt, Tokenizer
@@ -120,6 +122,10 @@ class Engine:
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is already in use")
         length = len(prompt.token_ids)
+        if 0 < (params.truncate_prompt_tokens or 0) < length:
+            raise RequestError(
+                "truncate_prompt_tokens: pass it to PromptProcessor.process; here it is too late"
+            )
         most = self.resolved.max_model_len - isinstance(params, SamplingParams)
         if not 0 < length <= most:
             raise RequestError(f"the prompt has {length} tokens; expected 1 to {most}")
@@ -155,6 +161,7 @@ class Engine:
                 f"priority={params.priority}: this engine serves first come, first served; "
                 "set scheduling_policy (--scheduling-policy) to priority"
             )
+        params = params.clone()  # the caller may assign to it
         wanted = params.structured
         grammars = [
             None if wanted is None else self.frontend.grammars.compile(wanted) for _ in range(params.n)
@@ -168,6 +175,7 @@ class Engine:
             max_len=self.resolved.max_model_len,
             arrival_time=time.monotonic(),
         )
+        bad_words = self._ids_of_words(params.bad_words or ())
         for index, grammar in enumerate(grammars):
             sequence = Sequence(
                 seq_id=self._num_sequences,
@@ -177,11 +185,21 @@ class Engine:
                 params=params,
                 eos_token_ids=self.frontend.eos_token_ids,
                 grammar=grammar,
+                bad_words=bad_words,
             )
             if not params.greedy:
                 seed = self._seeds.getrandbits(63) if params.seed is None else params.seed + index
                 sequence.generator = make_generator(seed)
             self._queue(request, sequence)
+
+    def _ids_of_words(self, words: SequenceOf[str]) -> list[list[int]]:
+        """Words as they are tokenized at the start of a text and after a space."""
+        encode = partial(self.tokenizer.encode, add_special_tokens=False)
+        found: list[list[int]] = []
+        for word in words:
+            bare, spaced = encode(word.lstrip()), encode(f" {word.lstrip()}")
+            found += [bare, spaced] if len(bare) == len(spaced) and bare[0] != spaced[0] else [bare]
+        return found
 
     def _queue(self, request: RequestState | PoolingState, sequence: Sequence) -> None:
         self._num_sequences += 1
@@ -303,6 +321,10 @@ class Engine:
             num_preemptions=self.scheduler.num_preemptions,
             num_restarts=self.scheduler.num_restarts,
         )
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes. False, and nothing is forgotten, while sequences hold some."""
+        return self.scheduler.blocks.reset()
 
     def close(self) -> None:
         """Abort everything and release the model."""

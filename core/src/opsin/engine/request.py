@@ -150,7 +150,7 @@ class RequestState(_Request):
             sample.stop_reason = None if is_eos else token_id
         elif num_tokens >= self._max_tokens:
             reason = "length"
-        if reason != "stop" or params.include_stop_str_in_output:
+        if params.detokenize and (reason != "stop" or params.include_stop_str_in_output):
             piece = sample.detokenizer.push(token_id)
             if piece:
                 num_old = len(sample.text)

@@ -1,7 +1,8 @@
 """Logits to token ids, as vLLM does it, reproducible per request whatever else is in the batch.
 
-Order of operations on one row: log-probabilities are taken from the raw logits; then logit bias, the mask of
-ending tokens before ``min_tokens``, penalties, temperature, min_p, top_k, top_p, and the draw.
+Order of operations on one row: log-probabilities are taken from the raw logits; then logit bias, the
+request's own functions, the masks of allowed tokens, of bad words and of ending tokens before ``min_tokens``,
+penalties, the constraint on the text, temperature, min_p, top_k, top_p, and the draw.
 
 Cuts and draws look at a row's best few candidates first and at the whole vocabulary only when the
 candidates cannot decide; the result is the same, see docs/decisions/0030-sampling.md.
@@ -9,7 +10,9 @@ candidates cannot decide; the result is the same, see docs/decisions/0030-sampli
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
 import numpy as np
@@ -18,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from opsin.api import TopK
+from opsin.config import LogitsProcessor
 from opsin.engine.sequence import SampledToken, Sequence
 from opsin.errors import RequestError
 from opsin.kernels import top_k as reference_top_k
@@ -56,7 +60,7 @@ def sample(
 
     Returns:
         One entry per row: the token, or the error that ends this row's request and no other (logits that
-        are NaN or infinite, a ``logit_bias`` outside the vocabulary).
+        are NaN or infinite, a token id outside the vocabulary, a function of the request that raises).
     """
     assert logits.shape[0] == len(sequences), "one row per sequence"
     all_rules = [seq.sampler_state or _Rules(seq, logits) for seq in sequences]
@@ -96,7 +100,7 @@ def prompt_logprobs(
     Args:
         logits: (T, V), any floating dtype.
         next_ids: for each row the token that follows it.
-        k: how many of the best tokens to report besides it.
+        k: how many of the best tokens to report besides it; -1: all.
         top_k: searches rows.
 
     Returns:
@@ -109,7 +113,8 @@ def prompt_logprobs(
     found: list[SampledToken] = []
     for start in range(0, len(next_ids), rows):
         ids = list(next_ids[start : start + rows])
-        found += _describe(logits[start : start + len(ids)], ids, [k] * len(ids), top_k)
+        sizes = [logits.shape[1] if k < 0 else k] * len(ids)
+        found += _describe(logits[start : start + len(ids)], ids, sizes, top_k)
     for token in found:
         if token.logprob is None or math.isnan(token.logprob):
             raise _not_finite(math.nan)
@@ -156,7 +161,9 @@ class _Rules:
     Attributes:
         plain: greedy with nothing else asked: the row's best token is the answer.
         bias: (token ids, values to add), or None.
+        allowed: ids that alone may be chosen, or None.
         ending: ids that may not be chosen before ``min_tokens``, or None.
+        processors: the request's own functions, which take the sequence and its logits.
         counts: tokens to penalise, or None.
         error: why no token can ever be chosen, or None.
     """
@@ -167,12 +174,19 @@ class _Rules:
         vocab, device = logits.shape[1], logits.device
         self.error: RequestError | None = None
         self.bias: tuple[Tensor, Tensor] | None = None
-        outside = [token for token in params.logit_bias or () if not 0 <= token < vocab]
-        if outside:
-            self.error = RequestError(f"logit_bias has token id {outside[0]}: expected 0 to {vocab - 1}")
-        elif params.logit_bias:
+        self.allowed: Tensor | None = None
+        for name in ("logit_bias", "allowed_token_ids"):
+            outside = [token for token in getattr(params, name) or () if not 0 <= token < vocab]
+            if outside:
+                self.error = RequestError(f"{name} has token id {outside[0]}: expected 0 to {vocab - 1}")
+                self.plain = False
+                return
+        if params.logit_bias:
             values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
             self.bias = torch.tensor(list(params.logit_bias), device=device), values
+        if params.allowed_token_ids is not None:
+            self.allowed = torch.tensor(params.allowed_token_ids, device=device)
+        self.processors = [_with_sequence(call) for call in params.logits_processors or ()]
         self.ending: Tensor | None = None
         if params.min_tokens:
             stops = {*seq.eos_token_ids, *(params.stop_token_ids or ())}
@@ -183,19 +197,35 @@ class _Rules:
             self.counts = _TokenCounts(seq.prompt.token_ids)
         elif params.presence_penalty or params.frequency_penalty:
             self.counts = _TokenCounts(())
-        extras = (seq.grammar, self.bias, self.ending, self.counts, self.error, params.logprobs)
-        self.plain = params.greedy and all(extra is None for extra in extras)
+        self.always = bool(seq.grammar or self.bias or self.counts or self.processors or seq.bad_words)
+        self.always |= self.allowed is not None
+        self.plain = params.greedy and not self.always and self.ending is None and params.logprobs is None
 
     def adjusts(self, seq: Sequence) -> bool:
         """Whether logits change in this step before temperature and cuts."""
         blocked = self.ending is not None and seq.num_output < self.params.min_tokens
-        return blocked or any(x is not None for x in (seq.grammar, self.bias, self.counts))
+        return blocked or self.always
 
     def adjust(self, row: Tensor, seq: Sequence) -> RequestError | None:
         """Apply bias, mask and penalties in place, or say why not. ``row``: float32 (V,)."""
         if self.bias is not None:
             ids, values = self.bias
             row[ids] += values
+        for name, call in zip(map(_name, self.params.logits_processors or ()), self.processors):
+            try:
+                row.copy_(call(seq, row))
+            except Exception as problem:  # whatever a user's function does
+                return RequestError(f"logits_processors: {name} failed: {type(problem).__name__}: {problem}")
+        if self.allowed is not None:
+            kept = row[self.allowed]
+            row.fill_(-math.inf)
+            row[self.allowed] = kept
+        for word in seq.bad_words:
+            if (
+                len(word) <= seq.num_output + 1
+                and seq.token_ids[seq.num_tokens - len(word) + 1 :] == word[:-1]
+            ):
+                row[word[-1]] = -math.inf
         if self.ending is not None and seq.num_output < self.params.min_tokens:
             row[self.ending] = -math.inf
         if self.counts is not None:
@@ -219,6 +249,17 @@ class _Rules:
             values = torch.where(values > 0, values / penalty, values * penalty)
         values -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
         row[ids] = values
+
+
+def _name(call: object) -> str:
+    return getattr(call, "__qualname__", type(call).__qualname__)
+
+
+def _with_sequence(call: LogitsProcessor) -> Callable[[Sequence, Tensor], Tensor]:
+    """A user's function, which takes ``(output_ids, logits)`` or ``(prompt_ids, output_ids, logits)``."""
+    if len(inspect.signature(call).parameters) == 3:
+        return lambda seq, row: call(list(seq.prompt.token_ids), seq.output_ids, row)
+    return lambda seq, row: call(seq.output_ids, row)
 
 
 # ---- Choosing ------------------------------------------------------------------------------------
@@ -365,7 +406,7 @@ def _with_logprobs(
     """Wrap the chosen ids, with log-probabilities for the rows that asked."""
     tokens = [SampledToken(entry) if isinstance(entry, int) else entry for entry in chosen]
     wanted = [
-        (row, entry, rules.params.logprobs)
+        (row, entry, logits.shape[1] if rules.params.logprobs < 0 else rules.params.logprobs)
         for row, (entry, rules) in enumerate(zip(chosen, all_rules))
         if isinstance(entry, int) and rules.params.logprobs is not None
     ]

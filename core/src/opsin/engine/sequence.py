@@ -58,6 +58,7 @@ class Sequence:
         dimensions: leading dimensions of the embedding to keep; None: all.
         pooled: sum of the hidden states so far, where an embedding is their mean, or the first one.
         grammar: constraint on its tokens, None if there is none.
+        bad_words: token ids of each text that is never generated.
         sampler_state: what the sampler has prepared for it.
     """
 
@@ -79,6 +80,7 @@ class Sequence:
     dimensions: int | None = None
     pooled: torch.Tensor | None = None
     grammar: Grammar | None = None
+    bad_words: SequenceOf[SequenceOf[int]] = ()
     sampler_state: Any = None
 
     def __post_init__(self) -> None:

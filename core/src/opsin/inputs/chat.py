@@ -14,11 +14,20 @@ from opsin.api import Modality, Placeholder, ToolFormat
 from opsin.checkpoint.tokenizer import ChatTokenizer
 from opsin.config import MediaLimits
 from opsin.errors import ConfigError, MediaError, RequestError
-from opsin.inputs.conversation import Conversation, MediaPart, Message, Part, check_limits, names_function
+from opsin.inputs.conversation import (
+    Conversation,
+    MediaPart,
+    Message,
+    Part,
+    check_limits,
+    names_function,
+    place_of,
+)
 from opsin.inputs.media import errors_at, open_media
-from opsin.inputs.placeholders import is_numbered, text_pattern
+from opsin.inputs.placeholders import is_numbered
 from opsin.inputs.prompt import Prompt
 from opsin.inputs.template import ChatTemplate
+from opsin.inputs.user_text import GuardedText, UserText, new_guard, text_pattern
 
 Tool = Mapping[str, Any]
 """A tool as in OpenAI's API: ``{"type": "function", "function": {"name": ..., "parameters": schema}}``."""
@@ -36,6 +45,8 @@ class ChatOptions:
         chat_template_kwargs: further variables of the template.
         mm_processor_kwargs: options of the family's input mapper.
         cache_salt: keeps the prompt's cached prefix apart from that of other salts.
+        allow_special_tokens: take special tokens and placeholders in messages, tools and template variables
+            as such. Only for texts that no one else has written.
     """
 
     add_generation_prompt: bool | None = None
@@ -45,6 +56,7 @@ class ChatOptions:
     chat_template_kwargs: Mapping[str, Any] | None = None
     mm_processor_kwargs: Mapping[str, Any] | None = None
     cache_salt: str | None = None
+    allow_special_tokens: bool = False
 
     def __post_init__(self) -> None:
         if self.continue_final_message and self.add_generation_prompt:
@@ -69,9 +81,10 @@ class ChatOptions:
 class ChatRenderer:
     """Renders conversations for one model. Thread-safe.
 
-    Users write no placeholders. An ``openai`` template writes them; for a ``string`` template they are
-    written here, in place of the media parts. A placeholder that the user did write is kept and not doubled.
-    Items are numbered across all messages.
+    Users write no placeholders: what looks like one in their words is text, as a special token is. An
+    ``openai`` template writes them; for a ``string`` template they are written here, in place of the media
+    parts. Items are numbered across all messages. With `ChatOptions.allow_special_tokens`, a placeholder in a
+    message's text is one, and not doubled.
 
     Attributes:
         tokenizer: renders templates that come with a request.
@@ -90,6 +103,9 @@ class ChatRenderer:
     limits: Mapping[Modality, int] = field(default_factory=dict)
     media_limits: MediaLimits = field(default_factory=MediaLimits)
     local_files: bool = False
+
+    def __post_init__(self) -> None:
+        self._user_text = UserText(self.tokenizer, self.placeholders)
 
     def check(self, conversation: Conversation) -> None:
         """Refuse media that the model does not take, before anything is fetched or decoded.
@@ -110,7 +126,8 @@ class ChatRenderer:
         """A conversation that has passed `check` -> its prompt, media opened.
 
         Raises:
-            RequestError: the template refuses the messages, or placeholders in the text do not fit the media.
+            RequestError: the template refuses the messages, or placeholders that are allowed in the text do
+                not fit the media.
             MediaError: a media part cannot be used.
         """
         template = self.template if options.chat_template is None else self._own(options.chat_template)
@@ -119,19 +136,39 @@ class ChatRenderer:
                 "this model has no chat template; pass chat_template (opsin serve: --chat-template), "
                 "or use a plain prompt instead of messages"
             )
-        messages, tools = self._with_tools(conversation.messages, options.tools or (), template)
-        text = template.render(
-            self._for_template(messages, template),
-            add_generation_prompt=options.begins_answer,
-            continue_final_message=options.continue_final_message,
-            tools=tools,
-            variables=options.chat_template_kwargs or {},
+        guard = "" if options.allow_special_tokens else new_guard()
+        parsed = [self._guarded(_with_parsed_arguments(message), guard) for message in conversation.messages]
+        messages, tools = self._with_tools(
+            parsed, self._user_text.guarded_json(options.tools or [], guard), template
         )
+        try:
+            rendered = template.render(
+                self._for_template(messages, template, options),
+                add_generation_prompt=options.begins_answer,
+                continue_final_message=options.continue_final_message,
+                tools=tools,
+                variables=self._user_text.guarded_json(options.chat_template_kwargs or {}, guard),
+            )
+        except RequestError as error:  # whose text may quote a message
+            raise RequestError(str(error).replace(guard, "")) from None
+        text = GuardedText(rendered, guard)
         items: dict[Modality, list[Any]] = defaultdict(list)
         for part in conversation.media:
             items[part.modality].append(self._load(part))
         salt = options.cache_salt or ""
-        return Prompt(text=text, media=items, options=options.mm_processor_kwargs or {}, salt=salt)
+        return Prompt(
+            text=text.plain,
+            guarded=text if guard and guard in rendered else None,
+            media=items,
+            options=options.mm_processor_kwargs or {},
+            salt=salt,
+        )
+
+    def _guarded(self, message: Message, guard: str) -> Message:
+        fields = {key: self._user_text.guarded_json(message.fields[key], guard) for key in message.fields}
+        texts = iter(self._user_text.guarded([p for p in message.parts if isinstance(p, str)], guard))
+        parts = tuple(next(texts) if isinstance(part, str) else part for part in message.parts)
+        return Message(fields, parts)
 
     def _own(self, source: str) -> ChatTemplate:
         try:
@@ -148,9 +185,10 @@ class ChatRenderer:
                     f"{part.where}: got embeddings as a {type(part.value).__name__}; expected tensors"
                 )
             return part.value
-        with errors_at(part.where):
+        where = place_of(part.where, part.value) if self.local_files else part.where
+        with errors_at(where):
             opened = open_media(part.modality, part.value, self.media_limits, local_files=self.local_files)
-        return replace(opened, where=part.where)
+        return replace(opened, where=where)
 
     # ---- tools --------------------------------------------------------------------------------
 
@@ -166,7 +204,7 @@ class ChatRenderer:
         if not tools and not used:
             return messages, None
         if "tool" in template.source:
-            return [_with_parsed_arguments(message) for message in messages], tools or None
+            return messages, tools or None
         form = self.tool_format
         if form is None or not form.fits(template.source):
             raise RequestError(
@@ -177,12 +215,14 @@ class ChatRenderer:
 
     # ---- content ------------------------------------------------------------------------------
 
-    def _for_template(self, messages: Sequence[Message], template: ChatTemplate) -> list[dict[str, Any]]:
+    def _for_template(
+        self, messages: Sequence[Message], template: ChatTemplate, options: ChatOptions
+    ) -> list[dict[str, Any]]:
         """The messages with content as the template wants it: parts without their data, or text."""
         done: dict[Modality, int] = defaultdict(int)
         prepared = []
         for message in messages:
-            written = self._already_written(message, done)
+            written = self._already_written(message, done) if options.allow_special_tokens else set()
             parts: list[Part] = []
             for part in message.parts:
                 if isinstance(part, str):
@@ -225,8 +265,7 @@ class ChatRenderer:
 
 
 def _content(message: Message, parts: Sequence[Part], template: ChatTemplate) -> dict[str, Any]:
-    if not message.parts:
-        return {}
+    parts = parts if message.parts else [""]  # as OpenAI's clients store an answer without text
     texts = [part for part in parts if isinstance(part, str)]
     if template.format == "string":
         return {"content": "\n".join(texts)}

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import PurePath
 from typing import Any, Literal, cast, get_args
 
 from opsin.api import Modality
@@ -153,6 +154,13 @@ def check_limits(counts: Mapping[Modality, int], limits: Mapping[Modality, int])
                 f"of earlier messages included; limit_mm_per_prompt={{{modality!r}: {count}}} would allow it "
                 f"(opsin serve: --limit-mm-per-prompt {modality}={count})"
             )
+
+
+def place_of(where: str, value: Any) -> str:
+    """A place for messages, with the name of the file or the URL that stands there, if it has one."""
+    name = getattr(value, "filename", None) or (value if isinstance(value, (str, PurePath)) else "")
+    named = name and not str(name).startswith("data:")
+    return f"{where} ({str(name)[:100]!r})" if named else where
 
 
 def names_function(value: Any) -> bool:

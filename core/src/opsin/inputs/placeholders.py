@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
 from typing import Any
 
 from opsin.api import Modality, Placeholder, Tokenizer
 from opsin.errors import RequestError
+from opsin.inputs.user_text import GuardedText, UserText, text_pattern
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class _Found:
 
     modality: Modality
     text: str | None
+    ids: tuple[int, ...] = ()
 
 
 class PlaceholderFinder:
@@ -45,27 +46,33 @@ class PlaceholderFinder:
         self._cut_pattern = re.compile("|".join(f"({text_pattern(placeholders[m])})" for m in self._cut))
         self._every_chunk = any(placeholders[m].special_tokens_per_chunk for m in self._cut)
         self._bos: str | None = getattr(tokenizer, "bos_token", None)
+        self._user_text = UserText(tokenizer, placeholders)
 
     def in_text(
-        self, text: str, counts: Mapping[Modality, int], options: Mapping[str, Any] | None = None
+        self,
+        text: str | GuardedText,
+        counts: Mapping[Modality, int],
+        options: Mapping[str, Any] | None = None,
     ) -> list[int | Marker]:
         """Token ids of a text, with a marker for each of ``counts[modality]`` items.
 
-        Special tokens (a BOS) are added at the front, unless the text begins with them. ``options`` are the
+        Special tokens (a BOS) are added at the front, unless the text begins with them. In a `GuardedText`,
+        what users wrote is neither a special token nor a placeholder. ``options`` are the
         ``mm_processor_kwargs`` of the request over those of the engine.
 
         Raises:
             RequestError: the placeholders in the text are not one for each item, or an option is wrong.
         """
+        whole = text if isinstance(text, GuardedText) else GuardedText(text, "")
         if self._tokenizes_whole(options or {}):
-            return self._in_whole_text(text, counts)
+            return self._in_whole_text(whole, counts)
         parts: list[int | _Found] = []
         start = 0
-        for match in self._cut_pattern.finditer(text) if self._cut else ():
-            parts += self._tokenize(text[start : match.start()], first=start == 0)
+        for match in self._cut_pattern.finditer(whole.text) if self._cut else ():
+            parts += self._tokenize(whole[start : match.start()], first=start == 0)
             parts.append(self._found_text(match))
             start = match.end()
-        parts += self._tokenize(text[start:], first=start == 0)
+        parts += self._tokenize(whole[start:], first=start == 0)
         return self._number(parts, counts)
 
     def in_ids(self, ids: Sequence[int], counts: Mapping[Modality, int]) -> list[int | Marker]:
@@ -78,10 +85,8 @@ class PlaceholderFinder:
 
     def _find(self, ids: Sequence[int], counts: Mapping[Modality, int]) -> list[int | _Found]:
         written = {
-            sequence: _Found(modality, text)
-            for modality in self._cut
-            for number in range(1, counts.get(modality, 0) + 1)
-            for text in [self._placeholders[modality].text(number)]
+            sequence: _Found(modality, text, sequence)
+            for modality, text in self._texts(counts)
             for sequence in self._id_sequences(text)
         }
         parts: list[int | _Found] = []
@@ -97,6 +102,14 @@ class PlaceholderFinder:
                 position += 1
         return parts
 
+    def _texts(self, counts: Mapping[Modality, int]) -> list[tuple[Modality, str]]:
+        """The texts of all items' placeholders that are not one token."""
+        return [
+            (modality, self._placeholders[modality].text(number))
+            for modality in self._cut
+            for number in range(1, counts.get(modality, 0) + 1)
+        ]
+
     def _tokenizes_whole(self, options: Mapping[str, Any]) -> bool:
         rules = [self._placeholders[modality].tokenizes_whole for modality in self._cut]
         try:
@@ -104,26 +117,39 @@ class PlaceholderFinder:
         except ValueError as error:
             raise RequestError(str(error)) from None
 
-    def _in_whole_text(self, text: str, counts: Mapping[Modality, int]) -> list[int | Marker]:
+    def _in_whole_text(self, text: GuardedText, counts: Mapping[Modality, int]) -> list[int | Marker]:
         # Only the text is sure to show all placeholders; only the ids show where.
-        written = list(map(self._found_text, self._cut_pattern.finditer(text)))
+        written = list(map(self._found_text, self._cut_pattern.finditer(text.text)))
         self._number(written, {modality: counts.get(modality, 0) for modality in self._cut})
+        known, real = {words for _, words in self._texts(counts)}, text.real_starts(self._cut_pattern)
+        matches = self._cut_pattern.finditer(text.plain)
+        is_real = [match.start() in real for match in matches if match[0] in known]
         parts = self._find(self._encode(text, first=True), counts)
-        if sum(isinstance(part, _Found) and part.text is not None for part in parts) < len(written):
+        if sum(isinstance(part, _Found) and part.text is not None for part in parts) != len(is_real):
             raise RequestError(
                 "tokenized as a whole, a placeholder of this prompt shares a token with the text next to it; "
                 "put a line break or a space before and after it"
             )
-        return self._number(parts, counts)
+        following = iter(is_real)
+        kept: list[int | _Found] = []
+        for part in parts:
+            if isinstance(part, int) or part.text is None or next(following):
+                kept.append(part)
+            else:
+                kept += part.ids
+        return self._number(kept, counts)
 
     def _found_text(self, match: re.Match[str]) -> _Found:
         return _Found(self._cut[(match.lastindex or 1) - 1], match[0])
 
-    def _encode(self, text: str, *, first: bool) -> list[int]:
-        special = (first or self._every_chunk) and not (self._bos and text.startswith(self._bos))
-        return self._tokenizer.encode(text, add_special_tokens=special) if text or special else []
+    def _encode(self, text: GuardedText, *, first: bool) -> list[int]:
+        begins = self._bos and text.text.lstrip().startswith(self._bos)
+        special = (first or self._every_chunk) and not begins
+        if text.guard and text.guard in text.text:
+            return self._user_text.encode(text, add_special_tokens=special)
+        return self._tokenizer.encode(text.text, add_special_tokens=special) if text.text or special else []
 
-    def _tokenize(self, text: str, *, first: bool) -> Iterator[int | _Found]:
+    def _tokenize(self, text: GuardedText, *, first: bool) -> Iterator[int | _Found]:
         return map(self._found_token, self._encode(text, first=first))
 
     def _found_token(self, token: int) -> int | _Found:
@@ -183,18 +209,3 @@ class PlaceholderFinder:
 def is_numbered(placeholder: Placeholder) -> bool:
     """Whether the placeholder's text names the item (``<|image_1|>``) or is always the same (``<image>``)."""
     return placeholder.text(1) != placeholder.text(2)
-
-
-def text_pattern(placeholder: Placeholder) -> str:
-    """A regular expression, without groups, for the placeholder's text with any number."""
-    first, second = placeholder.text(1), placeholder.text(2)
-    if first == second:
-        return re.escape(first)
-    prefix = first[: _num_equal(first, second)]
-    suffix = first[len(first) - _num_equal(reversed(first), reversed(second)) :]
-    return rf"{re.escape(prefix)}\d+{re.escape(suffix)}"
-
-
-def _num_equal(first: Iterable[str], second: Iterable[str]) -> int:
-    """How many leading characters agree."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second)))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -27,12 +29,21 @@ from opsin.api import (
     Tokenizer,
 )
 from opsin.config import MediaLimits
-from opsin.errors import ConfigError, MediaError, PromptTooLongError, RequestError, require_known
+from opsin.errors import (
+    ConfigError,
+    MediaError,
+    OpsinError,
+    PromptTooLongError,
+    RequestError,
+    require_known,
+)
 from opsin.inputs.cache import ByteLRU, HeldMedia
-from opsin.inputs.conversation import check_limits
+from opsin.inputs.conversation import check_limits, place_of
 from opsin.inputs.media import MediaSource, embeds_item, errors_at, is_timed, open_media
 from opsin.inputs.placeholders import Marker, PlaceholderFinder
 from opsin.inputs.prompt import Prompt, PromptInput
+
+logger = logging.getLogger(__name__)
 
 PIECE = 2**16
 """Characters of a long text that are tokenized at a time to find out whether it is too long."""
@@ -96,26 +107,32 @@ class PromptProcessor:
         self._mapping_now: dict[str, Future[MappedMedia]] = {}
         self._lock = threading.Lock()
 
-    def process(self, prompt: PromptInput | Prompt, *, min_new_tokens: int = 1) -> ProcessedPrompt:
+    def process(
+        self, prompt: PromptInput | Prompt, *, min_new_tokens: int = 1, truncate: int | None = None
+    ) -> ProcessedPrompt:
         """Process one prompt.
 
         Args:
             prompt: see `PromptInput`.
             min_new_tokens: room the context must leave; 0 for an embedding request.
+            truncate: keep this many of the last tokens; -1: as many as the context holds; None: all.
 
         Raises:
-            RequestError: the prompt is malformed, or its placeholders and media do not match.
+            RequestError: the prompt is malformed, its placeholders and media do not match, or the model's
+                plugin fails on it.
             MediaError: a media item cannot be used, or there are too many.
             PromptTooLongError: it does not fit into the context once expanded.
         """
         try:
-            return self._process(Prompt.parse(prompt), min_new_tokens)
+            return self._process(Prompt.parse(prompt), min_new_tokens, truncate)
         except RequestError as error:
             # Outputs keep errors; the frames of this one would keep pictures.
             error.__context__ = None
+            if error.__cause__ is not None:
+                error.__cause__.__traceback__ = error.__cause__.__context__ = None
             raise error.with_traceback(None)  # noqa: B904 (it has no other cause)
 
-    def _process(self, parsed: Prompt, min_new_tokens: int) -> ProcessedPrompt:
+    def _process(self, parsed: Prompt, min_new_tokens: int, truncate: int | None) -> ProcessedPrompt:
         require_known("mm_processor_kwargs", parsed.options, self._option_names, RequestError)
         values = self._media(parsed.media)
         counts = {modality: len(of_modality) for modality, of_modality in values.items()}
@@ -126,25 +143,46 @@ class PromptProcessor:
         # What cannot fit is refused as soon as that is known: by sizes and lengths here, item by item later.
         num_embeds = sum(least for _, least in media.values())
         check_len = partial(self._check_len, min_new_tokens=min_new_tokens, modalities=counts)
+        check_early = partial(check_len, whole=truncate is None)
         if parsed.token_ids is None:
-            num_tokens = _least_tokens(self.tokenizer, parsed.text or "", self.max_model_len)
-            check_len(num_tokens + num_embeds, num_embeds, exact=False)
+            text = parsed.text or ""
+            least = _least_tokens(self.tokenizer, text, self.max_model_len) if truncate is None else 0
+            check_early(least + num_embeds, num_embeds, exact=False)
+            if truncate is not None:
+                self._check_text(text)
         parts = self._parts(parsed, counts, options)
-        token_ids, placed = self._expand(parts, media, options, check_len)
+        token_ids, placed = self._expand(parts, media, options, check_early)
+        if truncate is not None:
+            most = self.max_model_len - min_new_tokens if truncate == -1 else truncate
+            token_ids, placed = _truncated(token_ids, placed, most)
+            check_len(len(token_ids), sum(sum(item.is_embed) for item in placed), exact=True)
+            for item in placed:
+                self.held_media.add(item)
 
-        positions = self.model_spec.positions and self.model_spec.positions(self.config, token_ids, placed)
-        if positions is not None and positions.prompt.shape[1] != len(token_ids):
-            raise RequestError(
-                f"{positions.prompt.shape[1]} positions for {len(token_ids)} tokens; the plugin of "
-                f"{self.model_spec.architecture} is at fault"
-            )
+        positions = self.model_spec.positions
+        with self._plugin("positions", OpsinError):
+            rotary = positions and positions(self.config, token_ids, placed)
         return ProcessedPrompt(
             token_ids=token_ids,
             media=placed,
-            positions=positions,
+            positions=rotary,
             text=parsed.text,
             salt=parsed.salt,
         )
+
+    @contextmanager
+    def _plugin(self, what: str, meant: type[Exception] = ValueError) -> Iterator[None]:
+        """Turn errors of the model's plugin into a `RequestError`, but for those that are ``meant``."""
+        try:
+            yield
+        except (meant, OpsinError):
+            raise
+        except Exception as error:
+            logger.exception("%s failed in the plugin of %s", what, self.model_spec.architecture)
+            raise RequestError(
+                f"{what}: the plugin of {self.model_spec.architecture} failed with "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def _media(self, data: Mapping[str, Any]) -> dict[Modality, list[Any]]:
         """Modality -> one value per item, not decoded yet: too many items are refused before any work."""
@@ -165,14 +203,14 @@ class PromptProcessor:
         )
 
     def _split_embeds(self, modality: Modality, value: Any) -> list[MediaItem]:
-        with errors_at(modality):
+        with errors_at(modality), self._plugin("split_embeds"):
             return [embeds_item(modality, part) for part in self.mappers[modality].split_embeds(value)]
 
     def _parts(
         self, parsed: Prompt, counts: Mapping[Modality, int], options: Mapping[str, Any]
     ) -> list[int | Marker]:
         if parsed.token_ids is None:
-            parts = self._finder.in_text(parsed.text or "", counts, options)
+            parts = self._finder.in_text(parsed.guarded or parsed.text or "", counts, options)
         else:
             for token in parsed.token_ids:
                 if not 0 <= token < self.vocab_size:
@@ -191,11 +229,13 @@ class PromptProcessor:
         for modality, of_modality in values.items():
             mapper = self.mappers[modality]
             for number, value in enumerate(of_modality, 1):
-                with errors_at(f"{modality} {number}"):
-                    is_opened = isinstance(value, MediaSource)
+                is_opened = isinstance(value, MediaSource)
+                where = (is_opened and value.where) or place_of(f"{modality} {number}", value)
+                with errors_at(where):
                     source = value if is_opened else open_media(modality, value, self.media_limits)
-                with errors_at(source.where or f"{modality} {number}"):
-                    opened[Marker(modality, number)] = source, _least_embeds(mapper, source, options)
+                    with self._plugin("count_embeds"):
+                        least = _least_embeds(mapper, source, options)
+                opened[Marker(modality, number)] = replace(source, where=where), least
         return opened
 
     def _expand(
@@ -218,9 +258,12 @@ class PromptProcessor:
                     token_ids.append(part)
                     continue
                 source, least = media[part]
-                with errors_at(source.where or f"{part.modality} {part.number}"):
-                    key, mapped = self._map(source.decode(), options, mapped_here)
-                    expansion = self.placeholders[part.modality].expand(mapped, part.number)
+                with errors_at(source.where):
+                    item = source.decode()
+                    with self._plugin("map"):
+                        key, mapped = self._map(item, options, mapped_here)
+                    with self._plugin("expand"):
+                        expansion = self.placeholders[part.modality].expand(mapped, part.number)
                     self._check_embeds(mapped, expansion)
                 placed.append(
                     PlacedMedia(
@@ -301,7 +344,11 @@ class PromptProcessor:
         exact: bool,
         min_new_tokens: int,
         modalities: Iterable[Modality],
+        whole: bool = True,
     ) -> None:
+        """Refuse a prompt that does not fit; if it is not kept ``whole``, only media that do not fit."""
+        if not whole:
+            num_tokens = num_embeds
         if num_tokens + min_new_tokens <= self.max_model_len:
             return
         mappers = [self.mappers[modality] for modality in modalities]
@@ -315,6 +362,14 @@ class PromptProcessor:
             f"the prompt has {'' if exact else 'at least '}{num_tokens} tokens{of_media}; the context holds "
             f"{self.max_model_len}{room}. {advice}"
         )
+
+    def _check_text(self, text: str) -> None:
+        most = max(2**20, 64 * self.max_model_len)  # a token rarely has more characters than 64
+        if len(text) > most:
+            raise PromptTooLongError(
+                f"the prompt has {len(text)} characters; one that is to be truncated may have {most} for the "
+                f"{self.max_model_len} tokens of the context. Cut it before"
+            )
 
 
 def _least_embeds(mapper: InputMapper, source: MediaSource, options: Mapping[str, Any]) -> int:
@@ -352,6 +407,23 @@ def _least_tokens(tokenizer: Tokenizer, text: str, enough: int) -> int:
         if num_tokens > enough:
             break
     return num_tokens
+
+
+def _truncated(
+    token_ids: list[int], placed: list[PlacedMedia], most: int
+) -> tuple[list[int], list[PlacedMedia]]:
+    """The last ``most`` tokens.
+
+    Raises:
+        RequestError: a media item would be cut off.
+    """
+    cut = max(0, len(token_ids) - most)
+    if placed and placed[0].start < cut:
+        raise RequestError(
+            f"truncate_prompt_tokens: keeping {most} of {len(token_ids)} tokens would cut off "
+            f"{placed[0].modality} 1, which begins at {placed[0].start}; leave it out, or keep more"
+        )
+    return token_ids[cut:], [replace(item, start=item.start - cut) for item in placed]
 
 
 def _is_embeds(value: Any) -> bool:

@@ -7,12 +7,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from opsin.errors import RequestError, require_known
+from opsin.errors import RequestError
+from opsin.inputs.user_text import GuardedText
+from opsin.vllm_names import PROMPT, translated
 
 PromptInput = str | Sequence[int] | Mapping[str, Any]
 """Text; token ids; or a dict with ``prompt`` or ``prompt_token_ids``, and the other `KEYS` as needed."""
 
-KEYS = ("prompt", "prompt_token_ids", "multi_modal_data", "mm_processor_kwargs", "cache_salt")
+KEYS = (
+    "prompt",
+    "prompt_token_ids",
+    "multi_modal_data",
+    "multi_modal_uuids",
+    "mm_processor_kwargs",
+    "cache_salt",
+)
+"""``multi_modal_uuids`` have no effect: media are known by their content."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +31,7 @@ class Prompt:
 
     Attributes:
         text: as written; with ``token_ids`` set it is only carried along.
+        guarded: the same text with what users wrote told apart; None: all of it is taken as written.
         token_ids: given instead of text.
         media: modality -> one item, several, or embeddings, as the user gave them.
         options: ``mm_processor_kwargs`` of the request.
@@ -28,6 +39,7 @@ class Prompt:
     """
 
     text: str | None = None
+    guarded: GuardedText | None = None
     token_ids: Sequence[int] | None = None
     media: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -46,7 +58,7 @@ class Prompt:
             prompt = {"prompt": prompt}
         elif not isinstance(prompt, Mapping):
             prompt = {"prompt_token_ids": prompt}
-        require_known("the prompt", prompt, KEYS, RequestError)
+        prompt = translated("the prompt", prompt, PROMPT, KEYS, RequestError)
         text, ids = _of(str, "a string", prompt, "prompt"), prompt.get("prompt_token_ids")
         if text is None and ids is None:
             raise RequestError('the prompt has neither "prompt" nor "prompt_token_ids"; expected one of them')
@@ -70,6 +82,8 @@ def _of(kind: type[Any], expected: str, prompt: Mapping[str, Any], key: str) -> 
 
 def _token_ids(ids: Any) -> list[int]:
     try:
-        return [operator.index(token) for token in ids]
+        if isinstance(ids, (bytes, bytearray)):
+            raise TypeError
+        return [operator.index(token) for token in (ids.tolist() if hasattr(ids, "tolist") else ids)]
     except TypeError:
         raise RequestError("expected a text, a list of token ids, or a dict as the prompt") from None

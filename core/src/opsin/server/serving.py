@@ -148,12 +148,9 @@ class Serving:
         def process(prompt: PlainPrompt) -> ProcessedPrompt:
             if truncate == 0 or (truncate or 0) > longest:
                 raise bad_request(f"expected -1, or 1 to {longest} (the context)", "truncate_prompt_tokens")
-            if truncate is not None:
-                ids = self.frontend.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-                prompt = ids[-(longest - min_new_tokens if truncate == -1 else truncate) :]
             key = "prompt" if isinstance(prompt, str) else "prompt_token_ids"
             return self.frontend.processor.process(
-                {key: prompt, "cache_salt": cache_salt}, min_new_tokens=min_new_tokens
+                {key: prompt, "cache_salt": cache_salt}, min_new_tokens=min_new_tokens, truncate=truncate
             )
 
         async def timed(prompt: PlainPrompt) -> ProcessedPrompt:

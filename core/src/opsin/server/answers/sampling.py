@@ -115,6 +115,6 @@ def _check_limits(request: SamplingRequest, serving: Serving, logprobs: int | No
         if value is not None and value > limits.max_logprobs:
             raise bad_request(f"{name}: at most {limits.max_logprobs} are given (--max-logprobs)", name)
     size = serving.info.vocab_size
-    for name, tokens in (("stop_token_ids", request.stop_token_ids), ("logit_bias", request.logit_bias)):
-        if any(not 0 <= int(token) < size for token in tokens or ()):
+    for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+        if any(not 0 <= int(token) < size for token in getattr(request, name) or ()):
             raise bad_request(f"{name}: a token id is out of vocabulary; expected 0 to {size - 1}", name)

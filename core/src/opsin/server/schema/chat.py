@@ -210,6 +210,8 @@ class ChatFields(RequestBody):
     chat_template: Annotated[str | None, Field(max_length=100_000)] = None
     chat_template_kwargs: dict[str, Any] | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
+    allow_special_tokens: bool | None = None
+    """Special tokens and placeholders in texts are what they look like; by default they are text."""
 
     @model_validator(mode="after")
     def _one_end(self) -> ChatFields:
@@ -234,6 +236,7 @@ class ChatFields(RequestBody):
             chat_template_kwargs=self.chat_template_kwargs,
             mm_processor_kwargs=self.mm_processor_kwargs,
             cache_salt=cache_salt,
+            allow_special_tokens=bool(self.allow_special_tokens),
         )
 
 

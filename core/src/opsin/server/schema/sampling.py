@@ -76,17 +76,15 @@ class StructuredOutputs(StrictModel):
 class SamplingRequest(RequestBody):
     """Fields of `ChatRequest` and `CompletionRequest`."""
 
+    ignored: ClassVar[frozenset[str]] = RequestBody.ignored | {"spaces_between_special_tokens"}
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **RequestBody.unsupported,
-        "allowed_token_ids": ([],),
-        "bad_words": ([],),
         "guided_whitespace_pattern": (),
         "kv_transfer_params": (),
         "logits_processors": (),
         "prompt_embeds": (),
         "return_token_ids": (False,),
         "return_tokens_as_token_ids": (False,),
-        "spaces_between_special_tokens": (True,),
         "vllm_xargs": (),
     }
 
@@ -114,6 +112,8 @@ class SamplingRequest(RequestBody):
         Field(max_length=1024),
         BeforeValidator(_biases),
     ] = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: Annotated[list[_Stop] | None, Field(max_length=1024)] = None
     prompt_logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
     skip_special_tokens: bool | None = None
     stream: bool | None = None
