@@ -106,7 +106,7 @@ class _Mapper:
     ) -> None:
         numbers = version_of(context.config) == "2.6"
         self.option_names = frozenset({"max_slice_nums", "use_image_id"} if numbers else {"max_slice_nums"})
-        self._num_queries = top_config(context.config)["query_num"]
+        self._num_queries: int = top_config(context.config)["query_num"]
         self._slicer = Slicer(settings["scale_resolution"], settings["patch_size"])
         try:
             self._levels = pixel_levels(
