@@ -17,8 +17,8 @@ NAMES = re.compile(
     r"llava|phi[-_ ]?3|vlm2vec|qwen|minicpm|openbmb|vicuna|llama(?!3\")|mistral|idefics|cambricon|\bmlu",
     re.IGNORECASE,
 )
-"""Families, the language models inside of them, makers, chips; however they are spelt. (One in quotation marks
-with a 3 is a type of rotary positions in config.json.)"""
+"""Families, the language models inside of them, makers, chips; however they are spelt. (One in quotation
+marks with a 3 is a type of rotary positions in config.json.)"""
 
 
 def named_in(text: str) -> list[str]:
