@@ -409,7 +409,8 @@ def test_the_familys_content_format_is_that_of_its_own_template() -> None:
             default_chat_template=loops,
             content_format="string",
         )
-        checkpoint = Checkpoint(path=MODEL, architecture="Toy", config={}, chat_template=own)
+        named = {"default": own} if own else {}
+        checkpoint = Checkpoint(path=MODEL, architecture="Toy", config={}, chat_templates=named)
         template = _chat_template(EngineConfig(model="m", **settings), checkpoint, spec, TOKENIZER)
         assert template is not None
         return template.format

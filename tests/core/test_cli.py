@@ -322,8 +322,8 @@ def test_plugins_without_any_says_what_to_install(run: Run, installed: Any) -> N
     result = run("plugins")
     assert result.status == 0
     assert "Plugins: none" in result.out
-    assert "no plugin provides a model; install one: pip install" in result.out
-    assert "no plugin provides a device; install one: pip install" in result.out
+    assert "no plugin provides a model; install one of opsin-models-llava," in result.out
+    assert "no plugin provides a device; install one of opsin-device-cpu," in result.out
 
 
 def test_plugin_error_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

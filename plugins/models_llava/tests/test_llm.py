@@ -184,7 +184,7 @@ def bad_embeddings(good: torch.Tensor) -> dict[str, tuple[Any, str]]:
         "integers": (good[None].to(torch.int64), "int64"),
         "a vector": (good[0], "shape"),
         "no rows": (good[None, :0], "shape"),
-        "a dict": ({"image_embeds": good}, "dict"),
+        "a dict": ({"embeds": good}, "dict"),
     }
 
 

@@ -233,7 +233,7 @@ def test_options_of_the_engine_hold_for_every_request() -> None:
         (torch.zeros(1, 313, 64).to_sparse(), "dense"),
         (torch.zeros(1, 313, 64, dtype=torch.int64), "image"),
         ([torch.zeros(313, 64), torch.zeros(313, 65)], "placeholder"),
-        ({"image_embeds": torch.zeros(1, 313, 64)}, "got a dict"),
+        ({"embeds": torch.zeros(1, 313, 64)}, "got a dict"),
     ],
     ids=["width", "rows", "NaN", "sparse", "integer", "two for one", "dict"],
 )

@@ -188,7 +188,7 @@ def _check_kind(path: Path) -> None:
         )
     if not (path / "config.json").is_file() and (found := sorted(path.glob("*.gguf"))):
         raise CheckpointError(
-            f"{path} holds GGUF files ({found[0].name}), which llama.cpp reads; take the original one, "
+            f"{path} holds GGUF files ({found[0].name}), which are not read; take the original checkpoint, "
             "with config.json and safetensors"
         )
 
@@ -295,7 +295,7 @@ def _no_weights(path: Path) -> str:
     unsafe = sorted(file.name for file in path.iterdir() if file.suffix in _UNSAFE_WEIGHTS)
     if not unsafe:
         gguf = sorted(file.name for file in path.glob("*.gguf"))
-        found = f", found only {gguf[0]}, which llama.cpp reads" if gguf else ""
+        found = f", found only {gguf[0]} (GGUF is not read)" if gguf else ""
         return f"{path} has no weights: expected *.safetensors{found}"
     return (
         f"{path} has no *.safetensors, only {', '.join(unsafe[:4])}: a format that can run code when it is "

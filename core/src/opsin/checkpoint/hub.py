@@ -32,9 +32,7 @@ def locate(model: str, *, revision: str | None = None) -> Path:
     if folder.is_dir():
         return folder
     if folder.suffix == ".gguf" and folder.exists():
-        raise CheckpointError(
-            f"{model!r} is a GGUF file, which llama.cpp reads; pass a folder with safetensors"
-        )
+        raise CheckpointError(f"{model!r} is a GGUF file, which is not read; pass a folder with safetensors")
     if folder.exists():
         raise CheckpointError(f"{model!r} is a file; pass the folder that holds config.json and the weights")
     if installed := sorted(entry_points(group=CHECKPOINT_GROUP, name=model), key=lambda entry: entry.value):

@@ -117,9 +117,11 @@ def load_weights(
         if slot is None and name is not None and name in taken:
             raise CheckpointError(f"tensors {taken[name]} and {key} are both for the layer's {name}")
         if slot is None:
-            known = name is None or name in tied or _CONSTANTS.search(key)
-            zero = key.endswith("bias") and not tensor.any()
-            (ignored if known or zero else unexpected).append(key)
+            unused = name is None or name in tied or _CONSTANTS.search(key)
+            if unused or (key.endswith("bias") and not tensor.any()):
+                ignored.append(key)
+            else:
+                unexpected.append(key)
             continue
         assert name is not None
         if tensor.dtype not in _FLOATS:

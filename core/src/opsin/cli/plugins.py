@@ -84,12 +84,11 @@ def _missing_kinds(found: Plugins) -> list[str]:
     kinds = {claim.kind for claim in found.claims}
     known = known_packages()
     advice = []
-    if "model" not in kinds:
-        packages = sorted(set(known.architectures.values()))
-        advice.append(f"no plugin provides a model; install one: {' | '.join(map(pip_install, packages))}")
-    if "device" not in kinds:
-        packages = sorted(set(known.devices.values()))
-        advice.append(f"no plugin provides a device; install one: {' | '.join(map(pip_install, packages))}")
+    for kind, provided in (("model", known.architectures), ("device", known.devices)):
+        if kind not in kinds:
+            names = sorted(set(provided.values()))
+            how = f"install one of {', '.join(names)}, for example: {pip_install(names[-1])}"
+            advice.append(f"no plugin provides a {kind}; {how}")
     return advice
 
 
