@@ -72,7 +72,7 @@ def main() -> None:
             parameter.copy_(parameter.half().float())  # what the file will hold
         shutil.copytree(family.folder, folder, dirs_exist_ok=True)
         family.export(network, words, Path(folder))
-        llm = LLM(folder, trust_remote_code=True)
+        llm = LLM(folder, dtype="float32", trust_remote_code=True)
         for name in family.scenes:
             if name != "talk":
                 apart = [difference(family, network, words, llm, name, seed) for seed in range(args.scenes)]

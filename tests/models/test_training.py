@@ -39,7 +39,7 @@ def test_a_network_of_random_weights_says_what_opsin_says(name: str, tmp_path: P
             parameter.copy_(parameter.half().float())  # what the file will hold
     shutil.copytree(family.folder, tmp_path, dirs_exist_ok=True)
     family.export(network, words, tmp_path)
-    with LLM(str(tmp_path), kv_cache_memory=2**26) as llm:
+    with LLM(str(tmp_path), dtype="float32", kv_cache_memory=2**26) as llm:
         for scene in family.scenes:
             if scene == "talk":
                 continue
