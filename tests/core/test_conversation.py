@@ -74,3 +74,13 @@ def test_the_servers_parts_are_those_of_the_table() -> None:
             assert replace(part, value=None, where="") == MediaPart(
                 "", part_type.modality, None, part_type.is_embeds
             )
+
+
+def test_a_video_may_say_its_rate_and_no_part_a_size() -> None:
+    video = {"type": "video", "video": ["f1", "f2"], "fps": 2}
+    [part] = Conversation.parse([{"role": "user", "content": [video]}]).media
+    assert part.value == (["f1", "f2"], {"fps": 2})
+    with pytest.raises(
+        RequestError, match=r"content\[0\].max_pixels: a part has no size of its own; mm_proc"
+    ):
+        Conversation.parse([{"role": "user", "content": [{**video, "max_pixels": 9}]}])

@@ -344,3 +344,12 @@ def test_requests_of_a_server_wait_for_room() -> None:
     finally:
         engine.close()
     assert 0 < most < 8 * one_item
+
+
+def test_the_tiny_qwen_takes_a_photograph_of_12_megapixels() -> None:
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").resize((4000, 3000)).convert("RGB").save(buffer, "JPEG")
+    with LLM("opsin/tiny-qwen2vl", kv_cache_memory=2**26) as llm:
+        part = {"type": "image", "image": buffer.getvalue()}
+        [output] = llm.chat([{"role": "user", "content": [part, "What is it?"]}], use_tqdm=False)
+    assert 1200 < len(output.prompt_token_ids) < 1400

@@ -85,6 +85,41 @@ def test_pictures_of_equal_bytes_and_other_shapes_are_two_pictures(fresh: Runnin
     assert not np.allclose(answers[0], answers[1], atol=1e-2)
 
 
+def test_a_picture_is_the_one_that_a_person_sees(fresh: Running) -> None:
+    """Turned by its EXIF orientation, and without the colours under its transparent pixels."""
+    rng = np.random.default_rng(3)
+    shown = Image.fromarray(rng.integers(0, 256, (56, 84, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    hidden = shown.convert("RGBA")
+    hidden.paste((0, 0, 255, 0), (0, 0, 28, 28))
+    laid = shown.copy()
+    laid.paste("white", (0, 0, 28, 28))
+
+    def posted(picture: Image.Image, **options: Any) -> list[float]:
+        file = io.BytesIO()
+        picture.save(file, "PNG", **options)
+        return logprobs(ask(fresh, image(data_url(file.getvalue())), logprobs=True))
+
+    upright = posted(shown)
+    assert np.allclose(posted(shown.transpose(Image.Transpose.ROTATE_90), exif=exif), upright, atol=1e-4)
+    assert np.allclose(posted(hidden), posted(laid), atol=1e-4)
+    assert not np.allclose(posted(hidden), upright, atol=1e-2)
+
+
+def test_frames_may_say_when_they_are_shown_and_parts_have_no_size(fresh: Running) -> None:
+    frames = {"type": "video", "video": [data_url(picture()), data_url(picture(colour="blue"))]}
+    assert ask(fresh, {**frames, "fps": 2.0})["choices"] == ask(fresh, frames)["choices"]
+    for part, complaint in [
+        ({**frames, "fps": 0}, "greater than 0"),
+        ({**frames, "video": data_url(picture()), "fps": 2.0}, "has times of its own"),
+        ({**frames, "max_pixels": 3136}, "mm_processor_kwargs holds for all"),
+    ]:
+        response = fresh.post(CHAT, {"messages": user(part), "max_tokens": 1})
+        assert response.status_code == 400
+        assert complaint in response.text
+
+
 def logprobs(answer: Any) -> list[float]:
     return [entry["logprob"] for entry in answer["choices"][0]["logprobs"]["content"]]
 

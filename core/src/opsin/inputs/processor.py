@@ -378,13 +378,14 @@ def _least_embeds(mapper: InputMapper, source: MediaSource, options: Mapping[str
         return 0
     width, height, frames = source.size
     counts: list[int] = []
+    refusals: list[ValueError] = []
     for sides in ((width, height), (height, width)):  # it may be shown turned
         try:
             counts.append(mapper.count_embeds(*sides, frames, _options_of(mapper, options)))
         except ValueError as error:
-            refusal = error
+            refusals.append(error)
     if not counts:
-        raise refusal
+        raise refusals[0]
     return min(counts)
 
 
