@@ -628,11 +628,8 @@ def _listed(prompts: PromptInput | Iterable[PromptInput]) -> Iterable[PromptInpu
     if hasattr(given, "tolist"):  # an array or a tensor: (T,), or (B, T)
         given = given.tolist()
     are_ids = isinstance(given, Sequence) and given and all(isinstance(item, Integral) for item in given)
-    if are_ids or isinstance(given, (str, bytes, Mapping)):
-        return [given]
-    if not isinstance(given, Iterable):
-        raise ConfigError(f"got a {type(given).__name__}; expected a prompt, or several")
-    return given
+    one = are_ids or isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable)
+    return [given] if one else given
 
 
 def _conversations(messages: Iterable[Message] | Iterable[Sequence[Message]]) -> Iterable[Sequence[Message]]:
