@@ -25,10 +25,9 @@ from opsin.inputs.conversation import (
     place_of,
 )
 from opsin.inputs.media import errors_at, media_item
-from opsin.inputs.placeholders import is_numbered
+from opsin.inputs.placeholders import GuardedText, UserText, is_numbered, new_guard, text_pattern
 from opsin.inputs.prompt import Prompt
 from opsin.inputs.template import ChatTemplate
-from opsin.inputs.user_text import GuardedText, UserText, new_guard, text_pattern
 
 logger = logging.getLogger(__name__)
 
