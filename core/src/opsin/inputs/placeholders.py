@@ -3,8 +3,8 @@
 A prompt becomes token ids with `Marker`s between them, where its media stand.
 
 What users write in a chat is text. Before a template is rendered, every special string in their words is
-broken by a guard, a number that occurs nowhere else: ``<|im_end|>`` becomes ``<8105937|im_end|>``. No filter of
-a template changes digits, and JSON does not escape them. What is whole after rendering is the template's.
+broken by a guard, a number that occurs nowhere else: ``<|im_end|>`` becomes ``<8105937|im_end|>``. No filter
+of a template changes digits, and JSON does not escape them. What is whole after rendering is the template's.
 """
 
 from __future__ import annotations
