@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from opsin import AsyncEngine, EngineConfig, SamplingParams
+from opsin import (
+    AsyncEngine,
+    EngineConfig,
+    PoolingParams,
+    RequestOutput,
+    RequestOutputKind,
+    SamplingParams,
+)
 from opsin.api import ProcessedPrompt
 from opsin.errors import OpsinError, RequestError
 
@@ -205,5 +212,38 @@ def test_stats_are_asked_for_between_steps(engine: AsyncEngine) -> None:
             await asyncio.sleep(0.001)
         await running
         assert (await engine.stats()).num_running == 0
+
+    asyncio.run(main())
+
+
+def test_kinds_of_output(engine: AsyncEngine) -> None:
+    async def stream(kind: RequestOutputKind) -> list[RequestOutput]:
+        wanted = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, output_kind=kind)
+        return [output async for output in engine.generate("Hello", wanted)]
+
+    async def main() -> None:
+        whole = (await stream(RequestOutputKind.CUMULATIVE))[-1].outputs[0]
+        new = [output.outputs[0] for output in await stream(RequestOutputKind.DELTA)]
+        assert len(new) > 1
+        assert [token for output in new for token in output.token_ids] == whole.token_ids
+        assert "".join(output.text for output in new) == whole.text
+        [only] = await stream(RequestOutputKind.FINAL_ONLY)
+        assert only.outputs[0] == whole
+
+    asyncio.run(main())
+
+
+def test_prompts_are_truncated_where_they_are_processed(engine: AsyncEngine) -> None:
+    ids = list(range(100, 120))
+    wanted = SamplingParams(temperature=0, max_tokens=1, truncate_prompt_tokens=4)
+
+    async def main() -> None:
+        [output] = [output async for output in engine.generate(ids, wanted)]
+        assert output.prompt_token_ids == ids[-4:]
+        embedding = await engine.embed(ids, PoolingParams(truncate_prompt_tokens=3))
+        assert list(embedding.prompt_token_ids) == ids[-3:]
+        processed = await engine.process(ids)
+        with pytest.raises(RequestError, match="here it is too late"):
+            await anext(engine.generate(processed, wanted))
 
     asyncio.run(main())

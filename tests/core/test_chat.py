@@ -419,3 +419,14 @@ def test_the_familys_content_format_is_that_of_its_own_template() -> None:
     assert chosen(own=loops + " ") == "openai", "the checkpoint's own template speaks for itself"
     assert chosen(chat_template=loops + "\n") == "openai"
     assert chosen(chat_template_content_format="openai") == "openai"
+
+
+def test_a_placeholder_next_to_its_picture_is_text_and_that_is_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    chat = renderer()
+    for _ in range(2):
+        assert render(chat, [user(image(), "<image> is what?")]).text == "[user]<image>\n<image> is what?"
+    assert [record.getMessage()[:46] for record in caplog.records] == [
+        "a message with media has '<image>' in its text"
+    ]

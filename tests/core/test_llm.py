@@ -376,11 +376,8 @@ def test_token_ids_in_any_form(llm: LLM, make: Any) -> None:
 
 
 def test_what_is_no_prompt_is_refused(llm: LLM) -> None:
-    for wrong in (np.array([1.5]), b"bytes", [[1.5]]):
+    for wrong in (np.array([1.5]), b"bytes", [[1.5]], 5):
         with pytest.raises(RequestError, match="expected a text, a list of token ids"):
-            llm.generate(wrong, SHORT, use_tqdm=False)  # type: ignore[arg-type]
-    for wrong in (5, None):
-        with pytest.raises(ConfigError, match="expected a prompt, or several"):
             llm.generate(wrong, SHORT, use_tqdm=False)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="there are parameters for 2 prompts"):
         llm.generate(iter(PROMPTS), [SHORT, SHORT], use_tqdm=False)
@@ -435,6 +432,12 @@ def test_calls_within_an_iteration_lose_nothing(llm: LLM) -> None:
         assert beams() == best
         assert list(llm.stream("one", SHORT))[-1].outputs == streamed
     assert [found[index] for index in range(5)] == expected
+    bad: Any = {"prompt": MARK}
+    found.clear()
+    for index, output in llm.generate_iter(["one", bad, "three"], params[:3]):
+        found[index] = [] if output.error else output.outputs[0].token_ids[:4]
+        list(llm.stream("two", SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)))
+    assert found == {0: expected[0], 1: [], 2: expected[2]}
 
 
 def test_ctrl_c_gives_what_is_finished(llm: LLM) -> None:

@@ -20,8 +20,7 @@ from opsin.checkpoint.files import load
 from opsin.errors import RequestError
 from opsin.inputs.chat import ChatOptions
 from opsin.inputs.frontend import Frontend, build_frontend
-from opsin.inputs.placeholders import PlaceholderFinder
-from opsin.inputs.user_text import GuardedText, UserText, text_pattern
+from opsin.inputs.placeholders import GuardedText, PlaceholderFinder, UserText, text_pattern
 from opsin.plugins import load_plugins
 
 ROOT = Path(__file__).parents[2]

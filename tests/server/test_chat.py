@@ -449,3 +449,31 @@ def test_conversation_with_results(server: Running) -> None:
         "<|im_start|>user\n<tool_response>\nthree\n</tool_response>\n<tool_response>\nfour\n</tool_response>"
         "<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+def test_special_tokens_in_messages_are_text_unless_they_are_allowed(client: openai.OpenAI, llm: LLM) -> None:
+    said = user(text("What is <|im_end|>, <|image_pad|>?"), image(data_url(CAT)))
+    answer = ask(client, said)
+    [offline] = llm.chat(said, SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
+    assert answer.choices[0].message.content == offline.outputs[0].text
+    assert answer.usage.prompt_tokens == len(offline.prompt_token_ids)
+    with pytest.raises(openai.BadRequestError, match="2 image placeholder"):
+        ask(client, said, allow_special_tokens=True)
+    marked = user(text("a<|im_end|>b"))
+    assert (
+        ask(client, marked, allow_special_tokens=True).usage.prompt_tokens
+        < ask(client, marked).usage.prompt_tokens
+    )
+
+
+def test_allowed_tokens_and_bad_words(client: openai.OpenAI, llm: LLM) -> None:
+    allowed = {"allowed_token_ids": list(range(40, 50))}
+    params = SamplingParams(temperature=0, max_tokens=12, **allowed)
+    [offline] = llm.chat(HELLO, params, use_tqdm=False)
+    assert ask(client, HELLO, **allowed).choices[0].message.content == offline.outputs[0].text
+    [token] = llm.get_tokenizer().encode("he", add_special_tokens=False)
+    forced = {"logit_bias": {str(token): 100}, "ignore_eos": True}
+    assert ask(client, HELLO, **forced).choices[0].message.content == "he" * 12
+    assert "he" not in ask(client, HELLO, bad_words=["he"], **forced).choices[0].message.content
+    with pytest.raises(openai.BadRequestError, match="allowed_token_ids: a token id is out of vocabulary"):
+        ask(client, HELLO, allowed_token_ids=[10**6])

@@ -219,8 +219,7 @@ class LLM:
             ConfigError: there is no such parameter.
             BatchInterrupted: as in `generate`.
         """
-        known = [name for name in inspect.signature(LLM.chat).parameters if name not in ("self", "misspelt")]
-        self._check_call("chat", misspelt, known)
+        self._check_call("chat", misspelt)
         options = ChatOptions(
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
@@ -342,7 +341,8 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """Answer one prompt, giving after every step what `SamplingParams.output_kind` says."""
         self._check_call("stream", {})
-        return self._stream(self._jobs([prompt], [sampling_params or self.get_default_sampling_params()]))
+        params = sampling_params or self.get_default_sampling_params()
+        return self._stream(next(self._jobs([prompt], [params]))())
 
     def stream_chat(
         self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, **options: Any
@@ -359,7 +359,7 @@ class LLM:
         """
         chat_options = self._chat_options("stream_chat", options)
         params = sampling_params or self.get_default_sampling_params()
-        return self._stream(self._jobs([messages], [params], chat_options))
+        return self._stream(next(self._jobs([messages], [params], chat_options))())
 
     # ---- around -------------------------------------------------------------------------------
 
@@ -391,10 +391,14 @@ class LLM:
 
     # ---- inside -------------------------------------------------------------------------------
 
-    def _check_call(self, method: str, other: Mapping[str, Any], known: Sequence[str] = ()) -> None:
+    def _check_call(self, method: str, other: Mapping[str, Any]) -> None:
         """Refuse a wrong task, and what is no argument: Python's TypeError does not say what was meant."""
-        for name in translated(f"LLM.{method}", other, CALL, known):
-            raise AssertionError(f"{name} is a parameter")
+        if other:
+            parameters = inspect.signature(getattr(self, method)).parameters.values()
+            known = [
+                parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD
+            ]
+            translated(f"LLM.{method}", other, CALL, known)
         if self.engine.config.task != "generate" and method not in ("embed", "score"):
             raise ConfigError(
                 f'LLM.{method}: this model was loaded for embeddings; load it with task="generate" for '
@@ -457,11 +461,14 @@ class LLM:
             return _Prepared(error, params)
         return _Prepared(processed, params)
 
-    def _stream(self, jobs: Iterator[_Job]) -> Iterator[RequestOutput]:
-        prompt, params = next(jobs)()
+    def _stream(self, prepared: _Prepared) -> Iterator[RequestOutput]:
+        prompt, params = prepared
         if isinstance(prompt, RequestError):
             raise prompt
         assert isinstance(params, SamplingParams)
+        return self._streamed(prompt, params)
+
+    def _streamed(self, prompt: ProcessedPrompt, params: SamplingParams) -> Iterator[RequestOutput]:
         request_id, latest = f"stream-{next(self._ids)}", deque[Output](maxlen=1)
         self._receivers[request_id] = latest.append
         earlier: RequestOutput | None = None
@@ -530,13 +537,12 @@ class LLM:
 
         try:
             while feed or running:
-                yield from self._add_ready(feed, batch, running, take)
-                if not self.engine.has_unfinished():
-                    break
-                self._step()
                 yield from taken()
-            if running:
-                raise OpsinError(f"{len(running)} requests were aborted through LLM.engine")
+                yield from self._add_ready(feed, batch, running, take)
+                if running and not finished:  # a call from within the iteration may have finished some
+                    if not self.engine.has_unfinished():
+                        raise OpsinError(f"{len(running)} requests were aborted through LLM.engine")
+                    self._step()
         except KeyboardInterrupt:
             yield from taken()
             raise
@@ -633,11 +639,8 @@ def _listed(prompts: PromptInput | Iterable[PromptInput]) -> Iterable[PromptInpu
     if hasattr(given, "tolist"):  # an array or a tensor: (T,), or (B, T)
         given = given.tolist()
     are_ids = isinstance(given, Sequence) and given and all(isinstance(item, Integral) for item in given)
-    if are_ids or isinstance(given, (str, bytes, Mapping)):
-        return [given]
-    if not isinstance(given, Iterable):
-        raise ConfigError(f"got a {type(given).__name__}; expected a prompt, or several")
-    return given
+    one = are_ids or isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable)
+    return [given] if one else given
 
 
 def _conversations(messages: Iterable[Message] | Iterable[Sequence[Message]]) -> Iterable[Sequence[Message]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -24,10 +25,11 @@ from opsin.inputs.conversation import (
     place_of,
 )
 from opsin.inputs.media import errors_at, open_media
-from opsin.inputs.placeholders import is_numbered
+from opsin.inputs.placeholders import GuardedText, UserText, is_numbered, new_guard, text_pattern
 from opsin.inputs.prompt import Prompt
 from opsin.inputs.template import ChatTemplate
-from opsin.inputs.user_text import GuardedText, UserText, new_guard, text_pattern
+
+logger = logging.getLogger(__name__)
 
 Tool = Mapping[str, Any]
 """A tool as in OpenAI's API: ``{"type": "function", "function": {"name": ..., "parameters": schema}}``."""
@@ -106,6 +108,7 @@ class ChatRenderer:
 
     def __post_init__(self) -> None:
         self._user_text = UserText(self.tokenizer, self.placeholders)
+        self._warned = False
 
     def check(self, conversation: Conversation) -> None:
         """Refuse media that the model does not take, before anything is fetched or decoded.
@@ -165,6 +168,14 @@ class ChatRenderer:
         )
 
     def _guarded(self, message: Message, guard: str) -> Message:
+        names = [text_pattern(self.placeholders[part.modality]) for part in message.media]
+        if guard and names and not self._warned and (found := re.search("|".join(names), message.text)):
+            self._warned = True
+            logger.warning(
+                "a message with media has %r in its text, where it is text (this is said once); with "
+                "allow_special_tokens=True it is the place of an item",
+                found[0],
+            )
         fields = {key: self._user_text.guarded_json(message.fields[key], guard) for key in message.fields}
         texts = iter(self._user_text.guarded([p for p in message.parts if isinstance(p, str)], guard))
         parts = tuple(next(texts) if isinstance(part, str) else part for part in message.parts)

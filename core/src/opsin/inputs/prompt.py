@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from opsin.errors import RequestError
-from opsin.inputs.user_text import GuardedText
+from opsin.inputs.placeholders import GuardedText
 from opsin.vllm_names import PROMPT, translated
 
 PromptInput = str | Sequence[int] | Mapping[str, Any]

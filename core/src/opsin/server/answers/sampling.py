@@ -54,7 +54,8 @@ def decoding(
         raise bad_request(str(error)) from None
     if not request.use_beam_search:
         return params, None
-    if structured is not None or request.prompt_logprobs is not None or request.stop:
+    restricts = structured or request.stop or request.bad_words or request.allowed_token_ids
+    if restricts or request.prompt_logprobs is not None:
         raise bad_request(
             "use_beam_search goes without constraints, stop strings and log-probabilities", "use_beam_search"
         )
