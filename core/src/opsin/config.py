@@ -227,7 +227,7 @@ class SamplingParams:
         skip_special_tokens: leave special tokens out of the text.
         priority: whose turn it is, where `EngineConfig.scheduling_policy` is ``"priority"``: smaller numbers
             first, equal ones in the order of arrival.
-        bad_words: texts that are never generated.
+        bad_words: texts whose tokens are never generated one after the other.
         allowed_token_ids: generate no other tokens.
         logits_processors: functions that change the logits of each token, in order, after ``logit_bias``.
         truncate_prompt_tokens: keep this many of the prompt's last tokens; -1: as many as the context holds.
