@@ -546,6 +546,8 @@ def test_allowed_and_bad_tokens(llm: LLM) -> None:
     for [token] in (bare, spaced):
         assert set(run(llm, logit_bias={token: 100}).outputs[0].token_ids) == {token}
         assert token not in run(llm, logit_bias={token: 100}, bad_words=["he"]).outputs[0].token_ids
+        with pytest.raises(RequestError, match="leave no token to choose"):
+            run(llm, allowed_token_ids=[token], bad_words=["he"])
     with pytest.raises(RequestError, match="allowed_token_ids has token id 100000"):
         run(llm, allowed_token_ids=[100000])
 

@@ -1,9 +1,9 @@
 """What a user may set: `EngineConfig` for a model, `SamplingParams` and its siblings for a request.
 
 Unknown names and impossible values are errors at construction. Only `SamplingParams` may be assigned to, as
-vLLM's scripts do; a request keeps the values that it came with. `LLM`, the command
-line, the environment and the YAML file take the names, defaults and help of `EngineConfig`; the sections of
-its docstring are the topics of ``opsin serve --help``.
+vLLM's scripts do; a request keeps the values that it came with. `LLM`, the command line, the environment and
+the YAML file take the names, defaults and help of `EngineConfig`; the sections of its docstring are the
+topics of ``opsin serve --help``.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ class SamplingParams:
         skip_special_tokens: leave special tokens out of the text.
         priority: whose turn it is, where `EngineConfig.scheduling_policy` is ``"priority"``: smaller numbers
             first, equal ones in the order of arrival.
-        bad_words: texts that are never generated.
+        bad_words: texts whose tokens are never generated one after the other.
         allowed_token_ids: generate no other tokens.
         logits_processors: functions that change the logits of each token, in order, after ``logit_bias``.
         truncate_prompt_tokens: keep this many of the prompt's last tokens; -1: as many as the context holds.
@@ -264,32 +264,33 @@ class SamplingParams:
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
-        values = {**vars(self)}
+        values = vars(self)
         if isinstance(self.stop, str):
             values["stop"] = [self.stop]
         for name in ("stop", "stop_token_ids"):
-            values[name] = _listed(values[name]) or ()
+            values[name] = () if values[name] is None else _as_tuple(values[name])
         for name in ("bad_words", "allowed_token_ids", "logits_processors"):
-            values[name] = _listed(values[name]) or None
-        if isinstance(bias := values["logit_bias"] or {}, Mapping):  # JSON has texts for keys
-            bias = {int(k) if isinstance(k, str) and k.isdecimal() else k: v for k, v in bias.items()}
-        values["logit_bias"] = bias
-        vars(self).update(values)
+            given = _as_tuple(values[name])
+            values[name] = None if given == () else given
+        if self.logit_bias is None:
+            values["logit_bias"] = {}
+        elif isinstance(self.logit_bias, Mapping):  # JSON has texts for keys
+            keys = (int(key) if str(key).isdecimal() else key for key in self.logit_bias)
+            values["logit_bias"] = dict(zip(keys, self.logit_bias.values()))
         check_fields(self)
-        vars(self)["top_k"] = max(0, self.top_k)  # -1 is vLLM's older spelling of "all"
+        values["top_k"] = max(0, self.top_k)  # -1 is vLLM's older spelling of "all"
         most = INT64_MAX if self.max_tokens is None else self.max_tokens
-        checks = {
-            "top_p": (self.top_p > 0, "a number greater than 0, at most 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "a number greater than 0, at most 100"),
-            "stop": (all(self.stop_strings), "non-empty strings"),
-            "stop ": (self.detokenize or not self.stop, "none with detokenize=False: there is no text"),
-            "bad_words": (all(map(str.strip, self.bad_words or ())), "non-empty strings"),
-            "min_tokens": (self.min_tokens <= most, "between 0 and max_tokens"),
-            "truncate_prompt_tokens": (self.truncate_prompt_tokens != 0, "at least 1, or -1"),
-        }
-        for name, (fine, expected) in checks.items():
+        for name, fine, expected in (
+            ("top_p", self.top_p > 0, "a number greater than 0, at most 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "a number greater than 0, at most 100"),
+            ("stop", all(self.stop_strings), "non-empty strings"),
+            ("stop", self.detokenize or not self.stop, "none with detokenize=False: there is no text"),
+            ("bad_words", all(map(str.strip, self.bad_words or ())), "non-empty strings"),
+            ("min_tokens", self.min_tokens <= most, "between 0 and max_tokens"),
+            ("truncate_prompt_tokens", self.truncate_prompt_tokens != 0, "at least 1, or -1"),
+        ):
             if not fine:
-                raise ConfigError(f"{name.strip()}={getattr(self, name.strip())!r}: expected {expected}")
+                raise ConfigError(f"{name}={values[name]!r}: expected {expected}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Assign a field; checked as at construction."""
@@ -568,7 +569,7 @@ def engine_settings(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return translated(where, given, ENGINE, EngineConfig.__dataclass_fields__)
 
 
-def _listed(values: Any) -> Any:
+def _as_tuple(values: Any) -> Any:
     """A list, tuple, set or array -> a tuple; anything else is left for the check to name."""
     if hasattr(values, "tolist"):
         values = values.tolist()

@@ -164,6 +164,8 @@ class _Rules:
         allowed: ids that alone may be chosen, or None.
         ending: ids that may not be chosen before ``min_tokens``, or None.
         processors: the request's own functions, which take the sequence and its logits.
+        restricts: whether they, or lists of tokens, may leave none to choose.
+        always: whether logits change in every step.
         counts: tokens to penalise, or None.
         error: why no token can ever be chosen, or None.
     """
@@ -197,8 +199,8 @@ class _Rules:
             self.counts = _TokenCounts(seq.prompt.token_ids)
         elif params.presence_penalty or params.frequency_penalty:
             self.counts = _TokenCounts(())
-        self.always = bool(seq.grammar or self.bias or self.counts or self.processors or seq.bad_words)
-        self.always |= self.allowed is not None
+        self.restricts = bool(self.allowed is not None or self.processors or seq.bad_words)
+        self.always = self.restricts or bool(seq.grammar or self.bias or self.counts)
         self.plain = params.greedy and not self.always and self.ending is None and params.logprobs is None
 
     def adjusts(self, seq: Sequence) -> bool:
@@ -226,6 +228,8 @@ class _Rules:
                 and seq.token_ids[seq.num_tokens - len(word) + 1 :] == word[:-1]
             ):
                 row[word[-1]] = -math.inf
+        if self.restricts and row.max() == -math.inf:
+            return RequestError("allowed_token_ids, bad_words and logits_processors leave no token to choose")
         if self.ending is not None and seq.num_output < self.params.min_tokens:
             row[self.ending] = -math.inf
         if self.counts is not None:
@@ -257,7 +261,11 @@ def _name(call: object) -> str:
 
 def _with_sequence(call: LogitsProcessor) -> Callable[[Sequence, Tensor], Tensor]:
     """A user's function, which takes ``(output_ids, logits)`` or ``(prompt_ids, output_ids, logits)``."""
-    if len(inspect.signature(call).parameters) == 3:
+    try:
+        takes_prompt = len(inspect.signature(call).parameters) == 3
+    except ValueError:  # written in C
+        takes_prompt = False
+    if takes_prompt:
         return lambda seq, row: call(list(seq.prompt.token_ids), seq.output_ids, row)
     return lambda seq, row: call(seq.output_ids, row)
 

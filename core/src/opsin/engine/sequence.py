@@ -58,7 +58,7 @@ class Sequence:
         dimensions: leading dimensions of the embedding to keep; None: all.
         pooled: sum of the hidden states so far, where an embedding is their mean, or the first one.
         grammar: constraint on its tokens, None if there is none.
-        bad_words: token ids of each text that is never generated.
+        bad_words: token ids of texts, which are never generated one after the other.
         sampler_state: what the sampler has prepared for it.
     """
 

@@ -269,7 +269,7 @@ class UserText:
     """What a tokenizer or a family reads as more than text. Thread-safe.
 
     Special are the tokens that the tokenizer says are, and placeholders. A special token of one character is
-    a word of the vocabulary like any other (Llama 3's ``!``), with no other id as text.
+    a word of the vocabulary like any other (``!`` of some), with no other id as text.
     """
 
     def __init__(self, tokenizer: Any, placeholders: Mapping[Modality, Placeholder]) -> None:
