@@ -162,6 +162,11 @@ class PromptProcessor:
         positions = self.model_spec.positions
         with self._plugin("positions", OpsinError):
             rotary = positions and positions(self.config, token_ids, placed)
+        if rotary is not None and rotary.prompt.shape[1] != len(token_ids):
+            raise RequestError(
+                f"{rotary.prompt.shape[1]} positions for {len(token_ids)} tokens; the plugin of "
+                f"{self.model_spec.architecture} is at fault"
+            )
         return ProcessedPrompt(
             token_ids=token_ids,
             media=placed,
