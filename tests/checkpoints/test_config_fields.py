@@ -18,6 +18,7 @@ from PIL import Image
 
 from opsin import LLM, SamplingParams
 from opsin.errors import OpsinError
+from tests.checkpoints.test_resaved import RECORDED, built
 from tests.models.families import FAMILIES
 from tests.models.golden import GOLDEN, recorded_logits
 
@@ -61,7 +62,11 @@ SILENT: Mapping[str, str] = {
     "image_size": "of MiniCPM-V at the top: scale_resolution decides",
     "max_window_layers": "with use_sliding_window only; the context then ends with the window",
     "sliding_window": "where the window is off, or longer than the context",
+    "image_seq_length": "of the processor: the tower and the grid decide",
+    "initializer_factor": "training",
+    "text_config.dtype": "that at the top goes first",
     "text_config.torch_dtype": "that at the top goes first",
+    "vision_config.dtype": "the whole model has one",
     "tie_word_embeddings": "where the file has a head: that is used",
     "vocab_size": "of LLaVA at the top: that of text_config decides",
 }
@@ -91,8 +96,12 @@ SILENT_IN: Mapping[str, Mapping[str, str]] = {
 NULLABLE = {
     "do_center_crop",
     "do_pad",
+    "dtype",
     "eos_token_id",
     "head_dim",
+    "layer_types",
+    "longest_edge",
+    "shortest_edge",
     "image_grid_pinpoints",
     "image_mean",
     "image_std",
@@ -109,9 +118,11 @@ ALSO: Mapping[str, Sequence[Any]] = {
     "model_type": ["clip_vision_model"],
     "rope_scaling": [{"type": "linear", "factor": 2.0}],
     "sliding_window": [16],
+    "dtype": ["bfloat16"],
     "torch_dtype": ["bfloat16"],
     "vision_encoder": ["vit_large_patch14"],
     "min_pixels": [10**6],
+    "shortest_edge": [10**6],
 }
 """Values to try besides those made from the field's own."""
 
@@ -170,13 +181,20 @@ def with_value(data: Mapping[str, Any], path: Sequence[str], value: Any) -> dict
 class Checkpoint:
     """A recorded checkpoint, one of whose files is replaced."""
 
-    def __init__(self, family: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path) -> None:
+        family, _, version = name.partition("@")
         self.family, self.folder = FAMILIES[family], folder
-        for file in (GOLDEN / family / "model").iterdir():
+        source = GOLDEN / family / "model"
+        if version:
+            source = built(RECORDED / version / family, source, folder.parent / f"{folder.name}-resaved")
+        for file in source.iterdir():
             (folder / file.name).symlink_to(file)
-        self.original = {name: json.loads((folder / name).read_text()) for name in (CONFIG, PROCESSOR)}
-        if "use_sliding_window" in self.original[CONFIG]:  # a window that would be noticed
-            self.original[CONFIG]["sliding_window"] = 512
+        files = [name for name in (CONFIG, PROCESSOR) if (folder / name).exists()]
+        self.original = {name: json.loads((folder / name).read_text()) for name in files}
+        self.nested = self.original[CONFIG].get("text_config", {})
+        for config in (self.original[CONFIG], self.nested):
+            if "use_sliding_window" in config:  # a window that would be noticed
+                config["sliding_window"] = 512
         self.unchanged = self.observed()
 
     def observed(self) -> tuple[Any, ...]:
@@ -211,12 +229,23 @@ class Checkpoint:
             target.write_text(json.dumps(self.original[file]))
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
+NAMES = [
+    *sorted(FAMILIES),
+    "qwen2vl@4.57.6",
+    *(f"{name}@5.23.0" for name in ("qwen2vl", "llava_next", "phi3v")),
+]
+
+
+@pytest.fixture(scope="module", params=NAMES)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint(request.param, tmp_path_factory.mktemp("model"))
 
 
-def reason(file: str, path: Sequence[str]) -> str | None:
+def reason(checkpoint: Checkpoint, file: str, path: Sequence[str]) -> str | None:
+    if file == CONFIG and path[0] in checkpoint.nested:
+        return "text_config goes first"
+    if path[0] == "size" and "min_pixels" in checkpoint.original[file]:
+        return "min_pixels and max_pixels go first"
     names = (".".join(path[-2:]), path[-1], path[0] if path[0] == "auto_map" else "")
     more = {} if path[0] == "vision_config" else SILENT_IN[file]
     return next((reasons[name] for name in names for reasons in (SILENT, more) if name in reasons), None)
@@ -224,22 +253,23 @@ def reason(file: str, path: Sequence[str]) -> str | None:
 
 @pytest.mark.parametrize("file", [CONFIG, PROCESSOR])
 def test_a_changed_value_is_noticed_or_listed(checkpoint: Checkpoint, file: str) -> None:
-    silent, tried = [], 0
-    for path, value in leaves(checkpoint.original[file]):
+    silent, tried, listed = [], 0, 0
+    for path, value in leaves(checkpoint.original.get(file, {})):
         tried += 1
-        if reason(file, path) is None and not any(
+        listed += reason(checkpoint, file, path) is not None
+        if reason(checkpoint, file, path) is None and not any(
             checkpoint.outcome(file, path, other) for other in perturbed(path[-1], value)
         ):
             silent.append(".".join(path))
-    print(f"{checkpoint.family.name} {file}: {tried} fields tried, silent: {silent}")
+    print(f"{checkpoint.family.name} {file}: {tried} fields tried, {listed} listed, silent: {silent}")
     assert not silent
 
 
 @pytest.mark.parametrize("file", [CONFIG, PROCESSOR])
 def test_a_value_of_another_type_is_an_error_that_names_the_field(checkpoint: Checkpoint, file: str) -> None:
     wrong = []
-    for path, value in leaves(checkpoint.original[file]):
-        if reason(file, path) is None and value is not None:
+    for path, value in leaves(checkpoint.original.get(file, {})):
+        if reason(checkpoint, file, path) is None and value is not None:
             optional = path[-1] in NULLABLE or (file == PROCESSOR and "minicpmv" in checkpoint.family.name)
             nothing = () if optional else (None,)
             for other in ("1" if not isinstance(value, str) else 1, *nothing, [[]]):

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import LlamaConfig, Qwen2VLTextConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding
 
+from opsin import LLM, SamplingParams
 from opsin.layers import RotaryTable, inverse_frequencies, text_config
+from tests.models.golden import GOLDEN, recorded_logits
 
 SIZES = {"hidden_size": 256, "num_attention_heads": 4, "max_position_embeddings": 4096}
 HEAD = 64
@@ -81,6 +87,44 @@ def test_sections_go_with_every_type(scaling: dict[str, Any]) -> None:
     wanted = theirs(torch.zeros(1), positions[:, None])
     for got, one in zip(ours(torch.cat([positions, torch.zeros(1, 4).long()])), wanted):
         torch.testing.assert_close(got, one[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture", "rope"),
+    [
+        ("qwen2vl", "Qwen2VL", {"type": "yarn", "mrope_section": [2, 3, 3], "factor": 4.0}),
+        ("llava15", "Llava", {**LLAMA3, "original_max_position_embeddings": 32}),
+        ("llava15", "Llava", {"rope_type": "linear", "factor": 3.0}),
+        (
+            "llava15",
+            "Llava",
+            {
+                "rope_type": "longrope",
+                "short_factor": [1.0, 1.1] * 4,
+                "long_factor": [2.0, 4.0] * 4,
+                "original_max_position_embeddings": 32,
+            },
+        ),
+    ],
+    ids=["yarn with sections", "llama3", "linear", "longrope"],
+)
+def test_a_whole_model_answers_as_in_transformers(
+    tmp_path: Path, family: str, architecture: str, rope: dict[str, Any]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(GOLDEN / family / "model", folder, copy_function=shutil.copyfile)
+    config = json.loads((folder / "config.json").read_text())
+    config.get("text_config", config)["rope_scaling"] = rope
+    (folder / "config.json").write_text(json.dumps(config))
+    theirs = getattr(transformers, f"{architecture}ForConditionalGeneration").from_pretrained(folder).eval()
+    for length in (20, 60):  # on both sides of the length it was trained with
+        ids = [7 + i % 500 for i in range(length)]
+        params = SamplingParams(temperature=0, max_tokens=1)
+        with LLM(str(folder), dtype="float32", kv_cache_memory=2**22) as llm, recorded_logits(llm) as logits:
+            llm.generate({"prompt_token_ids": ids}, params, use_tqdm=False)
+        with torch.inference_mode():
+            wanted = theirs(input_ids=torch.tensor([ids])).logits[0, -1]
+        torch.testing.assert_close(logits[-1][-1], wanted, rtol=0, atol=1e-4)
 
 
 def test_variants_without_a_row_of_them_are_refused() -> None:

@@ -39,7 +39,7 @@ def test_fields_come_from_text_config_then_the_top_then_the_defaults() -> None:
             {"rope_type": "default", "rope_theta": 5.0, "mrope_section": [1, 1]},
         ),
         (
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 7, "factor": 4}, "rope_theta": 5},
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 7, "factor": 4}},
             {"rope_type": "yarn", "rope_theta": 7.0, "factor": 4},
         ),
         ({"rope_parameters": {"rope_theta": 7}}, {"rope_type": "default", "rope_theta": 7.0}),
@@ -123,6 +123,8 @@ def test_two_spellings_that_disagree_are_refused() -> None:
     with pytest.raises(ValueError, match=r"factor is 4.0 in rope_parameters and 2.0 in rope_scaling"):
         text_config(config)
     assert text_config({**config, "text_config": {"rope_scaling": None}})["rope_parameters"] == UNSCALED
+    with pytest.raises(ValueError, match="rope_theta is 5.0, in rope_parameters 7"):
+        text_config({"rope_parameters": {"rope_theta": 7}, "rope_theta": 5.0})
     name = "original_max_position_embeddings"
     text = text_config({name: 8, "rope_scaling": {"type": "su", name: 9}})
     with pytest.raises(ValueError, match="original_max_position_embeddings is"):

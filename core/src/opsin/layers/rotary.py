@@ -82,8 +82,9 @@ class RotaryTable(Module):
             raise ValueError(
                 f"mrope_section is {sections!r}; expected integers whose sum is {head_size // 2}"
             )
+        inverse, factor = _scaled(text, head_size)
         table = cls(head_size, rope["rope_theta"], sections=sections, device=device)
-        inverse, table._factor = _scaled(text, head_size)
+        table._factor = factor
         table._inverse = inverse.to(device)
         table._num_rows += len(inverse) > 1
         return table

@@ -97,10 +97,13 @@ def text_config(config: Mapping[str, Any], defaults: Mapping[str, Any] | None = 
         top = {name: value for name, value in top.items() if name not in ("rope_parameters", "rope_scaling")}
     text = {**_values(_TEXT_FIELDS), **_values(defaults), **top, **nested}
     _check_layer_types(text)
+    rope = _rope_parameters(text)
+    if "rope_theta" in {**top, **nested} and rope["rope_theta"] != text["rope_theta"]:
+        raise ValueError(f"rope_theta is {text['rope_theta']}, in rope_parameters {rope['rope_theta']!r}")
     return {
         **text,
         "tie_word_embeddings": bool(text["tie_word_embeddings"] or config.get("tie_word_embeddings")),
-        "rope_parameters": _rope_parameters(text),
+        "rope_parameters": rope,
     }
 
 
@@ -109,12 +112,12 @@ def _rope_parameters(text: Mapping[str, Any]) -> dict[str, Any]:
     rope: dict[str, Any] = {}
     types = []
     for source in sources:
-        types += [
-            _SAME_ROPE.get(source[name], source[name]) for name in ("rope_type", "type") if name in source
-        ]
         for name, value in source.items():
             if isinstance(value, Mapping):
                 raise ValueError(f"rope_parameters.{name} is an object; kinds of layers are not told apart")
+            if name in ("rope_type", "type"):
+                _check_type(f"{name} of rope_parameters", value, "")
+                types.append(_SAME_ROPE.get(value, value))
             if name not in ("rope_type", "type") and rope.setdefault(name, value) != value:
                 raise ValueError(f"{name} is {rope[name]!r} in rope_parameters and {value!r} in rope_scaling")
     if len(set(types)) > 1:
@@ -122,22 +125,19 @@ def _rope_parameters(text: Mapping[str, Any]) -> dict[str, Any]:
             f"rope_scaling (or rope_parameters) is of several types: {', '.join(map(str, types))}"
         )
     scaled = rope.keys() - {"rope_theta", "mrope_section", "partial_rotary_factor"}
-    beside = {name: text[name] for name in ("partial_rotary_factor",) if name in text}
-    return {
-        **beside,
-        "rope_theta": text["rope_theta"],
-        **rope,
-        "rope_type": types[0] if types else None if scaled else "default",
-    }
+    if "partial_rotary_factor" in text:
+        rope.setdefault("partial_rotary_factor", text["partial_rotary_factor"])
+    kind = types[0] if types else None if scaled else "default"
+    return {"rope_theta": text["rope_theta"], **rope, "rope_type": kind}
 
 
 def _check_layer_types(text: Mapping[str, Any]) -> None:
     """All layers see all of the context, which `context_length` keeps within the window."""
-    kinds = set(text["layer_types"] or ())
+    kinds = {str(kind) for kind in text["layer_types"] or ()}
     windowed = bool(text["sliding_window"]) and text["use_sliding_window"] is not False
     if not kinds <= {"full_attention", *["sliding_attention"] * windowed}:
         raise ValueError(
-            f"layer_types has {', '.join(sorted(map(str, kinds)))} with sliding_window "
+            f"layer_types has {', '.join(sorted(kinds))} with sliding_window "
             f"{text['sliding_window']}; expected full_attention, or sliding_attention with a window"
         )
 
@@ -151,8 +151,8 @@ def context_length(text: Mapping[str, Any]) -> int:
     """
     longest = int(text["max_position_embeddings"])
     rope = text.get("rope_parameters") or {}
-    if rope.get("rope_type") in ("linear", "yarn"):
-        longest = int(original_length(text) * rope.get("factor", 1))
+    if rope.get("rope_type") in ("linear", "yarn") and rope.get("factor"):
+        longest = int(original_length(text) * rope["factor"])
     window = text.get("sliding_window") if text.get("use_sliding_window") is not False else None
     return min(longest, int(window or longest))
 

@@ -33,14 +33,23 @@ VISION: Mapping[str, Any] = {
     "spatial_merge_size": 2,
     "temporal_patch_size": 2,
     "hidden_act": "quick_gelu",
+    "rope_parameters": dict | None,
 }
 """Source: Qwen2VLVisionConfig of transformers 5.23; ``hidden_size`` is that of the language model."""
 
 
 def read_config(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """The language model's fields and the vision tower's, see `opsin.layers.text_config`."""
+    """The language model's fields and the vision tower's, see `opsin.layers.text_config`.
+
+    Raises:
+        ValueError: a field cannot be used; the message names it.
+    """
     text = text_config(config, TEXT)
-    return text, fields(config, {**VISION, "hidden_size": text["hidden_size"]}, "vision_config")
+    vision = fields(config, {**VISION, "hidden_size": text["hidden_size"]}, "vision_config")
+    rope = {"rope_type": "axial", "rope_theta": 10000.0}
+    if (vision["rope_parameters"] or rope) != rope:
+        raise ValueError(f"vision_config.rope_parameters is {vision['rope_parameters']}; expected {rope}")
+    return text, vision
 
 
 def max_len(config: Mapping[str, Any]) -> int:
