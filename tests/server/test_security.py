@@ -359,6 +359,10 @@ def test_embeddings_by_flag_only(closed: Running, opened: Running) -> None:
     assert good.status_code == 200, good.text
     half = ask(opened, embeds(ROWS.half()))
     assert half.status_code == 200, half.text
+    for same in (embeds(ROWS[None]), embeds(ROWS, torch.tensor([1, 4, 4]))):  # a batch of one; its size alone
+        other = ask(opened, same)
+        assert other.status_code == 200, other.text
+        assert other.json()["choices"] == good.json()["choices"]
 
 
 @pytest.mark.parametrize(
@@ -369,8 +373,8 @@ def test_embeddings_by_flag_only(closed: Running, opened: Running) -> None:
         embeds(ROWS * float("nan")),
         embeds(ROWS, torch.tensor([[1, 4000, 4000]])),
         embeds(ROWS, torch.tensor([[1, -4, -4]])),
-        embeds(ROWS, torch.tensor([1, 4, 4])),
-        embeds(ROWS[None]),
+        embeds(ROWS[:, None]),
+        embeds(ROWS[None, None]),
         {"type": "image_embeds", "image_embeds": base64.b64encode(save({"x": ROWS})).decode()},
         {"type": "video_embeds", "video_embeds": base64.b64encode(save({"x": ROWS})).decode()},
         {"type": "image_embeds", "image_embeds": {"unknown": base64.b64encode(save({"x": ROWS})).decode()}},

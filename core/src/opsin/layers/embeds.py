@@ -47,7 +47,13 @@ def split_embeds(data: Any, name: str, counts: Sequence[int]) -> list[Tensor]:
     Raises:
         ValueError: another layout, or other counts.
     """
-    parts = [part.flatten(0, -2) if part.ndim == 3 else part for part in _dense(data, name)]
+    given = _dense(data, name)
+    if not isinstance(data, (list, tuple)) and given[0].ndim == 3 and len(given[0]) != len(counts):
+        raise ValueError(
+            f"{name} has shape {tuple(given[0].shape)}, {len(given[0])} items; {len(counts)} are described "
+            "beside it"
+        )
+    parts = [part.flatten(0, -2) if part.ndim == 3 else part for part in given]
     wrong = [tuple(part.shape) for part in parts if part.ndim != 2]
     if wrong:
         raise ValueError(f"{name} has shape {wrong[0]}; expected (embeddings, hidden) or (items, n, hidden)")
