@@ -80,7 +80,7 @@ test-resaved: $(STAMP) ## checkpoints saved again by older transformers (install
 	@for version in $(notdir $(wildcard tests/checkpoints/resaved/*)); do \
 	  test -d .resaved/$$version || { $(PY) -m venv .resaved/$$version && \
 	    .resaved/$$version/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_EXTRA) \
-	      "transformers==$$version" torch pillow; } || \
+	      "transformers==$$version" "$$(grep '^torch==' constraints.txt)" pillow; } || \
 	    exit 1; \
 	done
 	@$(PY) -m pytest -m slow tests/checkpoints/test_resaved.py
