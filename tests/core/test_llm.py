@@ -360,7 +360,7 @@ def test_iterators_are_read_while_others_are_answered(llm: LLM) -> None:
     rest = dict([first, *found])
     assert sorted(rest) == list(range(400))
     assert not llm.engine.has_unfinished()
-    assert not llm._receivers
+    assert not llm._batches._receivers
 
 
 @pytest.mark.parametrize(
@@ -412,7 +412,7 @@ def test_leaving_an_iteration_early_ends_what_is_left(llm: LLM) -> None:
     found.close()  # type: ignore[attr-defined]
     assert not llm.engine.has_unfinished()
     assert llm.engine.stats().kv_blocks_used == 0
-    assert not llm._receivers
+    assert not llm._batches._receivers
 
 
 def test_calls_within_an_iteration_lose_nothing(llm: LLM) -> None:

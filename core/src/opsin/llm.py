@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import signal
-import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, replace
-from functools import partial
 from numbers import Integral
 from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from torch.nn.functional import cosine_similarity
-from tqdm import tqdm
 
-from opsin.api import ProcessedPrompt, Tokenizer
+from opsin.api import Tokenizer
+from opsin.batches import Batches, OnError, Progress
 from opsin.config import (
     BeamSearchParams,
     EngineConfig,
     PoolingParams,
-    RequestOutputKind,
     SamplingParams,
     engine_settings,
     parameters_of,
@@ -32,24 +25,16 @@ from opsin.config import (
 from opsin.engine.beam import beam_search
 from opsin.engine.engine import Engine
 from opsin.errors import (
-    BatchInterrupted,
     ConfigError,
-    OpsinError,
-    RequestError,
-    RequestsFailed,
     require_known,
 )
 from opsin.inputs.chat import ChatOptions, Tool
-from opsin.inputs.feed import Feed
 from opsin.inputs.prompt import PromptInput
 from opsin.plugins import Plugins
 from opsin.results import (
     BeamSearchOutput,
-    FailedOutputs,
     Metric,
-    Output,
     PoolingRequestOutput,
-    RequestMetrics,
     RequestOutput,
     ScoringOutput,
     ScoringRequestOutput,
@@ -57,23 +42,7 @@ from opsin.results import (
 from opsin.vllm_names import CALL, METHODS, translated
 
 Message = Mapping[str, Any]
-OnError = Literal["raise", "return"]
-Progress = bool | Callable[..., Any]
-"""Whether to show progress; or what to show it with, called like `tqdm.tqdm`."""
-
-_Params = SamplingParams | PoolingParams
 T = TypeVar("T")
-
-_FILL_WAIT_S = 0.05
-"""How long a batch with room waits for prompts in preparation before it starts without them."""
-
-
-class _Prepared(NamedTuple):
-    prompt: ProcessedPrompt | RequestError
-    params: _Params
-
-
-_Job = Callable[[], _Prepared]
 
 
 def _signature() -> inspect.Signature:
@@ -117,8 +86,7 @@ class LLM:
         # The caller is this machine's user, who may read its files anyway.
         given = {"local_media": True, **engine_settings("LLM", settings)}
         self.engine = Engine(EngineConfig(model=model, **given), plugins)
-        self._ids = itertools.count()
-        self._receivers: dict[str, Callable[[Output], object]] = {}
+        self._batches = Batches(self.engine)
 
     def __getattr__(self, name: str) -> Any:
         if name in METHODS:
@@ -157,8 +125,9 @@ class LLM:
         """
         self._check_call("generate", other)
         prompts = _listed(prompts)
-        jobs = self._jobs(prompts, self._sampling(prompts, sampling_params, priority))
-        return cast(list[RequestOutput], self._run(jobs, prompts, use_tqdm, on_error))
+        params = self._sampling(prompts, sampling_params, priority)
+        found = self._batches.run(prompts, params, progress=use_tqdm, on_error=on_error)
+        return cast(list[RequestOutput], found)
 
     def generate_iter(
         self,
@@ -173,8 +142,9 @@ class LLM:
         """
         self._check_call("generate_iter", {})
         prompts = _listed(prompts)
-        jobs = self._jobs(prompts, self._sampling(prompts, sampling_params, priority))
-        return cast(Iterator[tuple[int, RequestOutput]], self._finished(jobs))
+        params = self._sampling(prompts, sampling_params, priority)
+        found = self._batches.iterate(prompts, params)
+        return cast(Iterator[tuple[int, RequestOutput]], found)
 
     def chat(
         self,
@@ -231,8 +201,9 @@ class LLM:
             allow_special_tokens=allow_special_tokens,
         )
         conversations = _conversations(messages)
-        jobs = self._jobs(conversations, self._sampling(conversations, sampling_params, priority), options)
-        return cast(list[RequestOutput], self._run(jobs, conversations, use_tqdm, on_error))
+        params = self._sampling(conversations, sampling_params, priority)
+        found = self._batches.run(conversations, params, options, progress=use_tqdm, on_error=on_error)
+        return cast(list[RequestOutput], found)
 
     def chat_iter(
         self,
@@ -252,8 +223,9 @@ class LLM:
         """
         chat_options = self._chat_options("chat_iter", options)
         conversations = _conversations(messages)
-        jobs = self._jobs(conversations, self._sampling(conversations, sampling_params), chat_options)
-        return cast(Iterator[tuple[int, RequestOutput]], self._finished(jobs))
+        params = self._sampling(conversations, sampling_params)
+        found = self._batches.iterate(conversations, params, chat_options)
+        return cast(Iterator[tuple[int, RequestOutput]], found)
 
     def embed(
         self,
@@ -273,8 +245,9 @@ class LLM:
         """
         self._check_call("embed", other)
         prompts = _listed(prompts)
-        jobs = self._jobs(prompts, self._pooling(prompts, pooling_params, truncate_prompt_tokens))
-        return cast(list[PoolingRequestOutput], self._run(jobs, prompts, use_tqdm, on_error))
+        params = self._pooling(prompts, pooling_params, truncate_prompt_tokens)
+        found = self._batches.run(prompts, params, progress=use_tqdm, on_error=on_error)
+        return cast(list[PoolingRequestOutput], found)
 
     encode = embed
     """The older name."""
@@ -288,8 +261,9 @@ class LLM:
     ) -> Iterator[tuple[int, PoolingRequestOutput]]:
         """Turn prompts into vectors as `embed` does, and yield as `generate_iter` does."""
         prompts = _listed(prompts)
-        jobs = self._jobs(prompts, self._pooling(prompts, pooling_params, truncate_prompt_tokens))
-        return cast(Iterator[tuple[int, PoolingRequestOutput]], self._finished(jobs))
+        params = self._pooling(prompts, pooling_params, truncate_prompt_tokens)
+        found = self._batches.iterate(prompts, params)
+        return cast(Iterator[tuple[int, PoolingRequestOutput]], found)
 
     def score(
         self,
@@ -326,7 +300,7 @@ class LLM:
         self._check_call("beam_search", other)
         frontend = self.engine.frontend
         return beam_search(
-            SimpleNamespace(add=self.engine.add, step=self._step, abort=self.engine.abort),
+            SimpleNamespace(add=self.engine.add, step=self._batches.step, abort=self.engine.abort),
             [frontend.processor.process(prompt) for prompt in _listed(prompts)],
             params,
             tokenizer=frontend.tokenizer,
@@ -342,7 +316,7 @@ class LLM:
         """Answer one prompt, giving after every step what `SamplingParams.output_kind` says."""
         self._check_call("stream", {})
         params = sampling_params or self.get_default_sampling_params()
-        return self._stream(next(self._jobs([prompt], [params]))())
+        return self._batches.stream(prompt, params)
 
     def stream_chat(
         self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, **options: Any
@@ -359,7 +333,7 @@ class LLM:
         """
         chat_options = self._chat_options("stream_chat", options)
         params = sampling_params or self.get_default_sampling_params()
-        return self._stream(next(self._jobs([messages], [params], chat_options))())
+        return self._batches.stream(messages, params, chat_options)
 
     # ---- around -------------------------------------------------------------------------------
 
@@ -434,184 +408,6 @@ class LLM:
         params = _one_each(prompts, given or PoolingParams(), PoolingParams, "pooling_params")
         return params if truncate is None else (replace(p, truncate_prompt_tokens=truncate) for p in params)
 
-    def _jobs(
-        self, prompts: Iterable[Any], params: Iterable[_Params], options: ChatOptions | None = None
-    ) -> Iterator[_Job]:
-        """What prepares each prompt, or with ``options`` each conversation."""
-        rest = iter(params)
-        for number, prompt in enumerate(prompts):
-            own = next(rest, None)
-            if own is None:
-                raise ConfigError(f"there are parameters for {number} prompts, and more prompts than that")
-            if not isinstance(own, (SamplingParams, PoolingParams)):
-                raise ConfigError(f"got a {type(own).__name__} as parameters of prompt {number}")
-            yield partial(self._prepare, prompt, own, options)
-
-    def _prepare(self, prompt: Any, params: _Params, options: ChatOptions | None) -> _Prepared:
-        frontend = self.engine.frontend
-        try:
-            if options is not None:
-                prompt = frontend.renderer.render(frontend.conversation(prompt), options)
-            processed = frontend.processor.process(
-                prompt,
-                min_new_tokens=int(isinstance(params, SamplingParams)),
-                truncate=params.truncate_prompt_tokens,
-            )
-        except RequestError as error:
-            return _Prepared(error, params)
-        return _Prepared(processed, params)
-
-    def _stream(self, prepared: _Prepared) -> Iterator[RequestOutput]:
-        prompt, params = prepared
-        if isinstance(prompt, RequestError):
-            raise prompt
-        assert isinstance(params, SamplingParams)
-        return self._streamed(prompt, params)
-
-    def _streamed(self, prompt: ProcessedPrompt, params: SamplingParams) -> Iterator[RequestOutput]:
-        request_id, latest = f"stream-{next(self._ids)}", deque[Output](maxlen=1)
-        self._receivers[request_id] = latest.append
-        earlier: RequestOutput | None = None
-        try:
-            self.engine.add(request_id, prompt, params)
-            while earlier is None or not earlier.finished:
-                if not latest:
-                    self._step()
-                    continue
-                output = latest.popleft()
-                assert isinstance(output, RequestOutput)
-                if output.error is not None:
-                    raise output.error
-                if output.finished or params.output_kind is not RequestOutputKind.FINAL_ONLY:
-                    yield output.since(earlier) if params.output_kind is RequestOutputKind.DELTA else output
-                earlier = output
-        finally:
-            del self._receivers[request_id]
-            self.engine.abort(request_id)
-
-    def _run(
-        self, jobs: Iterator[_Job], prompts: Iterable[object], progress: Progress, on_error: OnError
-    ) -> list[Output]:
-        found: dict[int, Output] = {}
-        bar = progress if callable(progress) else partial(tqdm, disable=not progress)
-        total = len(prompts) if isinstance(prompts, Sized) else None
-        num_tokens, started = 0, time.monotonic()
-        try:
-            with bar(total=total, desc="answers", unit="req") as shown:
-                for index, output in self._finished(jobs):
-                    found[index] = output
-                    num_tokens += _num_tokens(output)
-                    shown.update()
-                    speed = num_tokens / max(time.monotonic() - started, 1e-9)
-                    shown.set_postfix_str(f"{speed:.1f} tok/s", refresh=False)
-        except KeyboardInterrupt:
-            raise BatchInterrupted(
-                f"interrupted; the {len(found)} finished outputs are in this error's .outputs", found
-            ) from None
-        outputs = [found[index] for index in sorted(found)]
-        if on_error == "raise":
-            _raise_failures(outputs)
-        return outputs
-
-    def _finished(self, jobs: Iterator[_Job]) -> Iterator[tuple[int, Output]]:
-        """Run jobs, and yield each one's number with its output as they finish."""
-        batch, config = next(self._ids), self.engine.config
-        feed = Feed(
-            jobs,
-            num_threads=config.preprocess_threads,
-            ahead=2 * config.max_num_seqs,
-            has_room=self.engine.frontend.processor.held_media.has_room,
-        )
-        running: dict[str, int] = {}
-        finished: deque[Output] = deque()
-
-        def take(output: Output) -> None:
-            if output.finished:
-                finished.append(output)
-
-        def taken() -> Iterator[tuple[int, Output]]:
-            while finished:
-                output = finished.popleft()
-                del self._receivers[output.request_id]
-                yield running.pop(output.request_id), output
-
-        try:
-            while feed or running:
-                yield from taken()
-                yield from self._add_ready(feed, batch, running, take)
-                if running and not finished:  # a call from within the iteration may have finished some
-                    if not self.engine.has_unfinished():
-                        raise OpsinError(f"{len(running)} requests were aborted through LLM.engine")
-                    self._step()
-        except KeyboardInterrupt:
-            yield from taken()
-            raise
-        finally:
-            feed.close()
-            for request_id in running:  # the iteration was left early
-                del self._receivers[request_id]
-                self.engine.abort(request_id)
-
-    def _add_ready(
-        self, feed: Feed[_Prepared], batch: int, running: dict[str, int], take: Callable[[Output], None]
-    ) -> Iterator[tuple[int, Output]]:
-        """Add the prompts that are prepared, in order; yields outputs of those that cannot be used."""
-        room = self.engine.config.max_num_batched_tokens
-        while feed and self.engine.num_waiting < self.engine.config.max_num_seqs:
-            # An idle engine has to wait. One whose next batch is full does not. Any other waits briefly: one
-            # more prompt in a batch is cheaper than one more batch.
-            busy = self.engine.has_unfinished()
-            if busy and room <= 0:
-                break
-            ready = feed.take(_FILL_WAIT_S if busy else None)
-            if ready is None:
-                break
-            index, future = ready
-            request_id = f"{batch}-{index}"
-            prompt, params = future.result()
-            try:
-                if isinstance(prompt, RequestError):
-                    raise prompt
-                self.engine.add(request_id, prompt, params)
-            except RequestError as error:
-                yield index, _refused(request_id, error, params)
-            else:
-                room -= len(prompt.token_ids)
-                running[request_id] = index
-                self._receivers[request_id] = take
-
-    def _step(self) -> Sequence[Output]:
-        """Compute a step, and give each output to whoever has asked for it."""
-        with _uninterrupted():
-            outputs = self.engine.step()
-            for output in outputs:
-                if receive := self._receivers.get(output.request_id):
-                    receive(output)
-        return outputs
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Let the first Ctrl-C wait for the end of a step: one that is cut off leaves caches half filled."""
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    came = False
-
-    def note(*_: object) -> None:
-        nonlocal came
-        came = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if came:
-        raise KeyboardInterrupt
-
 
 def _one_each(prompts: Iterable[object], given: T | Iterable[T], kind: type[T], name: str) -> Iterable[T]:
     if isinstance(given, kind):
@@ -625,12 +421,6 @@ def _one_each(prompts: Iterable[object], given: T | Iterable[T], kind: type[T], 
     if len(set(sizes)) == 2:
         raise ConfigError(f"{sizes[0]} {name} for {sizes[1]} prompts; pass one, or one for each")
     return given
-
-
-def _num_tokens(output: Output) -> int:
-    if isinstance(output, RequestOutput):
-        return sum(len(sample.token_ids) for sample in output.outputs)
-    return len(output.prompt_token_ids)
 
 
 def _listed(prompts: PromptInput | Iterable[PromptInput]) -> Iterable[PromptInput]:
@@ -660,24 +450,3 @@ def _score(one: PoolingRequestOutput, two: PoolingRequestOutput) -> ScoringReque
     similarity = float(cosine_similarity(one.outputs.data, two.outputs.data, dim=0))
     ids = [*one.prompt_token_ids, *two.prompt_token_ids]
     return ScoringRequestOutput(two.request_id, ScoringOutput(similarity), ids, True)
-
-
-def _refused(request_id: str, error: RequestError, params: _Params) -> Output:
-    """The output of a prompt that never reached the engine."""
-    metrics = RequestMetrics(time.monotonic())
-    if isinstance(params, PoolingParams):
-        return PoolingRequestOutput(request_id, None, [], None, True, metrics, error)
-    return RequestOutput(request_id, None, [], None, FailedOutputs(error), True, metrics, error)
-
-
-def _raise_failures(outputs: Sequence[Output]) -> None:
-    failures = [(index, output.error) for index, output in enumerate(outputs) if output.error is not None]
-    if failures and len(outputs) == 1:
-        raise failures[0][1]
-    if failures:
-        lines = "\n".join(f"  request {index}: {error}" for index, error in failures)
-        raise RequestsFailed(
-            f"{len(failures)} of {len(outputs)} requests failed; the others are in this error's .outputs "
-            f'(or pass on_error="return"):\n{lines}',
-            outputs,
-        )
