@@ -259,6 +259,23 @@ def test_a_named_chat_template_is_chosen_by_its_name(folder: Path) -> None:
     assert template() == "from a file"
 
 
+def test_a_template_for_tools_is_used_as_soon_as_there_are_tools(folder: Path) -> None:
+    for_tools = folder / "additional_chat_templates" / "tool_use.jinja"
+    for_tools.parent.mkdir()
+    for_tools.write_text("{% for tool in tools %}{{ tool.function.name }}{% endfor %}")
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    messages: Any = [{"role": "user", "content": "hello"}]
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+
+    def prompts(**settings: Any) -> list[str | None]:
+        with LLM(str(folder), kv_cache_memory=2**22, **settings) as llm:
+            params = SamplingParams(max_tokens=1)
+            return [llm.chat(messages, params, False, tools=given)[0].prompt for given in (None, tools)]
+
+    assert prompts() == ["hello", "look"]
+    assert prompts(chat_template="{{ messages[0].content }}{# tools #}!") == ["hello!", "hello!"]
+
+
 # ---- what plugins make of it ----------------------------------------------------------------------------
 
 

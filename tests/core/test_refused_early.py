@@ -167,6 +167,12 @@ def test_a_long_text_is_refused_without_tokenizing_all_of_it() -> None:
         )
 
 
+def test_a_text_that_is_to_be_truncated_has_a_limit_too() -> None:
+    with pytest.raises(PromptTooLongError, match="has 10000000 characters; one that is to be .* 1048576"):
+        processor(tokenizer=Untouchable()).process("x" * 10_000_000, truncate=5)
+    assert len(processor(tokenizer=ByteTokenizer()).process("x" * 10_000, truncate=5).token_ids) == 5
+
+
 TOKENIZERS = {family: load_tokenizer(GOLDEN / family / "model") for family in FAMILIES}
 PIECES = [
     "a",

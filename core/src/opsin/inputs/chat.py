@@ -91,6 +91,7 @@ class ChatRenderer:
     Attributes:
         tokenizer: renders templates that come with a request.
         template: the model's; None: a chat without one of its own is refused.
+        tool_template: the model's for requests with tools, if it has one of its own for them.
         placeholders: placeholder of each modality that the model takes.
         tool_format: form of tool calls; None: tools need a template that knows them.
         limits: most items of each modality.
@@ -100,6 +101,7 @@ class ChatRenderer:
 
     tokenizer: ChatTokenizer
     template: ChatTemplate | None
+    tool_template: ChatTemplate | None = None
     placeholders: Mapping[Modality, Placeholder]
     tool_format: ToolFormat | None = None
     limits: Mapping[Modality, int] = field(default_factory=dict)
@@ -133,7 +135,10 @@ class ChatRenderer:
                 not fit the media.
             MediaError: a media part cannot be used.
         """
-        template = self.template if options.chat_template is None else self._own(options.chat_template)
+        if options.chat_template is not None:
+            template: ChatTemplate | None = self._own(options.chat_template)
+        else:
+            template = self.tool_template if options.tools and self.tool_template else self.template
         if template is None:
             raise RequestError(
                 "this model has no chat template; pass chat_template (opsin serve: --chat-template), "

@@ -122,6 +122,7 @@ def build_frontend(
     renderer = ChatRenderer(
         tokenizer=tokenizer,
         template=_chat_template(config, checkpoint, spec, tokenizer),
+        tool_template=_tool_template(config, checkpoint, tokenizer),
         placeholders=placeholders,
         tool_format=tool_format,
         limits=processor.limits,
@@ -170,6 +171,17 @@ def _chat_template(
     if config.chat_template_content_format != "auto":
         return ChatTemplate(source, tokenizer, config.chat_template_content_format)
     return ChatTemplate(source, tokenizer, spec.content_format if source is default else None)
+
+
+def _tool_template(
+    config: EngineConfig, checkpoint: Checkpoint, tokenizer: ChatTokenizer
+) -> ChatTemplate | None:
+    """The template of this name, which transformers takes as soon as there are tools."""
+    source = checkpoint.chat_templates.get("tool_use")
+    if source is None or config.chat_template is not None:
+        return None
+    given = config.chat_template_content_format
+    return ChatTemplate(source, tokenizer, None if given == "auto" else given)
 
 
 def _eos_token_ids(checkpoint: Checkpoint, spec: ModelSpec, tokenizer: ChatTokenizer) -> frozenset[int]:
