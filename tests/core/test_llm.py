@@ -440,6 +440,15 @@ def test_calls_within_an_iteration_lose_nothing(llm: LLM) -> None:
     assert found == {0: expected[0], 1: [], 2: expected[2]}
 
 
+@pytest.fixture
+def heeds_ctrl_c() -> Iterator[None]:
+    """As in a terminal: a shell's background jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_ctrl_c_gives_what_is_finished(llm: LLM) -> None:
     def interrupt(ids: list[int], logits: torch.Tensor) -> torch.Tensor:
         if len(ids) == 5:

@@ -210,7 +210,7 @@ def test_tags_must_be_one_to_n_each_once(llm: LLM, prompt: str, words: str) -> N
 def test_options_are_checked_and_unknown_ones_refused(llm: LLM) -> None:
     with pytest.raises(RequestError, match="did you mean 'num_crops'"):
         llm.generate(ask(PICTURES[0], mm_processor_kwargs={"num_crop": 4}), ONE_TOKEN)
-    with pytest.raises(MediaError, match=r"image 1 \(.*\): num_crops=0"):
+    with pytest.raises(MediaError, match="image 1: num_crops=0"):
         llm.generate(ask(PICTURES[0], mm_processor_kwargs={"num_crops": 0}), ONE_TOKEN)
     with pytest.raises(RequestError, match="tokenize_whole_prompt=1: expected true or false"):
         llm.generate(ask(PICTURES[0], mm_processor_kwargs={"tokenize_whole_prompt": 1}), ONE_TOKEN)
