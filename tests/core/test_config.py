@@ -328,6 +328,18 @@ def test_engine_args_are_arguments_of_llm() -> None:
         enable_prefix_caching=None,
     )
     plain = EngineConfig(
-        model="m", limit_mm_per_prompt={"image": 2}, kv_cache_memory=2**30, media_cache_memory=2**29
+        model="m",
+        limit_mm_per_prompt={"image": 2},
+        kv_cache_memory=2**30,
+        media_cache_memory=2**29,
+        local_media=True,
     )
     assert dataclasses.asdict(args) == dataclasses.asdict(plain)
+
+
+def test_a_default_gives_way_to_vllms_name_for_the_field() -> None:
+    every_field = dataclasses.asdict(EngineArgs(model="m"))
+    assert EngineArgs(**every_field, mm_processor_cache_gb=0).media_cache_memory == 0
+    assert EngineArgs(**every_field | {"media_cache_memory": 5}).media_cache_memory == 5
+    with pytest.raises(ConfigError, match="mm_processor_cache_gb is another name of media_cache_memory"):
+        EngineArgs(model="m", mm_processor_cache_gb=1, media_cache_memory=5)

@@ -376,7 +376,7 @@ def test_token_ids_in_any_form(llm: LLM, make: Any) -> None:
 
 
 def test_what_is_no_prompt_is_refused(llm: LLM) -> None:
-    for wrong in (np.array([1.5]), b"bytes", [[1.5]], 5):
+    for wrong in (np.array([1.5]), b"bytes", [[1.5]], 5, [True, False], torch.ones(3, dtype=torch.bool)):
         with pytest.raises(RequestError, match="expected a text, a list of token ids"):
             llm.generate(wrong, SHORT, use_tqdm=False)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="there are parameters for 2 prompts"):

@@ -118,7 +118,7 @@ def test_tables_list_all_names(heading: str, number: int, names: Names, take: Ca
     assert len(set(listed)) == len(listed)
 
 
-VALUES = {"kv_cache_memory_bytes": 5, "mm_processor_cache_gb": 0.5, "disable_mm_preprocessor_cache": True}
+VALUES = {"kv_cache_memory_bytes": 5, "mm_processor_cache_gb": 0.25, "disable_mm_preprocessor_cache": True}
 
 
 @pytest.mark.parametrize(

@@ -553,20 +553,32 @@ class EngineConfig(MediaLimits):
 
 
 class EngineArgs(EngineConfig):
-    """`EngineConfig` that takes the arguments of vLLM's class: ``LLM(**asdict(EngineArgs(...)))``."""
+    """`EngineConfig` that takes the arguments of vLLM's class: ``LLM(**asdict(EngineArgs(...)))``.
+
+    Its ``local_media`` is on, as in `LLM`.
+    """
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(**engine_settings("EngineArgs", settings))
+        super().__init__(**{"local_media": True, **engine_settings("EngineArgs", settings)})
 
 
 def engine_settings(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments for an engine, vLLM's included, as fields of `EngineConfig`; None asks for nothing.
 
+    A field with its default gives way to vLLM's name for it: `dataclasses.asdict` lists all fields.
+
     Raises:
         ConfigError: an argument is unknown, or asks for what opsin has not.
     """
-    given = {name: value for name, value in given.items() if value is not None}
-    return translated(where, given, ENGINE, EngineConfig.__dataclass_fields__)
+    fields = EngineConfig.__dataclass_fields__
+    entries = [ENGINE.get(name) for name, value in given.items() if value is not None]
+    meant = {entry.to for entry in entries if isinstance(entry, Renamed)}
+    asked = {
+        name: value
+        for name, value in given.items()
+        if value is not None and not (name in meant and value == fields[name].default)
+    }
+    return translated(where, asked, ENGINE, fields)
 
 
 def _as_tuple(values: Any) -> Any:

@@ -82,8 +82,9 @@ def _of(kind: type[Any], expected: str, prompt: Mapping[str, Any], key: str) -> 
 
 def _token_ids(ids: Any) -> list[int]:
     try:
-        if isinstance(ids, (bytes, bytearray)):
+        tokens = list(ids.tolist() if hasattr(ids, "tolist") else ids)
+        if isinstance(ids, (bytes, bytearray)) or any(isinstance(token, bool) for token in tokens):
             raise TypeError
-        return [operator.index(token) for token in (ids.tolist() if hasattr(ids, "tolist") else ids)]
+        return [operator.index(token) for token in tokens]
     except TypeError:
         raise RequestError("expected a text, a list of token ids, or a dict as the prompt") from None
