@@ -337,6 +337,11 @@ def test_engine_args_are_arguments_of_llm() -> None:
     assert dataclasses.asdict(args) == dataclasses.asdict(plain)
 
 
+def test_a_misspelt_name_of_vllm_is_recognised() -> None:
+    with pytest.raises(ConfigError, match="unknown 'tensor_paralel_size'.*mean 'tensor_parallel_size'"):
+        EngineArgs(model="m", tensor_paralel_size=1)
+
+
 def test_a_default_gives_way_to_vllms_name_for_the_field() -> None:
     every_field = dataclasses.asdict(EngineArgs(model="m"))
     assert EngineArgs(**every_field, mm_processor_cache_gb=0).media_cache_memory == 0

@@ -91,8 +91,15 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return "".join(f" (did you mean {near!r}?)" for near in get_close_matches(name, known, n=1))
 
 
-def require_known(where: str, names: Iterable[Any], known: Iterable[str], error: type[OpsinError]) -> None:
-    """Refuse names that are not known, suggesting the one that was probably meant.
+def require_known(
+    where: str,
+    names: Iterable[Any],
+    known: Iterable[str],
+    error: type[OpsinError],
+    *,
+    also_meant: Iterable[str] = (),
+) -> None:
+    """Refuse names that are not known, suggesting the one that was probably meant, or ``also_meant``.
 
     Raises:
         OpsinError: of type ``error``, for the first unknown name.
@@ -100,5 +107,6 @@ def require_known(where: str, names: Iterable[Any], known: Iterable[str], error:
     accepted = sorted(known)
     for name in names:
         if name not in accepted:
-            hint, listed = did_you_mean(str(name), accepted), ", ".join(accepted) or "none"
+            hint = did_you_mean(str(name), [*accepted, *also_meant])
+            listed = ", ".join(accepted) or "none"
             raise error(f"{where}: unknown {str(name)[:50]!r}{hint}; accepted: {listed}")

@@ -67,7 +67,7 @@ def translated(
             if value is not None and not any(type(value) is type(n) and value == n for n in entry.neutral):
                 raise error(f"{where}: {name}={value!r:.80} is not supported: {entry.why}")
         elif entry is None:
-            require_known(where, [name], known, error)
+            require_known(where, [name], known, error, also_meant=names)
             result[name] = value
     return result
 
