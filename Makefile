@@ -66,8 +66,8 @@ test test-full test-browser test-resaved docs: export OMP_WAIT_POLICY := passive
 test: $(STAMP) ## the tests, without those that take minutes
 	@$(PY) -m pytest
 
-test-full: $(STAMP) ## all tests but those in a browser
-	@$(PY) -m pytest -m "not bench and not browser"
+test-full: $(STAMP) ## all tests but those in a browser or with older transformers
+	@$(PY) -m pytest -m "not bench and not browser and not resaved"
 
 test-browser: $(STAMP) ## the playground page in a real browser (needs Chromium; CHROMIUM=PATH)
 	@command -v "$(CHROMIUM)" >/dev/null || { \
@@ -83,7 +83,7 @@ test-resaved: $(STAMP) ## checkpoints saved again by older transformers (install
 	      "transformers==$$version" "$$(grep '^torch==' constraints.txt)" pillow; } || \
 	    exit 1; \
 	done
-	@$(PY) -m pytest -m slow tests/checkpoints/test_resaved.py
+	@$(PY) -m pytest -m resaved tests/checkpoints/test_resaved.py
 
 bench: $(STAMP) ## measure against transformers, write a Markdown table
 	@$(PY) benchmarks/run.py

@@ -74,13 +74,12 @@ def test_a_checkpoint_saved_again_answers_as_before(
     assert answer(folder) == answers[name]
 
 
-@pytest.mark.slow
+@pytest.mark.resaved
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("name", sorted(ORIGINALS))
 def test_the_recorded_folders_are_what_the_version_writes(tmp_path: Path, version: str, name: str) -> None:
     python = ENVIRONMENTS / version / "bin" / "python"
-    if not python.exists():
-        pytest.skip(f"no transformers {version} in {ENVIRONMENTS}: make test-resaved installs it")
+    assert python.exists(), f"no transformers {version} in {ENVIRONMENTS}: make test-resaved installs it"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [str(python), str(HERE / "resave.py"), str(ORIGINALS[name]), str(tmp_path / "made")]
     subprocess.run(command, env=environment, check=True, capture_output=True)

@@ -15,9 +15,9 @@ from PIL import Image
 
 from opsin import LLM
 from opsin.api import ProcessedPrompt
-from opsin.config import BeamSearchParams, SamplingParams
 from opsin.engine.beam import beam_search
 from opsin.errors import RequestError
+from opsin.params import BeamSearchParams, SamplingParams
 from opsin.results import BeamSearchOutput, CompletionOutput, Logprob, RequestOutput
 
 GOLDEN = Path(__file__).parents[1] / "golden"

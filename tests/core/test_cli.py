@@ -18,9 +18,9 @@ from PIL import Image
 import opsin
 from opsin.api import Capabilities, Device, DeviceSpec, MemoryInfo, ModelSpec, Probe
 from opsin.cli import main, plugins, table
-from opsin.config import SamplingParams
 from opsin.errors import RequestError
 from opsin.hookspecs import hookimpl
+from opsin.params import SamplingParams
 from opsin.plugins import discovery
 from opsin.results import CompletionOutput, RequestOutput
 

@@ -16,16 +16,10 @@ from hypothesis import strategies as st
 
 from opsin import GuidedDecodingParams, StructuredOutputsParams
 from opsin.api import Capabilities
-from opsin.config import (
-    BeamSearchParams,
-    EngineArgs,
-    EngineConfig,
-    PoolingParams,
-    SamplingParams,
-    StructuredOutput,
-)
+from opsin.config import EngineArgs, EngineConfig
 from opsin.engine.sizing import resolve, resolve_dtype
 from opsin.errors import ConfigError
+from opsin.params import BeamSearchParams, PoolingParams, SamplingParams, StructuredOutput
 
 CPU = Capabilities(dtypes=("float32", "bfloat16"), dtype_for={"float16": "float32"})
 

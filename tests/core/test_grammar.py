@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from opsin import LLM, SamplingParams
-from opsin.config import StructuredOutput
 from opsin.errors import ConfigError, RequestError
+from opsin.params import StructuredOutput
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SCHEMA = {

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from opsin.api import ProcessedPrompt
-from opsin.config import SamplingParams
 from opsin.engine.request import RequestState
 from opsin.engine.sequence import SampledToken
 from opsin.engine.sequence import Sequence as EngineSequence
 from opsin.engine.text import Detokenizer, StopStrings
 from opsin.errors import RequestError
+from opsin.params import SamplingParams
 from opsin.results import CompletionOutput, Logprob, RequestOutput
 
 GOLDEN = Path(__file__).parents[1] / "golden"

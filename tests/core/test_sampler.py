@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from opsin.api import ProcessedPrompt
-from opsin.config import SamplingParams
 from opsin.engine import sampler
 from opsin.engine.sampler import make_generator, prompt_logprobs, sample
 from opsin.engine.sequence import SampledToken, Sequence
 from opsin.errors import RequestError
+from opsin.params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0)
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opsin.api import MappedMedia, PlacedMedia, Positions, ProcessedPrompt
-from opsin.config import SamplingParams
 from opsin.engine.cache import BlockPool, EncoderCache
 from opsin.engine.scheduler import Scheduler, Step
 from opsin.engine.sequence import Sequence, Status
+from opsin.params import SamplingParams
 
 BLOCK = 4
 EMBED_BYTES = 8

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from opsin.async_engine import AsyncEngine
-    from opsin.config import (
+    from opsin.config import EngineArgs, EngineConfig
+    from opsin.engine.engine import Engine
+    from opsin.errors import BatchInterrupted
+    from opsin.hookspecs import hookimpl
+    from opsin.llm import LLM
+    from opsin.params import (
         BeamSearchParams,
-        EngineArgs,
-        EngineConfig,
         GuidedDecodingParams,
         PoolingParams,
         RequestOutputKind,
@@ -21,10 +24,6 @@ if TYPE_CHECKING:
         StructuredOutput,
         StructuredOutputsParams,
     )
-    from opsin.engine.engine import Engine
-    from opsin.errors import BatchInterrupted
-    from opsin.hookspecs import hookimpl
-    from opsin.llm import LLM
     from opsin.results import CompletionOutput, PoolingRequestOutput, RequestOutput, ScoringRequestOutput
 
 __version__ = "0.1.0"
@@ -33,20 +32,20 @@ _HOME = {
     "LLM": "opsin.llm",
     "AsyncEngine": "opsin.async_engine",
     "BatchInterrupted": "opsin.errors",
-    "BeamSearchParams": "opsin.config",
+    "BeamSearchParams": "opsin.params",
     "CompletionOutput": "opsin.results",
     "Engine": "opsin.engine.engine",
     "EngineArgs": "opsin.config",
     "EngineConfig": "opsin.config",
-    "GuidedDecodingParams": "opsin.config",
-    "PoolingParams": "opsin.config",
+    "GuidedDecodingParams": "opsin.params",
+    "PoolingParams": "opsin.params",
     "PoolingRequestOutput": "opsin.results",
     "RequestOutput": "opsin.results",
-    "RequestOutputKind": "opsin.config",
-    "SamplingParams": "opsin.config",
+    "RequestOutputKind": "opsin.params",
+    "SamplingParams": "opsin.params",
     "ScoringRequestOutput": "opsin.results",
-    "StructuredOutput": "opsin.config",
-    "StructuredOutputsParams": "opsin.config",
+    "StructuredOutput": "opsin.params",
+    "StructuredOutputsParams": "opsin.params",
     "hookimpl": "opsin.hookspecs",
 }
 

@@ -14,17 +14,12 @@ from contextlib import aclosing, suppress
 from typing import Any, NamedTuple, TypeVar
 
 from opsin.api import ProcessedPrompt
-from opsin.config import (
-    BeamSearchParams,
-    EngineConfig,
-    PoolingParams,
-    RequestOutputKind,
-    SamplingParams,
-)
+from opsin.config import EngineConfig
 from opsin.engine.beam import BeamSearch
 from opsin.engine.engine import Engine
 from opsin.errors import OpsinError, RequestError
 from opsin.inputs.prompt import PromptInput
+from opsin.params import BeamSearchParams, PoolingParams, RequestOutputKind, SamplingParams
 from opsin.plugins import Plugins
 from opsin.results import BeamSearchOutput, EngineStats, Output, PoolingRequestOutput, RequestOutput
 

@@ -15,11 +15,11 @@ from typing import Any, Literal, NamedTuple
 from tqdm import tqdm
 
 from opsin.api import ProcessedPrompt
-from opsin.config import PoolingParams, RequestOutputKind, SamplingParams
 from opsin.engine.engine import Engine
 from opsin.errors import BatchInterrupted, ConfigError, OpsinError, RequestError, RequestsFailed
 from opsin.inputs.chat import ChatOptions
 from opsin.inputs.feed import Feed
+from opsin.params import PoolingParams, RequestOutputKind, SamplingParams
 from opsin.results import FailedOutputs, Output, PoolingRequestOutput, RequestMetrics, RequestOutput
 
 OnError = Literal["raise", "return"]

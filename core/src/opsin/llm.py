@@ -14,22 +14,17 @@ from torch.nn.functional import cosine_similarity
 
 from opsin.api import Tokenizer
 from opsin.batches import Batches, OnError, Progress
-from opsin.config import (
-    BeamSearchParams,
-    EngineConfig,
-    PoolingParams,
-    SamplingParams,
-    engine_settings,
-    parameters_of,
-)
+from opsin.config import EngineConfig, engine_settings
 from opsin.engine.beam import beam_search
 from opsin.engine.engine import Engine
 from opsin.errors import (
     ConfigError,
     require_known,
 )
+from opsin.fields import parameters_of
 from opsin.inputs.chat import ChatOptions, Tool
 from opsin.inputs.prompt import PromptInput
+from opsin.params import BeamSearchParams, PoolingParams, SamplingParams
 from opsin.plugins import Plugins
 from opsin.results import (
     BeamSearchOutput,

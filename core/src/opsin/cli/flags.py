@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from cyclopts import Group, Parameter, Token
 
-from opsin.config import expectation, parameters_of
+from opsin.fields import expectation, parameters_of
 
 T = TypeVar("T")
 

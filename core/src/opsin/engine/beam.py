@@ -13,9 +13,9 @@ from itertools import count
 from typing import NamedTuple, Protocol
 
 from opsin.api import ProcessedPrompt, Tokenizer
-from opsin.config import MAX_LOGPROBS, BeamSearchParams, SamplingParams
 from opsin.engine.text import Detokenizer
 from opsin.errors import RequestError
+from opsin.params import MAX_LOGPROBS, BeamSearchParams, SamplingParams
 from opsin.results import BeamSearchOutput, BeamSearchSequence, Logprob, Output, RequestOutput
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from opsin.api import ModelSpec, Pooling, ProcessedPrompt, Tokenizer
 from opsin.checkpoint.files import Checkpoint, load
-from opsin.config import EngineConfig, PoolingParams, SamplingParams
+from opsin.config import EngineConfig
 from opsin.engine.cache import BlockPool
 from opsin.engine.executor import LocalExecutor
 from opsin.engine.request import PoolingState, RequestState
@@ -24,6 +24,7 @@ from opsin.engine.sizing import Resolved
 from opsin.errors import ConfigError, RequestError
 from opsin.inputs.frontend import build_frontend
 from opsin.inputs.processor import PromptProcessor
+from opsin.params import PoolingParams, SamplingParams
 from opsin.plugins import Plugins, load_plugins
 from opsin.results import EngineStats, Output
 

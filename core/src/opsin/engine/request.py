@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from opsin.api import ProcessedPrompt, Tokenizer
-from opsin.config import SamplingParams
 from opsin.engine.sequence import SampledToken, Sequence
 from opsin.engine.text import Detokenizer, StopStrings
 from opsin.errors import RequestError
+from opsin.params import SamplingParams
 from opsin.results import (
     CompletionOutput,
     EmbeddingOutput,

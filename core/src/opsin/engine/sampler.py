@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from opsin.api import TopK
-from opsin.config import LogitsProcessor
 from opsin.engine.sequence import SampledToken, Sequence
 from opsin.errors import RequestError
 from opsin.kernels import top_k as reference_top_k
+from opsin.params import LogitsProcessor
 
 CANDIDATES = 128
 """How many of a row's best logits are looked at first; a row they cannot decide looks at 16 times more."""

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 from opsin.api import PlacedMedia, Pooling, ProcessedPrompt
-from opsin.config import SamplingParams
 from opsin.inputs.grammar import Grammar
+from opsin.params import SamplingParams
 
 
 class SampledToken(NamedTuple):

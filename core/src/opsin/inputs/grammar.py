@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opsin.config import StructuredOutput
 from opsin.errors import RequestError
+from opsin.params import StructuredOutput
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer

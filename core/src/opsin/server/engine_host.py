@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable
 
 from opsin.async_engine import AsyncEngine
-from opsin.config import EngineConfig, PoolingParams, SamplingParams, StructuredOutput
+from opsin.config import EngineConfig
 from opsin.engine.engine import Engine
 from opsin.errors import ConfigError
+from opsin.params import PoolingParams, SamplingParams, StructuredOutput
 from opsin.server.http.errors import ApiError
 
 logger = logging.getLogger(__name__)

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from opsin.config import MAX_LOGPROBS, EngineConfig, NonNegative, Positive, Range, check_fields
+from opsin.config import EngineConfig
 from opsin.errors import ConfigError
+from opsin.fields import NonNegative, Positive, Range, check_fields
+from opsin.params import MAX_LOGPROBS
 from opsin.server.fetch.settings import FetchSettings
 
 

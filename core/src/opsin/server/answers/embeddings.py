@@ -7,7 +7,7 @@ import time
 import uuid
 
 from opsin.api import ProcessedPrompt
-from opsin.config import PoolingParams
+from opsin.params import PoolingParams
 from opsin.results import PoolingRequestOutput
 from opsin.server.answers.generation import usage
 from opsin.server.http.errors import bad_request

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 from opsin.api import ProcessedPrompt
-from opsin.config import BeamSearchParams, SamplingParams
+from opsin.params import BeamSearchParams, SamplingParams
 from opsin.results import CompletionOutput, Logprob, Output, RequestMetrics, RequestOutput
 from opsin.server.http.gather import all_of, merged
 from opsin.server.metrics import Progress

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from opsin.config import BeamSearchParams, SamplingParams, StructuredOutput
 from opsin.errors import ConfigError
+from opsin.params import BeamSearchParams, SamplingParams, StructuredOutput
 from opsin.server.http.errors import bad_request
 from opsin.server.schema.sampling import SamplingRequest
 from opsin.server.serving import Serving

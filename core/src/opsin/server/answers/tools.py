@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Sequence
 
 from opsin.api import ToolFormat, ToolPieces
-from opsin.config import StructuredOutput
+from opsin.params import StructuredOutput
 from opsin.server.schema.chat import ChatRequest, NamedToolChoice, Tool
 from opsin.server.schema.responses import FunctionCall, FunctionCallDelta, ToolCall, ToolCallDelta
 

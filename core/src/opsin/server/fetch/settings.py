@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from opsin.config import MediaLimits, Positive, check_fields
+from opsin.config import MediaLimits
 from opsin.errors import ConfigError
+from opsin.fields import Positive, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from opsin.config import MAX_LOGPROBS
 from opsin.inputs.chat import ChatOptions
 from opsin.inputs.conversation import NO_SIZE, SIZE_FIELDS, Role
+from opsin.params import MAX_LOGPROBS
 from opsin.server.schema.sampling import SamplingRequest
 from opsin.server.schema.strict import RequestBody, StrictModel, field_error
 

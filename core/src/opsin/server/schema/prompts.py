@@ -7,7 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from opsin.config import INT64_MAX, MAX_LOGPROBS
+from opsin.fields import INT64_MAX
+from opsin.params import MAX_LOGPROBS
 from opsin.server.schema.chat import ChatFields, Tool
 from opsin.server.schema.sampling import SamplingRequest
 from opsin.server.schema.strict import RequestBody, field_error

@@ -7,7 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from opsin.config import INT64_MAX, INT64_MIN, MAX_LOGPROBS
+from opsin.fields import INT64_MAX, INT64_MIN
+from opsin.params import MAX_LOGPROBS
 from opsin.server.schema.strict import RequestBody, StrictModel, field_error
 
 
