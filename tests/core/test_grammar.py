@@ -13,6 +13,7 @@ from PIL import Image
 
 from opsin import LLM, SamplingParams
 from opsin.errors import ConfigError, RequestError
+from opsin.inputs import grammar
 from opsin.params import StructuredOutput
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -101,3 +102,45 @@ def test_exactly_one_constraint() -> None:
     for wrong in ({}, {"regex": "a", "json": {}}, {"choice": []}, {"choice": [""]}):
         with pytest.raises(ConfigError, match="structured output"):
             StructuredOutput(**wrong)  # type: ignore[arg-type]
+
+
+def test_an_equal_constraint_is_compiled_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler, compiled = llm.engine.frontend.grammars, []
+    load = compiler._load_tables
+    monkeypatch.setattr(compiler, "_load_tables", lambda: compiled.append(1) or load())
+    wanted = StructuredOutput(choice=["compiled", "only once"])
+    first = ask(llm, wanted, n=3)
+    assert ask(llm, StructuredOutput(choice=["compiled", "only once"]), n=3) == first
+    assert len(compiled) == 1
+    assert set(first) <= {"compiled", "only once"}
+
+
+def test_constraints_are_forgotten_in_the_order_of_their_use(llm: LLM) -> None:
+    compiler = llm.engine.frontend.grammars
+    for index in range(2 * grammar.MAX_KEPT):
+        compiler.compile(StructuredOutput(regex=f"x{index}"))
+        compiler.compile(StructuredOutput(regex="kept"))
+    sources = list(compiler._known)
+    assert len(sources) == grammar.MAX_KEPT
+    assert "kept" in sources[-1]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "says"),
+    [
+        (StructuredOutput(json={"properties": {f"p{i}": {} for i in range(1001)}}), "1001 properties"),
+        (
+            StructuredOutput(json={"items": {"properties": {f"p{i}": {} for i in range(1001)}}}),
+            "1001 properties",
+        ),
+        (StructuredOutput(json={"enum": ["x" * 200_000]}), "at most 200000"),
+        (StructuredOutput(regex="x" * 200_001), "200001 characters"),
+        (StructuredOutput(choice=["x" * 200_000]), "at most 200000"),
+        (StructuredOutput(grammar="x" * 200_001), "200001 characters"),
+    ],
+)
+def test_large_constraints_are_refused_before_they_cost(
+    llm: LLM, wanted: StructuredOutput, says: str
+) -> None:
+    with pytest.raises(RequestError, match=f"too large: .*{says}"):
+        ask(llm, wanted)

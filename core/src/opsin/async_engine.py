@@ -104,6 +104,8 @@ class AsyncEngine:
         threads = engine.config.preprocess_threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="opsin-inputs")
         self._media_pool = ThreadPoolExecutor(threads, thread_name_prefix="opsin-media")
+        # One thread: who sends one large schema after another makes only others with schemas wait.
+        self._grammar_pool = ThreadPoolExecutor(1, thread_name_prefix="opsin-grammar")
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._submitting = threading.Lock()  # between looking at `death` and putting a command
         self._streams: dict[str, _Stream] = {}
@@ -161,13 +163,15 @@ class AsyncEngine:
         Raises:
             OpsinError: the engine has stopped; or whatever the work raises.
         """
+        return await self._in(self._pool, work, *args, **kwargs)
 
+    async def _in(self, pool: ThreadPoolExecutor, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         def job() -> T:
             self._check_running()
             return work(*args, **kwargs)
 
         self._check_running()
-        return await asyncio.get_running_loop().run_in_executor(self._pool, job)
+        return await asyncio.get_running_loop().run_in_executor(pool, job)
 
     async def generate(
         self,
@@ -192,6 +196,10 @@ class AsyncEngine:
             prompt = await self.process(prompt, truncate=params.truncate_prompt_tokens)
         kind, earlier = params.output_kind, None
         finished_only = finished_only or kind is RequestOutputKind.FINAL_ONLY
+        if (
+            params.structured is not None
+        ):  # compiled here, not on the engine's thread, which all requests share
+            await self._in(self._grammar_pool, self.frontend.grammars.compile, params.structured)
         # Closed together with this generator, not at garbage collection: closing is what aborts the request.
         async with aclosing(self._outputs(prompt, params, request_id, finished_only)) as outputs:
             async for output in outputs:
@@ -292,7 +300,7 @@ class AsyncEngine:
         """Stop the thread, aborting what runs."""
         self._commands.put(None)
         self._thread.join()
-        for pool in (self._pool, self._media_pool):
+        for pool in (self._pool, self._media_pool, self._grammar_pool):
             pool.shutdown()  # what is queued is refused
 
     # ---- on the engine's thread ---------------------------------------------------------------

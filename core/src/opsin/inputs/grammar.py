@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,16 @@ if TYPE_CHECKING:
 
 _JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON as json.dumps writes it. Free white space would let a model write it forever."""
+
+
+MAX_KEPT = 32
+"""Most compiled constraints that are kept."""
+
+MAX_CHARACTERS = 200_000
+"""Longest schema, expression or grammar."""
+
+MAX_PROPERTIES = 1_000
+"""Most properties of one object: the time to compile them grows with their square (4 s for 5,000)."""
 
 
 class Grammar:
@@ -44,7 +55,10 @@ class Grammar:
 
 
 class GrammarCompiler:
-    """Makes grammars for one tokenizer. Thread-safe; the tokenizer's tables are built on first use."""
+    """Makes grammars for one tokenizer, and keeps the latest. Thread-safe.
+
+    The tokenizer's tables are built on first use.
+    """
 
     def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
@@ -52,26 +66,38 @@ class GrammarCompiler:
         self._eos_token_ids = list(eos_token_ids)
         self._tables: LLTokenizer | None = None
         self._lock = threading.Lock()
+        self._known: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._known_lock = threading.Lock()
 
     def compile(self, wanted: StructuredOutput) -> Grammar:
-        """A fresh grammar, at its beginning.
+        """A fresh grammar, at its beginning: a copy of the one that was compiled from an equal constraint.
 
         Raises:
-            RequestError: the schema, expression or grammar is not valid; or the library is missing.
+            RequestError: the schema, expression or grammar is not valid, or too large; or the library is
+                missing.
         """
         try:
             from llguidance import LLMatcher
         except ImportError:
             raise RequestError("constrained output needs llguidance; pip install llguidance") from None
-        tables = self._load_tables()
         try:
             source = _source(wanted)
-            problem = LLMatcher.validate_grammar(source, tables)
         except ValueError as error:
-            problem = str(error)
-        if problem:
-            raise RequestError(f"the output constraint is not valid: {_first_line(problem)}")
-        return Grammar(LLMatcher(tables, source))
+            raise RequestError(f"the output constraint is not valid: {_first_line(str(error))}") from None
+        with self._known_lock:
+            matcher = self._known.pop(source, None)
+            if matcher is not None:
+                self._known[source] = matcher
+        if matcher is None:
+            matcher = LLMatcher(self._load_tables(), source, log_level=0)
+            if matcher.is_error():
+                raise RequestError(f"the output constraint is not valid: {_first_line(matcher.get_error())}")
+            matcher.compute_bitmask()  # the first one builds what copies then share
+            with self._known_lock:
+                self._known[source] = matcher
+                if len(self._known) > MAX_KEPT:
+                    self._known.popitem(last=False)
+        return Grammar(matcher.deep_copy())
 
     def _load_tables(self) -> LLTokenizer:
         from llguidance import hf
@@ -85,19 +111,49 @@ class GrammarCompiler:
 
 
 def _source(wanted: StructuredOutput) -> str:
-    """llguidance's form of a constraint."""
+    """llguidance's form of a constraint.
+
+    Raises:
+        RequestError: it is too large.
+        ValueError: it is not JSON.
+    """
     from llguidance import LLMatcher
 
     schema = {"type": "object"} if wanted.json_object else wanted.json
     if schema is not None:
         text = schema if isinstance(schema, str) else json.dumps(schema)
+        _check_length(text)
+        _check_properties(json.loads(text))
         return LLMatcher.grammar_from_json_schema(text, overrides=_JSON_STYLE)
     if wanted.regex is not None:
+        _check_length(wanted.regex)
         return LLMatcher.grammar_from_regex(wanted.regex)
-    if wanted.choice is not None:
-        return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, wanted.choice)))
-    assert wanted.grammar is not None
-    return LLMatcher.grammar_from_lark(wanted.grammar)
+    text = wanted.grammar or "start: " + " | ".join(map(json.dumps, wanted.choice or ()))
+    _check_length(text)
+    return LLMatcher.grammar_from_lark(text)
+
+
+def _check_length(text: str) -> None:
+    if len(text) > MAX_CHARACTERS:
+        raise RequestError(
+            f"the output constraint is too large: {len(text)} characters; at most {MAX_CHARACTERS} are accepted"
+        )
+
+
+def _check_properties(schema: Any) -> None:
+    waiting = [schema]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, dict):
+            properties = node.get("properties")
+            if isinstance(properties, dict) and len(properties) > MAX_PROPERTIES:
+                raise RequestError(
+                    f"the output constraint is too large: an object of {len(properties)} properties; at most "
+                    f"{MAX_PROPERTIES} are accepted"
+                )
+            waiting.extend(node.values())
+        elif isinstance(node, list):
+            waiting.extend(node)
 
 
 def _first_line(text: str) -> str:

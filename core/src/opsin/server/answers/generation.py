@@ -106,9 +106,6 @@ class Job(ABC, Generic[ChoiceT, ChunkT]):
         """A prompt's outputs, each with all there is so far; with ``finished_only`` only the last one."""
         engine, metrics, params = self.serving.engine, self.serving.metrics, self.params
         prompt, request_id = self.prompts[number], f"{self.id}-{number}"
-        if params.structured is not None:
-            # Builds the tokenizer's tables here, not on the engine's thread, which all requests share.
-            await engine.in_pool(engine.frontend.grammars.compile, params.structured)
         progress, finished = Progress(self.started), False
         try:
             if self.beams is not None:

@@ -11,12 +11,13 @@ from starlette.requests import ClientDisconnect, Request
 
 from opsin.server.http.disconnect import ClientGone
 from opsin.server.http.errors import ApiError, bad_request
-from opsin.server.schema.strict import plain
+from opsin.server.schema.strict import MAX_FAULTS, plain
 
 M = TypeVar("M", bound=BaseModel)
 
-MAX_ERRORS = 5
-"""Most faults that an answer lists."""
+_MAX_JSON_VALUES = 2_000_000
+"""Most values in a body. pydantic holds the interpreter's lock while it parses, so everything else waits:
+0.1 s for that many, some seconds for 64 MB of ``[{},{},...]``."""
 
 _ON_THE_LOOP_BYTES = 64 * 1024
 """Bodies up to this size are parsed in place; larger ones on a thread."""
@@ -45,10 +46,17 @@ async def read_body(request: Request, model: type[M], max_bytes: int) -> M:
         data = await _read(request, max_bytes)
     except ClientDisconnect:
         raise ClientGone from None
+    if len(data) <= _ON_THE_LOOP_BYTES:
+        return _validated(model, data)
+    return await asyncio.to_thread(_validated, model, data)
+
+
+def _validated(model: type[M], data: bytes) -> M:
+    # Base64 and most text hold none of these; what looks like more values than it is, is no prompt either.
+    if len(data) > _MAX_JSON_VALUES and sum(map(data.count, (b",", b"{", b"["))) > _MAX_JSON_VALUES:
+        raise bad_request(f"the body has too many values; at most {_MAX_JSON_VALUES} are accepted")
     try:
-        if len(data) <= _ON_THE_LOOP_BYTES:
-            return model.model_validate_json(data)
-        return await asyncio.to_thread(model.model_validate_json, data)
+        return model.model_validate_json(data)
     except ValidationError as error:
         raise _refused(error) from None
 
@@ -78,8 +86,8 @@ async def _read(request: Request, max_bytes: int) -> bytes:
 def _refused(error: ValidationError) -> ApiError:
     faults = error.errors(include_url=False, include_input=False)
     described = list(dict.fromkeys(_described(fault) for fault in faults))
-    more = len(described) - MAX_ERRORS
-    message = "; ".join(described[:MAX_ERRORS]) + (f"; and {more} more" if more > 0 else "")
+    more = len(described) - MAX_FAULTS
+    message = "; ".join(described[:MAX_FAULTS]) + (f"; and {more} more" if more > 0 else "")
     param = faults[0].get("ctx", {}).get("param") or _place(faults[0]["loc"]) or None
     return bad_request(message, param)
 

@@ -11,7 +11,7 @@ from opsin.inputs.chat import ChatOptions
 from opsin.inputs.conversation import NO_SIZE, SIZE_FIELDS, Role
 from opsin.params import MAX_LOGPROBS
 from opsin.server.schema.sampling import SamplingRequest
-from opsin.server.schema.strict import RequestBody, StrictModel, field_error
+from opsin.server.schema.strict import FIRST_FAULT, RequestBody, StrictModel, field_error
 
 
 class _Part(StrictModel):
@@ -85,22 +85,35 @@ class VideoPart(_MediaPart):
     """A video file by URL, or its frames by theirs, with the number of frames per second if it is known."""
 
     type: Literal["video"]
-    video: str | list[str]
+    video: str | Annotated[list[str], FIRST_FAULT]
     fps: Annotated[float | None, Field(gt=0)] = None
+
+
+_MAX_EMBEDS = 16
+
+
+def _few(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > _MAX_EMBEDS:
+        raise ValueError(f"at most {_MAX_EMBEDS} named tensors are accepted")
+    return value
+
+
+_Embeds = Annotated[str | dict[str, str], BeforeValidator(_few)]
+"""One encoded tensor, or several by name."""
 
 
 class ImageEmbedsPart(_MediaPart):
     """Ready-made embeddings of a picture, safetensors or .npy in base64, where the server takes them."""
 
     type: Literal["image_embeds"]
-    image_embeds: str | dict[str, str]
+    image_embeds: _Embeds
 
 
 class VideoEmbedsPart(_MediaPart):
     """Ready-made embeddings of a video, safetensors or .npy in base64, where the server takes them."""
 
     type: Literal["video_embeds"]
-    video_embeds: str | dict[str, str]
+    video_embeds: _Embeds
 
 
 Part = Annotated[
@@ -121,7 +134,7 @@ def _content_kind(value: Any) -> str:
 
 
 Content = Annotated[
-    Annotated[str, Tag("as_text")] | Annotated[list[Part], Tag("as_parts")],
+    Annotated[str, Tag("as_text")] | Annotated[list[Part], FIRST_FAULT, Tag("as_parts")],
     Discriminator(_content_kind),
 ]
 
@@ -153,7 +166,7 @@ class Message(RequestBody):
     role: Role
     content: Content | None = None
     name: Annotated[str | None, Field(max_length=256)] = None
-    tool_calls: list[MessageToolCall] | None = None
+    tool_calls: Annotated[list[MessageToolCall] | None, FIRST_FAULT, Field(max_length=1024)] = None
     tool_call_id: Annotated[str | None, Field(max_length=256)] = None
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ from opsin.fields import INT64_MAX
 from opsin.params import MAX_LOGPROBS
 from opsin.server.schema.chat import ChatFields, Tool
 from opsin.server.schema.sampling import SamplingRequest
-from opsin.server.schema.strict import RequestBody, field_error
+from opsin.server.schema.strict import FIRST_FAULT, RequestBody, field_error
 
 _EXPECTED = (
     "expected a text, a list of texts, a list of token ids, or a list of such lists; none of them empty"
@@ -109,5 +109,5 @@ class TokenizeRequest(ChatFields):
 class DetokenizeRequest(RequestBody):
     """The body of ``POST /detokenize``."""
 
-    tokens: Annotated[list[int], Field(max_length=1_000_000)]
+    tokens: Annotated[list[int], FIRST_FAULT, Field(max_length=1_000_000)]
     model: Annotated[str | None, Field(max_length=1024)] = None

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from opsin.fields import INT64_MAX, INT64_MIN
 from opsin.params import MAX_LOGPROBS
-from opsin.server.schema.strict import RequestBody, StrictModel, field_error
+from opsin.server.schema.strict import FIRST_FAULT, RequestBody, StrictModel, field_error
 
 
 def _stop_strings(value: Any) -> Any:
@@ -19,8 +19,13 @@ def _stop_strings(value: Any) -> Any:
     raise ValueError("expected a non-empty string or a list of them")
 
 
+_MAX_BIASES = 1024
+
+
 def _biases(value: Any) -> Any:
     if value is None or isinstance(value, dict):
+        if len(value or ()) > _MAX_BIASES:
+            raise ValueError(f"at most {_MAX_BIASES} tokens are accepted")
         if all(key.isascii() and key.isdigit() and len(key) < 10 for key in value or ()):
             return value
         raise ValueError("the keys must be token ids")
@@ -110,10 +115,10 @@ class SamplingRequest(RequestBody):
     repetition_penalty: Annotated[float | None, Field(gt=0, le=100)] = None
     logit_bias: Annotated[
         dict[str, Annotated[float, Field(ge=-100, le=100)]] | None,
-        Field(max_length=1024),
+        Field(max_length=_MAX_BIASES),
         BeforeValidator(_biases),
     ] = None
-    allowed_token_ids: list[int] | None = None
+    allowed_token_ids: Annotated[list[int] | None, FIRST_FAULT] = None
     bad_words: Annotated[list[_Stop] | None, Field(max_length=1024)] = None
     prompt_logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
     skip_special_tokens: bool | None = None

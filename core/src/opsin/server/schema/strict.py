@@ -5,10 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
+from functools import cache
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
+
+MAX_FAULTS = 5
+"""Most faults of one kind that an answer lists. Looking for more is work that a client could ask for."""
+
+FIRST_FAULT = Field(fail_fast=True)
+"""Marks a list that may be long: its first fault ends the check, so that its faults are never counted."""
 
 
 def field_error(name: str, text: str) -> PydanticCustomError:
@@ -25,6 +32,30 @@ class StrictModel(BaseModel):
     """No type is guessed, nothing is NaN, no field is unknown."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_unknown_fields(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            cls._check_few_unknown(data)
+        return data
+
+    @classmethod
+    def _check_few_unknown(cls, data: Mapping[str, Any]) -> None:
+        """More than `MAX_FAULTS` unknown fields are one fault: pydantic would make a fault of each."""
+        known = cls.known_fields()
+        unknown = [name for name in data if name not in known] if len(data) > MAX_FAULTS else []
+        more = len(unknown) - MAX_FAULTS
+        if more > 0:
+            listed = ", ".join(plain(name) for name in unknown[:MAX_FAULTS])
+            raise field_error(unknown[0], f"unknown fields: {listed}; and {more} more")
+
+    @classmethod
+    @cache
+    def known_fields(cls) -> frozenset[str]:
+        """Names and aliases of the fields."""
+        fields = cls.model_fields
+        return frozenset(fields) | {field.alias for field in fields.values() if field.alias is not None}
 
 
 class RequestBody(StrictModel):
@@ -50,11 +81,18 @@ class RequestBody(StrictModel):
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {"store": (False,)}
     """Field -> values that ask for nothing; null is always one."""
 
+    @classmethod
+    @cache
+    def known_fields(cls) -> frozenset[str]:
+        """With those of other servers, even where they are refused."""
+        return super().known_fields() | cls.ignored | cls.unsupported.keys()
+
     @model_validator(mode="before")
     @classmethod
     def _drop_what_asks_for_nothing(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        cls._check_few_unknown(data)  # before names are compared: this runs before the base's validator
         kept = {}
         for name, value in data.items():
             if name in cls.model_fields:
