@@ -7,8 +7,10 @@ function, so that help comes at once.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import NoReturn
 
 from cyclopts import App, CycloptsError, Group, Parameter
@@ -44,6 +46,8 @@ for position, (name, text) in enumerate(_COMMANDS.items()):
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command line; ends the process, with status 2 for one that makes no sense."""
+    # The first process of a container gets no SIGTERM unless it asks for it, and imports take seconds.
+    signal.signal(signal.SIGTERM, _terminated)
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if "-" in arguments and "--" not in arguments:  # standard input: cyclopts would take it for an option
         arguments.remove("-")
@@ -63,3 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     sys.exit(status if arguments else 2)  # without a command, help is all there is
+
+
+def _terminated(number: int, _: FrameType | None) -> None:
+    sys.exit(128 + number)  # as shells have it

@@ -136,7 +136,8 @@ def _source(wanted: StructuredOutput) -> str:
 def _check_length(text: str) -> None:
     if len(text) > MAX_CHARACTERS:
         raise RequestError(
-            f"the output constraint is too large: {len(text)} characters; at most {MAX_CHARACTERS} are accepted"
+            f"the output constraint is too large: {len(text)} characters; "
+            f"at most {MAX_CHARACTERS} are accepted"
         )
 
 

@@ -62,12 +62,14 @@ class App:
     Attributes:
         api: the ASGI application.
         host: holder of the engine.
+        limits: limits of requests and connections.
         admission: counter of requests.
     """
 
     def __init__(self, host: EngineHost, settings: ServerSettings) -> None:
         self.host = host
-        self.admission = Admission(host.config.max_num_seqs + settings.limits.max_waiting)
+        self.limits = limits = settings.limits
+        self.admission = Admission(host.config.max_num_seqs + limits.max_waiting, limits.max_receiving_bytes)
         self._settings = settings
         self._metrics = Metrics(settings.names_of(host.config)[0])
         self._serving: Serving | None = None
@@ -242,7 +244,11 @@ class App:
     async def _take(self, request: Request, model: type[M]) -> tuple[Serving, M]:
         """The body is read last: a server that cannot answer need not receive pictures first."""
         serving = self._ready()
-        return serving, await read_body(request, model, self._settings.limits.max_body_bytes)
+        limits = self._settings.limits
+        body = await read_body(
+            request, model, max_bytes=limits.max_body_bytes, timeout_s=limits.receive_timeout
+        )
+        return serving, body
 
 
 async def _answer(

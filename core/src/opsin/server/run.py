@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from dataclasses import asdict
+from functools import partial
 from types import FrameType
 
 import uvicorn
@@ -17,9 +18,13 @@ from opsin.config import EngineConfig
 from opsin.errors import ConfigError
 from opsin.server.app import App
 from opsin.server.engine_host import EngineHost
+from opsin.server.http.connection import Connection, ConnectionLimits, abort_all, raise_file_limit
 from opsin.server.settings import Listen, ServerSettings
 
 logger = logging.getLogger(__name__)
+
+_CLOSE_S = 1
+"""How long clients have to close their side of an idle connection, which TLS asks them to."""
 
 _KEEP_ALIVE_S = 75
 """Longer than the 60 s after which common proxies close an idle connection: the proxy should close it."""
@@ -54,10 +59,17 @@ class Server(uvicorn.Server):
     """uvicorn's server, which goes on answering (with 503) while accepted requests finish."""
 
     def __init__(self, app: App, listen: Listen, shutdown_timeout_s: float | None) -> None:
+        asked = app.limits
+        limits = ConnectionLimits(
+            max_connections=raise_file_limit(asked.max_connections),
+            receive_timeout_s=asked.receive_timeout,
+            send_timeout_s=asked.send_timeout,
+        )
         super().__init__(
             uvicorn.Config(
                 app.api,
                 **asdict(listen),
+                http=partial(Connection, limits),  # type: ignore[arg-type]
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -89,6 +101,16 @@ class Server(uvicorn.Server):
         self.status = 130 if sig == signal.SIGINT else 0
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self.stop)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the connections. Clients that do not close theirs, or read nothing, hold nothing up."""
+        ending = asyncio.ensure_future(super().shutdown(sockets))
+        await asyncio.wait({ending}, timeout=_CLOSE_S)
+        while not ending.done():
+            # What is still unsent has its own time-out, unless time is up.
+            abort_all(self.server_state.connections, idle_only=not self.force_exit)
+            await asyncio.wait({ending}, timeout=0.1)
+        await ending
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second; True ends the server."""

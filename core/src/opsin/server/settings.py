@@ -25,6 +25,13 @@ class RequestLimits:
         max_stop: most stop strings.
         max_logprobs: most alternatives per token.
         max_waiting: most requests that wait, beyond --max-num-seqs. Further ones get status 429.
+        max_receiving_bytes: most bytes of bodies that are not complete yet, all together. Further ones get
+            status 503.
+        max_connections: most connections. Beyond that, the one that has been idle longest is closed, or if
+            none is idle the new one gets status 503.
+        receive_timeout: seconds that the head of a request, or its body, may take. Large bodies have longer,
+            as long as they come with 16 kB per second.
+        send_timeout: seconds after which a client that reads nothing of its answer is disconnected.
     """
 
     max_body_bytes: Positive = 64 * 2**20
@@ -34,6 +41,10 @@ class RequestLimits:
     max_stop: NonNegative = 4
     max_logprobs: Annotated[int, Range(0, MAX_LOGPROBS)] = MAX_LOGPROBS
     max_waiting: NonNegative = 512
+    max_receiving_bytes: Positive = 512 * 2**20
+    max_connections: Positive = 2048
+    receive_timeout: Annotated[float, Range(0.01)] = 60
+    send_timeout: Annotated[float, Range(0.01)] = 60
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -26,16 +28,26 @@ _DRAINED_LIMITS = 8
 """Up to this many times the limit is read and discarded: a client that reads only after it has sent
 everything gets the answer instead of a broken connection."""
 
+_SLOWEST = 16 * 1024
+"""Bytes per second at which a body may come that takes longer than the time-out."""
+
 _TAGS = frozenset({"as_text", "as_parts"})
 """Alternatives of a union in pydantic's locations; the client has no such fields. "as_parts" is followed by
 an index and the type of the part."""
 
 
-async def read_body(request: Request, model: type[M], max_bytes: int) -> M:
-    """The body of a request as a model.
+async def read_body(request: Request, model: type[M], *, max_bytes: int, timeout_s: float) -> M:
+    """The body of a request as a model. Its ticket is admitted when the body is complete.
+
+    Args:
+        request: with a ``ticket`` in its state.
+        model: what the body should be.
+        max_bytes: most bytes.
+        timeout_s: seconds that a body may take at least; large ones have longer (`_SLOWEST`).
 
     Raises:
-        ApiError: too large, not JSON, or refused by the model. The error does not repeat the input.
+        ApiError: too large, too slow, not JSON, or refused by the model; or the server is full. The error
+            does not repeat the input.
         ClientGone: the client disconnected while sending.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -43,9 +55,10 @@ async def read_body(request: Request, model: type[M], max_bytes: int) -> M:
         # Also what keeps other sites' pages from posting here: this type needs their browser's preflight.
         raise ApiError(415, "expected Content-Type: application/json")
     try:
-        data = await _read(request, max_bytes)
+        data = await _read(request, max_bytes, timeout_s)
     except ClientDisconnect:
         raise ClientGone from None
+    request.state.ticket.admit()
     if len(data) <= _ON_THE_LOOP_BYTES:
         return _validated(model, data)
     return await asyncio.to_thread(_validated, model, data)
@@ -61,24 +74,40 @@ def _validated(model: type[M], data: bytes) -> M:
         raise _refused(error) from None
 
 
-async def _read(request: Request, max_bytes: int) -> bytes:
+async def _read(request: Request, max_bytes: int, timeout_s: float) -> bytes:
     announced = request.headers.get("content-length", "")
-    too_large = announced.isdigit() and int(announced) > max_bytes
+    announced_bytes = int(announced) if announced.isdigit() else 0
+    too_large = announced_bytes > max_bytes
+    hopeless = announced_bytes > _DRAINED_LIMITS * max_bytes
     pieces: list[bytes] = []
     size = 0
-    async for piece in request.stream():
-        size += len(piece)
-        if size > max_bytes:
-            too_large = True
-            pieces.clear()
-        if not too_large:
-            pieces.append(piece)
-        elif size > _DRAINED_LIMITS * max_bytes:
-            break
+    started = time.monotonic()
+    async with aclosing(request.stream()) as stream:
+        while not hopeless:
+            left_s = started + timeout_s + size / _SLOWEST - time.monotonic()
+            try:
+                piece = await asyncio.wait_for(anext(stream), left_s)
+            except StopAsyncIteration:
+                break
+            except asyncio.TimeoutError:
+                message = (
+                    f"the body did not come in time ({size} bytes in {time.monotonic() - started:.0f} s)"
+                )
+                raise ApiError(408, message, closes=True) from None
+            size += len(piece)
+            if size > max_bytes:
+                too_large = True
+                pieces.clear()
+            if not too_large:
+                request.state.ticket.received(len(piece))
+                pieces.append(piece)
+            else:
+                hopeless = size > _DRAINED_LIMITS * max_bytes
     if too_large:
         raise ApiError(
             413,
             f"the request's body is too large; at most {max_bytes} bytes are accepted (--max-body-bytes)",
+            closes=True,
         )
     return b"".join(pieces)
 

@@ -17,6 +17,7 @@ _TYPES: Mapping[int, str] = {
     403: "PermissionDeniedError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
     413: "RequestTooLargeError",
     415: "UnsupportedMediaTypeError",
     422: "UnprocessableEntityError",
@@ -53,15 +54,23 @@ class ApiError(OpsinError):
         status: HTTP status.
         param: the request's field that is at fault, if it is one.
         retry_after_s: when to try again, for conditions that pass.
+        closes: whether the connection ends, because its request was not read to the end.
     """
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, retry_after_s: float | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+        closes: bool = False,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.param = param
         self.retry_after_s = retry_after_s
+        self.closes = closes
 
     def body(self) -> ErrorBody:
         """As the client sees it, without addresses in memory, which only a library's text could hold."""
@@ -74,6 +83,8 @@ class ApiError(OpsinError):
         headers = {}
         if self.retry_after_s is not None:
             headers["Retry-After"] = str(math.ceil(self.retry_after_s))
+        if self.closes:
+            headers["Connection"] = "close"
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return Response(

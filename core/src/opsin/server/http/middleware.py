@@ -110,7 +110,7 @@ class ApiKeys:
 
 
 class Admit:
-    """Counts requests that do work, and turns away those beyond the limit."""
+    """Gives requests that do work a ticket, and turns away those beyond the limit."""
 
     def __init__(self, app: ASGIApp, admission: Admission, open_paths: Collection[str]) -> None:
         self._app = app
@@ -121,7 +121,8 @@ class Admit:
         if scope["type"] != "http" or get_route_path(scope) in self._open_paths:
             await self._app(scope, receive, send)
         elif scope["method"] == "POST":
-            with self._admission.admitted():
+            with self._admission.ticket() as ticket:
+                scope["state"]["ticket"] = ticket  # for who reads the body
                 await self._app(scope, receive, send)
         else:
             self._admission.check()
