@@ -47,6 +47,7 @@ from opsin.api.media import (
     Positions,
     ProcessedPrompt,
     Tokenizer,
+    expand_by_text,
     repeat_token,
 )
 from opsin.api.model import (
@@ -124,5 +125,6 @@ __all__ = [
     "ToolPieces",
     "TopK",
     "WriteKV",
+    "expand_by_text",
     "repeat_token",
 ]

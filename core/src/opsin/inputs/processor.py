@@ -40,7 +40,7 @@ from opsin.errors import (
 from opsin.inputs.cache import ByteLRU, HeldMedia
 from opsin.inputs.conversation import check_limits, place_of
 from opsin.inputs.media import MediaSource, embeds_item, errors_at, is_timed, open_media
-from opsin.inputs.placeholders import Marker, PlaceholderFinder
+from opsin.inputs.placeholders import Marker, PlaceholderFinder, Written
 from opsin.inputs.prompt import Prompt, PromptInput
 
 logger = logging.getLogger(__name__)
@@ -152,6 +152,9 @@ class PromptProcessor:
                 self._check_text(text)
         parts = self._parts(parsed, counts, options)
         token_ids, placed = self._expand(parts, media, options, check_early)
+        if parsed.token_ids is None and any(item.modality in self._finder.writes_text for item in placed):
+            token_ids, placed = self._written(parsed, counts, parts, placed)
+            check_early(len(token_ids), sum(sum(item.is_embed) for item in placed), exact=True)
         if truncate is not None:
             most = self.max_model_len - min_new_tokens if truncate == -1 else truncate
             token_ids, placed = _truncated(token_ids, placed, most)
@@ -289,6 +292,35 @@ class PromptProcessor:
                 self.mapped_media.discard(key)
             raise
         return token_ids, placed
+
+    def _written(
+        self,
+        parsed: Prompt,
+        counts: Mapping[Modality, int],
+        parts: Sequence[int | Marker],
+        placed: Sequence[PlacedMedia],
+    ) -> tuple[list[int], list[PlacedMedia]]:
+        """The prompt tokenized with the items' text in it; ``placed`` are the items of the parts' markers."""
+        items = dict(zip((part for part in parts if isinstance(part, Marker)), placed, strict=True))
+        mapped = {marker: item.mapped for marker, item in items.items()}
+        token_ids: list[int] = []
+        moved: list[PlacedMedia] = []
+        with self._plugin("expand_text"):
+            written = self._finder.written(parsed.guarded or parsed.text or "", counts, mapped)
+        for part in written:
+            if isinstance(part, int):
+                token_ids.append(part)
+                continue
+            marker = part.marker if isinstance(part, Written) else part
+            item = items[marker]
+            if isinstance(part, Written):
+                expansion = part.expansion
+            else:
+                expansion = self.placeholders[marker.modality].expand(item.mapped, marker.number)
+            moved.append(replace(item, start=len(token_ids), is_embed=expansion.is_embed))
+            self.held_media.add(moved[-1])
+            token_ids += expansion.token_ids
+        return token_ids, moved
 
     def _map(
         self, item: MediaItem, options: Mapping[str, Any], mapped_here: list[str]

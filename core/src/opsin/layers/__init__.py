@@ -25,6 +25,14 @@ from opsin.layers.norm import LayerNorm, RMSNorm
 from opsin.layers.pixels import CLIP_MEAN, CLIP_STD, pixel_levels, pixel_values, resampling
 from opsin.layers.rotary import RotaryTable, inverse_frequencies
 from opsin.layers.text import context_length, fields, sequential_positions, switch_lengths, text_config
+from opsin.layers.tiling import (
+    cut_tiles,
+    grid_by_aspect_ratio,
+    grid_by_longest_edge,
+    pixel_shuffle,
+    resized,
+    size_by_longest_edge,
+)
 from opsin.layers.vision import (
     MLP,
     TIMM_RENAMES,
@@ -62,16 +70,22 @@ __all__ = [
     "VisionTransformer",
     "activation",
     "context_length",
+    "cut_tiles",
     "dtype_name",
     "fields",
     "flatten_patches",
+    "grid_by_aspect_ratio",
+    "grid_by_longest_edge",
     "inverse_frequencies",
     "kv_geometry",
     "output_head",
     "pixel_levels",
+    "pixel_shuffle",
     "pixel_values",
     "resampling",
+    "resized",
     "sequential_positions",
+    "size_by_longest_edge",
     "split_embeds",
     "split_image_embeds",
     "switch_lengths",
