@@ -1,0 +1,64 @@
+"""transformers' side of a comparison: a model with random weights, saved, and what it computes of a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Media = Mapping[str, Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a processor gives: input ids (1, T), and the model's other arguments."""
+
+    ids: Tensor
+    media: Mapping[str, Tensor]
+
+
+def random_weights(model: Any, seed: int = 11) -> None:
+    """Norms near one, everything else small and random: every weight matters."""
+    random = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=random)
+        is_norm = parameter.ndim == 1 and "norm" in name and name.endswith("weight")
+        parameter.data = 1 + 0.1 * noise if is_norm or "lambda" in name else 0.15 * noise
+    model.tie_weights()
+
+
+class Theirs:
+    """A checkpoint and its model."""
+
+    model: Any
+    tokenizer: Any
+
+    def save(self, folder: Path) -> None:
+        """Write model and tokenizer as transformers does."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def inputs(self, text: str, media: Media, **options: Any) -> Inputs:
+        """A prompt processed: media by modality, in the order of their placeholders."""
+        raise NotImplementedError
+
+    @torch.inference_mode()
+    def logits(self, inputs: Inputs, tokens: Sequence[int] = ()) -> Tensor:
+        """Logits (T + len(tokens), V) of the prompt and of tokens after it, in one uncached pass."""
+        ids = torch.cat([inputs.ids, torch.tensor([list(tokens)], dtype=torch.int64)], 1)
+        given: Tensor = self.model(input_ids=ids, use_cache=False, **inputs.media).logits[0]
+        return given
+
+    @torch.inference_mode()
+    def greedy(self, inputs: Inputs, count: int) -> tuple[list[int], Tensor]:
+        """``count`` greedy tokens, each step computed anew, and their logits (count, V)."""
+        tokens: list[int] = []
+        rows = []
+        for _ in range(count):
+            rows.append(self.logits(inputs, tokens)[-1])
+            tokens.append(int(rows[-1].argmax()))
+        return tokens, torch.stack(rows)
