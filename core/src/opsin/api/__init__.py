@@ -52,10 +52,12 @@ from opsin.api.media import (
 from opsin.api.model import (
     BuildContext,
     ForwardStep,
+    MediaFeatures,
     Model,
     Parallel,
     Pooling,
     PoolingType,
+    WideMedia,
 )
 from opsin.api.specs import (
     API_MAJOR,
@@ -97,6 +99,7 @@ __all__ = [
     "LayerNorm",
     "LinearFn",
     "MappedMedia",
+    "MediaFeatures",
     "MediaItem",
     "MemoryInfo",
     "Modality",
@@ -123,6 +126,7 @@ __all__ = [
     "ToolParser",
     "ToolPieces",
     "TopK",
+    "WideMedia",
     "WriteKV",
     "repeat_token",
 ]
