@@ -105,7 +105,7 @@ def qwen2vl_inputs() -> tuple[ChatRenderer, PromptProcessor]:
         config=config,
         max_model_len=2048,
         vocab_size=config["vocab_size"],
-        hidden_size=config["hidden_size"],
+        media_width=config["hidden_size"],
     )
     template = json.loads((MODEL / "chat_template.json").read_text())["chat_template"]
     return renderer(template, placeholders=placeholders), processor

@@ -70,7 +70,7 @@ def processor(tokenizer: WordTokenizer, **changes: Any) -> PromptProcessor:
         "config": {},
         "max_model_len": 60,
         "vocab_size": 1000,
-        "hidden_size": 4,
+        "media_width": 4,
     }
     return PromptProcessor(**{**settings, **changes})
 

@@ -53,10 +53,12 @@ from opsin.api.media import (
 from opsin.api.model import (
     BuildContext,
     ForwardStep,
+    MediaFeatures,
     Model,
     Parallel,
     Pooling,
     PoolingType,
+    WideMedia,
 )
 from opsin.api.specs import (
     API_MAJOR,
@@ -98,6 +100,7 @@ __all__ = [
     "LayerNorm",
     "LinearFn",
     "MappedMedia",
+    "MediaFeatures",
     "MediaItem",
     "MemoryInfo",
     "Modality",
@@ -124,6 +127,7 @@ __all__ = [
     "ToolParser",
     "ToolPieces",
     "TopK",
+    "WideMedia",
     "WriteKV",
     "expand_by_text",
     "repeat_token",

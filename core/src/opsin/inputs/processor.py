@@ -64,7 +64,7 @@ class PromptProcessor:
         config: its config.json.
         max_model_len: longest prompt plus output.
         vocab_size: token ids are below it.
-        hidden_size: width of embeddings.
+        media_width: columns of embeddings of media.
         limits: most items of each modality in one prompt, over the family's defaults; a modality not named is
             unlimited.
         options: ``mm_processor_kwargs`` for every prompt.
@@ -83,7 +83,7 @@ class PromptProcessor:
     config: Mapping[str, Any]
     max_model_len: int
     vocab_size: int
-    hidden_size: int
+    media_width: int
     limits: Mapping[Modality, int] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     media_limits: MediaLimits = field(default_factory=MediaLimits)
@@ -361,8 +361,8 @@ class PromptProcessor:
         num_rows = mapped.num_embeds
         if mapped.embeds is not None:
             shape = tuple(mapped.embeds.shape)
-            if len(shape) != 2 or shape[1] != self.hidden_size:
-                raise MediaError(f"the embeddings have shape {shape}; expected (tokens, {self.hidden_size})")
+            if len(shape) != 2 or shape[1] != self.media_width:
+                raise MediaError(f"the embeddings have shape {shape}; expected (tokens, {self.media_width})")
             num_rows = shape[0]
         num_embed_tokens = sum(expansion.is_embed)
         if not num_rows == mapped.num_embeds == num_embed_tokens:

@@ -19,9 +19,27 @@ from opsin.layers.decoder import (
     output_head,
 )
 from opsin.layers.embeds import split_embeds, split_image_embeds
+from opsin.layers.grids import (
+    PatchMerger,
+    frame_angles,
+    frame_lengths,
+    grid_rotary,
+    in_blocks,
+    patch_projection,
+)
 from opsin.layers.linear import Embedding, Linear, activation, dtype_name
 from opsin.layers.module import Layer, Module, Slot
+from opsin.layers.mrope import PositionBlock, embed_runs, mrope_positions
 from opsin.layers.norm import LayerNorm, RMSNorm
+from opsin.layers.patches import (
+    Grid,
+    GridMapper,
+    Patching,
+    fit_to_patches,
+    step_seconds,
+    step_times,
+    token_placeholder,
+)
 from opsin.layers.pixels import CLIP_MEAN, CLIP_STD, pixel_levels, pixel_values, resampling
 from opsin.layers.rotary import RotaryTable, inverse_frequencies
 from opsin.layers.text import context_length, fields, sequential_positions, switch_lengths, text_config
@@ -36,6 +54,7 @@ from opsin.layers.tiling import (
 from opsin.layers.vision import (
     MLP,
     TIMM_RENAMES,
+    GatedVisionMLP,
     Table,
     VisionConfig,
     VisionEncoder,
@@ -55,11 +74,17 @@ __all__ = [
     "DecoderLayer",
     "Embedding",
     "GatedMLP",
+    "GatedVisionMLP",
+    "Grid",
+    "GridMapper",
     "LanguageModel",
     "Layer",
     "LayerNorm",
     "Linear",
     "Module",
+    "PatchMerger",
+    "Patching",
+    "PositionBlock",
     "RMSNorm",
     "RotaryTable",
     "Slot",
@@ -72,13 +97,21 @@ __all__ = [
     "context_length",
     "cut_tiles",
     "dtype_name",
+    "embed_runs",
     "fields",
+    "fit_to_patches",
     "flatten_patches",
+    "frame_angles",
+    "frame_lengths",
     "grid_by_aspect_ratio",
     "grid_by_longest_edge",
+    "grid_rotary",
+    "in_blocks",
     "inverse_frequencies",
     "kv_geometry",
+    "mrope_positions",
     "output_head",
+    "patch_projection",
     "pixel_levels",
     "pixel_shuffle",
     "pixel_values",
@@ -88,6 +121,9 @@ __all__ = [
     "size_by_longest_edge",
     "split_embeds",
     "split_image_embeds",
+    "step_seconds",
+    "step_times",
     "switch_lengths",
     "text_config",
+    "token_placeholder",
 ]
