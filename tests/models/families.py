@@ -75,6 +75,22 @@ FAMILIES = {
             )
             for name in ("minicpmv20", "minicpmv25", "minicpmv26")
         ),
+        Family(
+            name="internvl",
+            image_text=lambda number: "<IMG_CONTEXT>",
+            embeds_input=lambda embeds, geometries: list(embeds),
+            has_video=True,
+        ),
+        Family(
+            name="smolvlm",
+            image_text=lambda number: "<image>",
+            embeds_input=lambda embeds, squares: {
+                "image_embeds": list(embeds),
+                "rows": [part.rows for part in squares],
+                "cols": [part.columns for part in squares],
+            },
+            has_video=True,
+        ),
     ]
 }
 

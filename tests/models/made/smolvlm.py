@@ -112,10 +112,16 @@ class SmolVLM(Theirs):
         random_weights(self.model)
         self.save(folder)
 
-        given = {"size": {"longest_edge": EDGE}, "max_image_size": {"longest_edge": SQUARE}, **(settings or {})}
+        given = {
+            "size": {"longest_edge": EDGE},
+            "max_image_size": {"longest_edge": SQUARE},
+            **(settings or {}),
+        }
         images = Idefics3ImageProcessorPil if idefics else SmolVLMImageProcessorPil
         own = images.valid_kwargs.__annotations__.keys() | {"size", "resample", "do_resize", "image_mean"}
-        self.images: Any = images(**{key: value for key, value in given.items() if key in own | {"image_std"}})
+        self.images: Any = images(
+            **{key: value for key, value in given.items() if key in own | {"image_std"}}
+        )
         self.video_size = (given.get("video_sampling") or {}).get("video_size", given["size"])
         side = config.vision_config.image_size // config.vision_config.patch_size
         self.per_square = (side // config.scale_factor) ** 2

@@ -49,9 +49,19 @@ class Theirs:
     @torch.inference_mode()
     def logits(self, inputs: Inputs, tokens: Sequence[int] = ()) -> Tensor:
         """Logits (T + len(tokens), V) of the prompt and of tokens after it, in one uncached pass."""
-        ids = torch.cat([inputs.ids, torch.tensor([list(tokens)], dtype=torch.int64)], 1)
-        given: Tensor = self.model(input_ids=ids, use_cache=False, **inputs.media).logits[0]
-        return given
+        if not tokens or not inputs.media:
+            ids = torch.cat([inputs.ids, torch.tensor([list(tokens)], dtype=torch.int64)], 1)
+            given: Tensor = self.model(input_ids=ids, use_cache=False, **inputs.media).logits[0]
+            return given
+        # A model with random weights may write the token of a picture, which stands for none.
+        embed = self.model.get_input_embeddings()
+        features = self.model.model.get_image_features(**inputs.media).pooler_output
+        rows = torch.cat([part.flatten(0, -2) for part in features])
+        prompt = embed(inputs.ids)[0]
+        prompt[inputs.ids[0] == self.model.config.image_token_id] = rows
+        embeds = torch.cat([prompt, embed(torch.tensor(list(tokens)))])[None]
+        more: Tensor = self.model(inputs_embeds=embeds, use_cache=False).logits[0]
+        return more
 
     @torch.inference_mode()
     def greedy(self, inputs: Inputs, count: int) -> tuple[list[int], Tensor]:

@@ -44,7 +44,7 @@ def trained(
 
     Args:
         splitter: pre-tokenizer.
-        corpus: texts to learn from, besides the README.
+        corpus: texts to learn from, besides the licence.
         special: special tokens, which get the ids after the words.
         named: attributes of the tokenizer, such as ``bos_token``.
     """
@@ -54,7 +54,7 @@ def trained(
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    texts = [*corpus, (ROOT / "docs/tour.md").read_text(encoding="utf-8")[:4000]]
+    texts = [*corpus, (ROOT / "LICENSE").read_text(encoding="utf-8")[:6000]]
     tokenizer.train_from_iterator(texts, trainer)
     whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
     whole.add_special_tokens(
