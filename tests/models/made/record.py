@@ -20,12 +20,12 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE as SMOLVLM_VIDEO_TEMPLATE
 
 from tests.models.golden import GOLDEN, picture
 from tests.models.made.internvl import InternVL
 from tests.models.made.smolvlm import SmolVLM
 from tests.models.made.theirs import Theirs
-from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE as SMOLVLM_VIDEO_TEMPLATE
 
 NUM_STEPS = 16
 CLEAR = 0.01

@@ -45,10 +45,10 @@ VISION: Mapping[str, Any] = {
     "image_size": 32,
     "patch_size": 8,
 }
-EDGE, SQUARE = 128, 32
+EDGE = 128
 CORPUS = (
-    "You are provided the following series of three frames from a 0:00:07 [H:MM:SS] video.\n\nFrame from 00:01:\n"
-    "User: What is shown in this picture? Assistant: A cup of coffee.\n",
+    "You are provided the following series of three frames from a 0:00:07 [H:MM:SS] video.\n\n"
+    "Frame from 00:01:\nUser: What is shown in this picture? Assistant: A cup of coffee.\n",
 ) * 20
 SPECIAL = (
     *("<|endoftext|>", "<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>"),
@@ -82,7 +82,8 @@ class SmolVLM(Theirs):
         idefics: Idefics3 rather than SmolVLM.
         text, vision, changes: of the configuration.
         settings: of preprocessor_config.json.
-        own_keys: stored under the keys of transformers' modules rather than those of the hub's files.
+        template: chat template; None: none.
+        special: special tokens of the tokenizer.
     """
 
     def __init__(
@@ -95,8 +96,9 @@ class SmolVLM(Theirs):
         changes: Mapping[str, Any] | None = None,
         settings: Mapping[str, Any] | None = None,
         template: str | None = HUB_TEMPLATE,
+        special: Sequence[str] = SPECIAL,
     ) -> None:
-        self.tokenizer = trained(gpt2_splitter(), CORPUS, SPECIAL, NAMED)
+        self.tokenizer = trained(gpt2_splitter(), CORPUS, special, NAMED)
         if template is not None:
             self.tokenizer.chat_template = template
         size = -(-len(self.tokenizer) // 8) * 8
@@ -114,7 +116,7 @@ class SmolVLM(Theirs):
 
         given = {
             "size": {"longest_edge": EDGE},
-            "max_image_size": {"longest_edge": SQUARE},
+            "max_image_size": {"longest_edge": config.vision_config.image_size},
             **(settings or {}),
         }
         images = Idefics3ImageProcessorPil if idefics else SmolVLMImageProcessorPil
@@ -123,7 +125,7 @@ class SmolVLM(Theirs):
             **{key: value for key, value in given.items() if key in own | {"image_std"}}
         )
         self.video_size = (given.get("video_sampling") or {}).get("video_size", given["size"])
-        side = config.vision_config.image_size // config.vision_config.patch_size
+        side = given["max_image_size"]["longest_edge"] // config.vision_config.patch_size
         self.per_square = (side // config.scale_factor) ** 2
         self.idefics = idefics
         if idefics:
@@ -201,9 +203,6 @@ class SmolVLM(Theirs):
         finally:
             processing_smolvlm.num2words = before
         return text, values
-
-    sampling: Mapping[str, Any] | None = None
-    """``video_sampling`` of the settings, for videos whose times are known."""
 
 
 def frames_of(names: Sequence[Image.Image], size: tuple[int, int] = (60, 44)) -> list[np.ndarray[Any, Any]]:

@@ -1,4 +1,4 @@
-"""transformers' side of a comparison: a model with random weights, saved, and what it computes of a prompt."""
+"""transformers' side of a comparison: a saved model with random weights, and what it computes of a prompt."""
 
 from __future__ import annotations
 
