@@ -120,10 +120,8 @@ class SmolVLM(Theirs):
             **(settings or {}),
         }
         images = Idefics3ImageProcessorPil if idefics else SmolVLMImageProcessorPil
-        own = images.valid_kwargs.__annotations__.keys() | {"size", "resample", "do_resize", "image_mean"}
-        self.images: Any = images(
-            **{key: value for key, value in given.items() if key in own | {"image_std"}}
-        )
+        self.images: Any = images(**{key: given[key] for key in given if key != "video_sampling"})
+        self.sampling = given.get("video_sampling")
         self.video_size = (given.get("video_sampling") or {}).get("video_size", given["size"])
         side = given["max_image_size"]["longest_edge"] // config.vision_config.patch_size
         self.per_square = (side // config.scale_factor) ** 2
