@@ -63,9 +63,7 @@ class Sampling:
     @staticmethod
     def duration(times: Sequence[float]) -> float:
         """Seconds from the first frame to the end of the last one, which lasts as long as the others do."""
-        if len(times) < 2:
-            return times[0]
-        return round((times[-1] - times[0]) * len(times) / (len(times) - 1), 6)
+        return times[0] if len(times) < 2 else round(len(times) / _rate(times), 9)
 
     def chosen(self, times: Sequence[float]) -> Sequence[int]:
         """Indices of the frames that are looked at, ascending."""
@@ -73,12 +71,17 @@ class Sampling:
         if not self.samples or count < 2:
             return range(count)
         most = count if self.num_frames is None else self.num_frames
-        fps = count / duration if self.fps is None else self.fps
+        fps = _rate(times) if self.fps is None else self.fps
         wanted = max(1, min(round(fps * duration), most))
         first, last = 0, count - 1
         if duration - 2 * SKIPPED > most * fps:
-            skipped = SKIPPED * round(count / duration, 6)
+            skipped = SKIPPED * _rate(times)
             first, last = int(skipped), min(int(count - skipped), count - 1)
         if first >= last:
             first, last = 0, count - 1
         return [int(index) for index in np.unique(np.linspace(first, last, wanted, dtype=int))]
+
+
+def _rate(times: Sequence[float]) -> float:
+    """Frames per second, without the rounding errors of times: their products are cut to integers."""
+    return float(f"{(len(times) - 1) / (times[-1] - times[0]):.12g}")
