@@ -37,14 +37,17 @@ class Family:
 FAMILIES = {
     family.name: family
     for family in [
-        Family(
-            name="qwen2vl",
-            image_text=lambda number: "<|vision_start|><|image_pad|><|vision_end|>",
-            embeds_input=lambda embeds, grids: {
-                "image_embeds": torch.cat(list(embeds)),
-                "image_grid_thw": torch.tensor(list(grids)),
-            },
-            has_video=True,
+        *(
+            Family(
+                name=name,
+                image_text=lambda number: "<|vision_start|><|image_pad|><|vision_end|>",
+                embeds_input=lambda embeds, grids: {
+                    "image_embeds": torch.cat(list(embeds)),
+                    "image_grid_thw": torch.tensor(list(grids)),
+                },
+                has_video=True,
+            )
+            for name in ("qwen2vl", "qwen25vl", "qwen3vl")
         ),
         Family(
             name="llava15",

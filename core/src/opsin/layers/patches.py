@@ -7,6 +7,7 @@ formulas are those of transformers (``smart_resize``, and the order of ``pixel_v
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from opsin.api import InputContext, MappedMedia, MediaItem, Modality, Placeholde
 from opsin.layers.embeds import split_embeds
 from opsin.layers.pixels import CLIP_MEAN, CLIP_STD, Array, pixel_levels, resampling
 from opsin.layers.text import fields
+
+logger = logging.getLogger(__name__)
 
 Grid = tuple[int, int, int]
 """Steps of time, rows and columns, in patches."""
@@ -244,8 +247,8 @@ class Patching:
 class GridMapper:
     """Pictures or videos, both of which are frames cut into patches: an `opsin.api.InputMapper`.
 
-    A family whose model needs to know more of an item than its grid, such as when its frames are shown,
-    overrides `geometry`, and names what embeddings as input may come with in ``timing``.
+    A family whose model needs to know more of an item than its grid overrides `geometry`, and names what
+    embeddings as input may come with in ``timing``.
 
     Args:
         modality: what it maps.
@@ -255,24 +258,22 @@ class GridMapper:
     option_names = frozenset({"min_pixels", "max_pixels"})
     size_option = "max_pixels"
     timing: str | None = None
-    """Key of an embeddings input, beside the grids: numbers of each item, or a number."""
+    """Key of an embeddings input, beside the grids: a number or numbers for each item."""
 
     def __init__(self, modality: Modality, patching: Patching) -> None:
         self.modality, self.patching = modality, patching
 
     def geometry(
         self,
+        item: MediaItem,  # noqa: ARG002 (for families that override it)
         grid: Grid,
-        times: Sequence[float] | None,  # noqa: ARG002 (for families that override it)
-        timing: Tensor | None,  # noqa: ARG002
         options: Mapping[str, Any],  # noqa: ARG002
     ) -> Any:
         """`MappedMedia.geometry`: here the grid.
 
         Args:
+            item: of embeddings as input, ``item.embeds`` may have ``"timing"``, float64 (n,).
             grid: (t, h, w) in patches.
-            times: of a video's frames in seconds; None where nobody said.
-            timing: float64 (n,) of embeddings as input; None where they come without.
             options: see `opsin.api.InputMapper.map`.
 
         Raises:
@@ -282,18 +283,20 @@ class GridMapper:
 
     def map(self, item: MediaItem, options: Mapping[str, Any]) -> MappedMedia:
         """See `opsin.api.InputMapper.map`."""
+        tensors: dict[str, Tensor] = {}
+        embeds: Tensor | None = None
         if item.embeds is not None:
             steps, rows, columns = (int(n) for n in item.embeds["grid_thw"])
-            geometry = self.geometry((steps, rows, columns), None, item.embeds.get("timing"), options)
-            num_embeds = steps * rows * columns // self.patching.merge_size**2
-            return MappedMedia(num_embeds=num_embeds, embeds=item.embeds["embeds"], geometry=geometry)
-        assert item.pixels is not None
-        frames = item.pixels if item.pixels.ndim == 4 else item.pixels[None]
-        values, grid = self.patching.patchify(frames, options)
+            grid, embeds = (steps, rows, columns), item.embeds["embeds"]
+        else:
+            assert item.pixels is not None
+            frames = item.pixels if item.pixels.ndim == 4 else item.pixels[None]
+            tensors["pixel_values"], grid = self.patching.patchify(frames, options)
         return MappedMedia(
             num_embeds=math.prod(grid) // self.patching.merge_size**2,
-            tensors={"pixel_values": values},
-            geometry=self.geometry(grid, item.times, None, options),
+            tensors=tensors,
+            embeds=embeds,
+            geometry=self.geometry(item, grid, options),
         )
 
     def count_embeds(self, width: int, height: int, frames: int, options: Mapping[str, Any]) -> int:
@@ -348,17 +351,52 @@ class GridMapper:
         return [(int(t), int(h), int(w)) for t, h, w in grids]
 
 
+class TimedGridMapper(GridMapper):
+    """Videos of which a model asks when their frames are shown.
+
+    Args:
+        patching: see `GridMapper`.
+        fps: of frames of which nobody says it.
+    """
+
+    option_names = GridMapper.option_names | {"fps"}
+
+    def __init__(self, patching: Patching, fps: float) -> None:
+        super().__init__("video", patching)
+        self._fps = fps
+        self._warned = False
+
+    def frame_times(self, item: MediaItem, grid: Grid, options: Mapping[str, Any]) -> Sequence[float]:
+        """Seconds at which each frame is shown: the item's own, or by the option ``fps``.
+
+        Raises:
+            ValueError: ``fps`` is no positive number.
+        """
+        fps = options.get("fps", self._fps)
+        if isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps < math.inf:
+            raise ValueError(f"fps={fps!r}: expected a positive number, the frames per second of a video")
+        if item.times is not None:
+            return item.times
+        if "fps" not in options and not self._warned:
+            self._warned = True
+            logger.warning(
+                "a video came without times: %g frames per second are assumed; say them with the frames, or "
+                "as fps in mm_processor_kwargs",
+                fps,
+            )
+        count = grid[0] * self.patching.temporal_patch_size if item.pixels is None else len(item.pixels)
+        return [number / fps for number in range(count)]
+
+
 def step_times(times: Sequence[float], span: int) -> list[float]:
-    """Seconds of each step of ``span`` frames, midway from its first to its last."""
+    """Seconds of each step of ``span`` frames, midway from its first to its last frame."""
     padded = [*times, *[times[-1]] * (-len(times) % span)]
     return [(padded[i] + padded[i + span - 1]) / 2 for i in range(0, len(padded), span)]
 
 
-def step_seconds(times: Sequence[float], span: int) -> float | None:
-    """Seconds from one step of ``span`` frames to the next, on average; None for a frame alone."""
-    if len(times) < 2:
-        return None
-    return span * (times[-1] - times[0]) / (len(times) - 1)
+def step_seconds(times: Sequence[float], span: int) -> float:
+    """Seconds from one step of ``span`` frames to the next, on average; 0 for a frame alone."""
+    return span * (times[-1] - times[0]) / max(len(times) - 1, 1)
 
 
 def token_placeholder(context: InputContext, token: str, config_key: str, text: str) -> Placeholder:
