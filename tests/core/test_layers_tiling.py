@@ -1,4 +1,4 @@
-"""Tiles of pictures and squares of patches: each a rule that can be said in one line, or by slow obvious code."""
+"""Tiles of pictures and squares of patches: rules that can be said in a line, or by slow and obvious code."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ TEXT: Mapping[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
 }
 VISION: Mapping[str, Any] = {
     "hidden_size": 48,

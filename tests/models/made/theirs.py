@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +39,16 @@ class Theirs:
     tokenizer: Any
 
     def save(self, folder: Path) -> None:
-        """Write model and tokenizer as transformers does."""
+        """Write model and tokenizer as the hub has them: of versions before 5, which all later ones read."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+        file = folder / "tokenizer_config.json"
+        config = json.loads(file.read_text())
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        special = config.pop("extra_special_tokens", [])
+        config["additional_special_tokens"] = list(special)
+        named = config.pop("model_specific_special_tokens", {})
+        file.write_text(json.dumps({**config, "extra_special_tokens": named}, indent=1))
 
     def inputs(self, text: str, media: Media, **options: Any) -> Inputs:
         """A prompt processed: media by modality, in the order of their placeholders."""

@@ -187,8 +187,8 @@ class Vision:
 
 def _square(name: str, value: Any) -> int:
     """One side, of a number or of two equal ones."""
-    sides = set(value) if isinstance(value, list) else {value}
-    side = sides.pop()
-    if sides or type(side) is not int or side < 1:
+    sides = value if isinstance(value, list) else [value]
+    side = sides[0] if sides else None
+    if any(other != side for other in sides) or len(sides) > 2 or type(side) is not int or side < 1:
         raise ValueError(f"{name} is {value!r:.80}; expected one side, or two that are equal")
-    return side
+    return int(side)

@@ -32,13 +32,14 @@ MAX_TILES = 128
 
 PROCESSOR: Mapping[str, Any] = {
     "size": {"height": 384, "width": 384},
+    "crop_to_patches": True,
     "min_patches": 1,
     "max_patches": 12,
     "do_sample_frames": False,
     "num_frames": int | None,
 }
-"""Source: GotOcr2ImageProcessor and InternVLVideoProcessor of transformers 5.23. The former's
-``crop_to_patches`` is not read: InternVL's processor always says that pictures are cut."""
+"""Source: GotOcr2ImageProcessor and InternVLVideoProcessor of transformers 5.23. What the settings have as
+``crop_to_patches`` decides nothing: InternVL's processor always says that pictures are cut."""
 
 
 class _Tiles:
