@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from opsin.api import InputContext, MappedMedia, MediaItem, Placeholder, repeat_token
