@@ -32,8 +32,8 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Compare opsin with other engines on one synthetic checkpoint, at equal bits.",
         epilog=(
-            "Peers are installed into .peers/ the first time (llama.cpp is compiled: a quarter of an hour),\n"
-            "and the model is exported for each (8 GB in benchmarks/.cache). A full run of three rounds takes\n"
+            "Peers are installed into .peers/ the first time (llama.cpp is compiled: 15 minutes), and\n"
+            "the model is exported for each (8 GB in benchmarks/.cache). A full run of three rounds takes\n"
             "one to two hours on two cores; leave the machine alone meanwhile. What was measured is kept: a\n"
             "run that was stopped goes on, and a row that is there already is not measured again.\n\n"
             "  make bench-peers quick=1                         does everything work?\n"
@@ -191,7 +191,7 @@ def _in_a_line(turn: Turn) -> str:
 
 
 def _default_precision(python: str) -> str:
-    log = run_logged("openvino-precision", [python, "-m", "peers.openvino_side"], {}, BENCHMARKS)
+    log = run_logged("openvino-precision", [python, "-m", "peers.engines.in_openvino"], {}, BENCHMARKS)
     if log.failed:
         raise NotToBeHadError(f"OpenVINO does not tell its precision: {log.lines[-1]}")
     return log.lines[-1].strip()

@@ -21,10 +21,10 @@ from workloads import Request, Workload
 from peers.measured import PeerSide, Sample
 
 SIDES = {
-    "opsin": "peers.torch_sides:Opsin",
-    "transformers": "peers.torch_sides:Transformers",
-    "openvino": "peers.openvino_side:OpenVino",
-    "llamacpp": "peers.llamacpp_side:LlamaCpp",
+    "opsin": "peers.engines.in_torch:Opsin",
+    "transformers": "peers.engines.in_torch:Transformers",
+    "openvino": "peers.engines.in_openvino:OpenVino",
+    "llamacpp": "peers.engines.in_llamacpp:LlamaCpp",
 }
 
 PackedRequest = tuple[str, tuple[int, int], bytes]

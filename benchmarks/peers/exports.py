@@ -40,7 +40,7 @@ def _openvino(form: str, model: Path, folder: Path, python: str) -> list[str]:
 
 
 def _llamacpp(form: str, model: Path, folder: Path, python: str) -> list[str]:
-    return [python, "-m", "peers.export_gguf", str(model), form, str(folder)]
+    return [python, "-m", "peers.engines.gguf_export", str(model), form, str(folder)]
 
 
 _COMMANDS: dict[str, Callable[[str, Path, Path, str], list[str]]] = {

@@ -113,10 +113,10 @@ def _heading(report: Report) -> str:
     facts = report.facts
     lines = [
         "# opsin and other engines, at equal bits",
-        "Written by `make bench-peers`. Synthetic Qwen2-VL checkpoint (Qwen2-0.5B text dimensions, 12-layer "
-        f"vision tower of width 640, random bfloat16 weights), pictures of {IMAGE_SIDE} x {IMAGE_SIDE}, prompts "
-        f"of {image_tokens()} picture and {TEXT_TOKENS[0]} to {TEXT_TOKENS[1]} text tokens, greedy. First and "
-        f"later tokens: {report.workloads[0].title}; then "
+        "Written by `make bench-peers`. A synthetic Qwen2-VL checkpoint (Qwen2-0.5B text dimensions, "
+        f"12-layer vision tower of width 640, random bfloat16 weights), pictures of {IMAGE_SIDE} x "
+        f"{IMAGE_SIDE}, prompts of {image_tokens()} picture and {TEXT_TOKENS[0]} to {TEXT_TOKENS[1]} text "
+        f"tokens, greedy. First and later tokens: {report.workloads[0].title}; then "
         + "; ".join(w.title for w in report.workloads[1:])
         + ".",
         "![Times of opsin and other engines](peers.svg)",
@@ -124,11 +124,11 @@ def _heading(report: Report) -> str:
         f"{facts['memory bytes'] / 2**30:.0f} GiB, {', '.join(facts['instruction sets']) or 'no AVX'}\n"
         f"- {facts['system']}, Python {facts['python']}, torch {facts['torch']}",
         "Every row takes turns with all others (A B C, A B C): a fresh process gets ready, warms up, runs "
-        "everything and ends. Median (least to most, number of samples). A sample is clean if other processes, "
-        f"and other machines on the same processor, used at most {CLEAN:.0%} of the cores meanwhile; where some "
-        "are clean, only they count; a `~` marks a figure of disturbed samples. Image processing, tokenization "
-        "and detokenization are inside. Ready: from importing the libraries to the first request, with the "
-        "model's files in the system's cache. Private memory leaves out mapped files.",
+        "everything and ends. Median (least to most, number of samples). A sample is clean if other "
+        f"processes, and other machines on the same processor, used at most {CLEAN:.0%} of the cores "
+        "meanwhile; where some are clean, only they count; a `~` marks a figure of disturbed samples. Image "
+        "processing, tokenization and detokenization are inside. Ready: from importing the libraries to the "
+        "first request, the model's files being in the system's cache. Private memory has no mapped files.",
     ]
     if report.quick:
         lines.insert(1, "**A quick run: too small for its figures to mean anything.**")
@@ -211,10 +211,10 @@ def _floors(report: Report) -> str:
     return "\n\n".join(
         [
             "## The machine's floors",
-            f"Measured in the same run: memory is read at {machine.bandwidth / 1e9:.1f} GB/s at best, matrices "
-            f"are multiplied at {rates}, by torch and oneDNN, which other libraries can surpass. A token of one "
-            "request cannot come faster than its weights are read; a prompt cannot be computed faster than its "
-            "products. In brackets: the measured time over the floor.",
+            f"Measured in the same run: memory is read at {machine.bandwidth / 1e9:.1f} GB/s at best, "
+            f"matrices are multiplied at {rates}, by torch and oneDNN, which other libraries can surpass. A "
+            "token of one request cannot come faster than its weights are read; a prompt cannot be computed "
+            "faster than its products. In brackets: the measured time over the floor.",
             _table(["", *(column.title for column in COLUMNS[:3])], lines),
         ]
     )

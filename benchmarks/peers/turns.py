@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from peers.catalogue import LATENCY_SAMPLES, Row
 from peers.child import PackedRequest
 from peers.exports import BENCHMARKS
 from peers.measured import Sample
+
+WARM_UP_REQUESTS = 4
 
 CLEAN = 0.03
 """Most disturbance of a sample that counts as clean."""
@@ -139,7 +141,8 @@ def take(
         samples: dict[str, list[dict[str, Any]]] = {}
         for workload in workloads:
             times = LATENCY_SAMPLES if workload.streamed else 1
-            process.ask("run", warm_up(workload), _requests(workload, 0, tokenizer))
+            few = replace(warm_up(workload), num_requests=min(WARM_UP_REQUESTS, workload.num_requests))
+            process.ask("run", few, _requests(few, 0, tokenizer))
             taken = samples[workload.name] = []
             left = retries
             while sum(map(_is_clean, taken)) < times and (len(taken) < times or left > 0):

@@ -16,6 +16,8 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from gguf.quants import quantize
 
+from peers.engines.gguf_names import TEXT, VISION, gguf_names
+
 FORMS = {
     "f16": (GGMLQuantizationType.F16, GGMLQuantizationType.F16),
     "Q8_0": (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q8_0),
@@ -23,31 +25,9 @@ FORMS = {
 }
 """Form -> types of the decoder's matrices, and of the others: embedding (also the head) and vision tower."""
 
-TEXT = "model.gguf"
-VISION = "mmproj.gguf"
-
-_TEXT_NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-_VISION_NAMES = {
-    "attn.proj": "attn_out",
-    "mlp.fc1": "ffn_up",
-    "mlp.fc2": "ffn_down",
-    "norm1": "ln1",
-    "norm2": "ln2",
-}
-
 
 def main() -> None:
-    """``python -m peers.export_gguf MODEL FORM FOLDER``."""
+    """``python -m peers.engines.gguf_export MODEL FORM FOLDER``."""
     model, form, folder = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     config = json.loads((model / "config.json").read_text())
     folder.mkdir(parents=True)
@@ -58,12 +38,12 @@ def main() -> None:
     vision = GGUFWriter(folder / VISION, "clip")
     _describe_vision(vision, config, json.loads((model / "preprocessor_config.json").read_text()))
     for name, tensor in tensors(model):
-        if name.startswith("visual."):
-            for new, part in _vision_tensors(name.removeprefix("visual."), tensor):
+        of_vision = name.startswith("visual.")
+        for new, part in zip(gguf_names(name), _parts(name, tensor)):
+            if of_vision:
                 _add(vision, new, part, others)
-        else:
-            new = _text_name(name)
-            _add(text, new, tensor, others if new == "token_embd.weight" else layers)
+            else:
+                _add(text, new, part, others if new == "token_embd.weight" else layers)
     for writer in (text, vision):
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -87,6 +67,13 @@ def tensors(model: Path) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
             yield name, (halves.astype(np.uint32) << 16).view(np.float32).reshape(entry["shape"])
 
 
+def _parts(name: str, tensor: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
+    """The tensors that one becomes, in the order of `gguf_names`."""
+    if name == "visual.patch_embed.proj.weight":  # one convolution for each of the two frames
+        return [tensor[:, :, 0], tensor[:, :, 1]]
+    return np.split(tensor, 3) if ".attn.qkv." in name else [tensor]
+
+
 def _add(writer: GGUFWriter, name: str, tensor: np.ndarray[Any, Any], kind: GGMLQuantizationType) -> None:
     """Vectors and the patch embedding stay float32; so do rows that are no multiple of a block of 32."""
     if tensor.ndim != 2 or (kind is not GGMLQuantizationType.F16 and tensor.shape[-1] % 32):
@@ -95,33 +82,6 @@ def _add(writer: GGUFWriter, name: str, tensor: np.ndarray[Any, Any], kind: GGML
         writer.add_tensor(name, tensor.astype(np.float16))
     else:
         writer.add_tensor(name, quantize(np.ascontiguousarray(tensor), kind), raw_dtype=kind)
-
-
-def _text_name(name: str) -> str:
-    if name == "model.embed_tokens.weight":
-        return "token_embd.weight"
-    if name == "model.norm.weight":
-        return "output_norm.weight"
-    _, _, layer, rest = name.split(".", 3)
-    part, _, kind = rest.rpartition(".")
-    return f"blk.{layer}.{_TEXT_NAMES[part]}.{kind}"
-
-
-def _vision_tensors(name: str, tensor: np.ndarray[Any, Any]) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
-    if name == "patch_embed.proj.weight":  # one convolution for each of the two frames
-        yield "v.patch_embd.weight", tensor[:, :, 0]
-        yield "v.patch_embd.weight.1", tensor[:, :, 1]
-    elif name.startswith("merger."):
-        part, _, kind = name.removeprefix("merger.").rpartition(".")
-        yield {"ln_q": "v.post_ln", "mlp.0": "mm.0", "mlp.2": "mm.2"}[part] + f".{kind}", tensor
-    else:
-        _, layer, rest = name.split(".", 2)
-        part, _, kind = rest.rpartition(".")
-        if part == "attn.qkv":
-            for letter, third in zip("qkv", np.split(tensor, 3)):
-                yield f"v.blk.{layer}.attn_{letter}.{kind}", third
-        else:
-            yield f"v.blk.{layer}.{_VISION_NAMES[part]}.{kind}", tensor
 
 
 def _describe_text(writer: GGUFWriter, config: Mapping[str, Any]) -> None:

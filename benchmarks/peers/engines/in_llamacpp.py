@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from workloads import Request, Workload
 
-from peers.export_gguf import TEXT, VISION
+from peers.engines.gguf_names import TEXT, VISION
 from peers.measured import Result
 
 MAX_NUM_SEQS = 16
