@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,6 +69,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """Run what the command line asks for; returns the exit status."""
     asked = options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the engine's process ends, too
     workloads = [quick(w) if asked.quick else w for w in WORKLOADS if w.name in asked.workloads]
     model = synthetic.checkpoint("bfloat16")
     rows = [
@@ -164,16 +166,17 @@ def measure(
             names = " ".join(workload.name for workload in missing)
             print(f"round {number + 1} of {asked.rounds}: {row.name}: {names}", file=sys.stderr, flush=True)
             try:
-                turn = take(row, number, python, folder, tokenizer, missing, asked.threads, asked.retries)
+                for turn in take(
+                    row, number, python, folder, tokenizer, missing, asked.threads, asked.retries
+                ):
+                    store.add(turn)
+                    print("  " + _in_a_line(turn), file=sys.stderr, flush=True)
             except worker.WorkerError as error:
                 store.refused[row.name] = why = str(error).strip().splitlines()[-1]
                 LOGS.mkdir(parents=True, exist_ok=True)
                 log = LOGS / f"{row.name.replace(' ', '-')}-failed.txt"
                 log.write_text(str(error))
                 print(f"  {why} ({log})", file=sys.stderr, flush=True)
-                continue
-            print("  " + _in_a_line(turn), file=sys.stderr, flush=True)
-            store.add(turn)
     for dtype in machine.DTYPES:
         if len(store.floors.get(dtype, [])) == 1 and not asked.quick:
             # Once more: a shared machine may be faster now, and a floor is the best it can do.
@@ -182,12 +185,10 @@ def measure(
 
 
 def _in_a_line(turn: Turn) -> str:
-    parts = []
-    for name, samples in turn.samples.items():
-        times = [f"{sample['seconds']:.1f}" for sample in samples]
-        worst = max(sample["disturbance"] or 0.0 for sample in samples)
-        parts.append(f"{name} {', '.join(times)} s (disturbed {worst:.0%})")
-    return f"ready {turn.usage['loading_s']:.1f} s; " + "; ".join(parts)
+    name, samples = list(turn.samples.items())[-1]
+    times = ", ".join(f"{sample['seconds']:.1f}" for sample in samples)
+    worst = max(sample["disturbance"] or 0.0 for sample in samples)
+    return f"ready {turn.usage['loading_s']:.1f} s; {name} {times} s (disturbed {worst:.0%})"
 
 
 def _default_precision(python: str) -> str:

@@ -10,7 +10,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection
@@ -77,10 +77,11 @@ class Process:
     def __enter__(self) -> Process:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._connection.close()
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(GRACE_S)
+    def __exit__(self, exception: object, *_: object) -> None:
+        self._connection.close()  # an idle side ends by itself then; a busy one is not waited for
+        if exception is None:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(GRACE_S)
         if self._process.poll() is None:
             self._process.kill()
             self._process.wait()
@@ -120,8 +121,8 @@ def take(
     workloads: Sequence[Workload],
     threads: int,
     retries: int,
-) -> Turn:
-    """Take a turn.
+) -> Iterator[Turn]:
+    """Take a turn; gives what it has measured after each workload, so that nothing is lost if it is stopped.
 
     Args:
         row: whose.
@@ -149,10 +150,14 @@ def take(
                 left -= len(taken) >= times
                 seed = 1 + number * 100 + len(taken)
                 taken.append(_plain(process.ask("run", workload, _requests(workload, seed, tokenizer))))
-        usage: Usage = process.ask("usage")
-        return Turn(
-            row=row.name, round=number, usage=asdict(usage), about=process.ask("about"), samples=samples
-        )
+            usage: Usage = process.ask("usage")
+            yield Turn(
+                row=row.name,
+                round=number,
+                usage=asdict(usage),
+                about=process.ask("about"),
+                samples=dict(samples),
+            )
 
 
 def _requests(workload: Workload, seed: int, tokenizer: Tokenizer) -> list[PackedRequest]:

@@ -200,7 +200,7 @@ def test_a_turn_measures_a_real_model_in_a_process_of_its_own(peers: SimpleNames
 
     row = rows(peers, "opsin float32")[0]
     workload = replace(peers.catalogue.WORKLOADS[0], new_tokens=4)
-    taken = peers.turns.take(
+    [taken] = peers.turns.take(
         row,
         0,
         sys.executable,

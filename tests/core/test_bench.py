@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from pathlib import Path
@@ -122,8 +123,9 @@ def test_pictures_of_a_folder_come_in_turn(tmp_path: Path) -> None:
         else:
             (tmp_path / name).write_text("no picture")
     prompts = Prompts(PromptSettings(image_folder=str(tmp_path)), 0)
-    seen = [prompts.conversation(i)[0]["content"][0]["image_pil"].getpixel((0, 0)) for i in range(3)]
-    assert seen == [(0, 0, 255), (255, 0, 0), (0, 0, 255)]
+    seen = [prompts.conversation(i)[0]["content"][0]["image_url"]["url"] for i in range(3)]
+    files = [(tmp_path / name).read_bytes() for name in ("a.PNG", "b.png", "a.PNG")]
+    assert [base64.b64decode(url.removeprefix("data:image/png;base64,")) for url in seen] == files
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="no picture in it"):
         PromptSettings(image_folder=str(tmp_path / "empty"))
@@ -193,3 +195,23 @@ def test_a_chart_without_matplotlib_is_refused_before_anything_runs(monkeypatch:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"opsin\[plot\]"):
         ResultSettings(plot="chart.svg")
+
+
+def test_pictures_of_a_folder_are_asked_about(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    Image.new("RGB", (56, 56), "blue").save(tmp_path / "a.jpg")
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    arguments = ("--image-folder", str(tmp_path), "--num-prompts", "4", "--num-warmups", "0", "--json")
+    status, out, _ = run(capsys, "throughput", MODEL, *SMALL, *arguments)
+    assert status == 0
+    found = json.loads(out)
+    assert (found["completed"], found["failed"]) == (2, 2), "a bad picture fails its own requests"
+
+
+@pytest.mark.parametrize("kind", ["svg", "png"])
+def test_a_chart_is_drawn(tmp_path: Path, kind: str) -> None:
+    from opsin.bench.chart import draw
+
+    one = Timing(arrival=0, first_token=0.1, gaps=(0.1,), total=0.2, num_prompt_tokens=1, num_output_tokens=2)
+    file = tmp_path / "new" / f"chart.{kind}"
+    draw(Results(kind="serve", model="m", settings={}, duration=1.0, timings=[one]), file)
+    assert file.stat().st_size > 1000

@@ -7,10 +7,15 @@ from pathlib import Path
 import numpy as np
 
 from opsin.bench.summary import PERCENTILES, TITLES, Results
+from opsin.errors import ConfigError
 
 
 def draw(results: Results, path: Path) -> None:
-    """One panel for each kind of time: how many requests were as quick as that, or quicker."""
+    """One panel for each kind of time: how many requests were as quick as that, or quicker.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
     series = results.series
@@ -22,4 +27,8 @@ def draw(results: Results, path: Path) -> None:
         for percent in PERCENTILES:
             axes.axvline(np.percentile(ordered, percent), linewidth=0.8, linestyle="--", color="grey")
         axes.set(title=TITLES.get(name, name), xlabel="ms", ylabel="% of them", ylim=(0, 101), xlim=(0, None))
-    figure.savefig(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from None

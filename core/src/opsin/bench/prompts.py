@@ -6,7 +6,6 @@ import base64
 import io
 import mimetypes
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,7 +54,8 @@ class Prompts:
 
         Args:
             number: which.
-            as_urls: pictures as ``data:`` URLs, as a server takes them, else as `LLM.chat` does.
+            as_urls: drawn pictures as ``data:`` URLs, as a server takes them, else as PIL images. Those of
+                a folder are always URLs.
         """
         source = self._source(1 + number)
         text = self._text(source, self.settings.input_len)
@@ -89,10 +89,8 @@ class Prompts:
         files = self.settings.files
         if files:
             file = files[number % len(files)]
-            if as_url:
-                kind = mimetypes.guess_type(file.name)[0] or "image/png"
-                return _url(kind, file.read_bytes())
-            return {"type": "image_pil", "image_pil": _opened(file)}
+            # As encoded bytes: to decode them is part of a request's work.
+            return _url(mimetypes.guess_type(file.name)[0] or "image/png", file.read_bytes())
         # Numbers of their own: no request's picture depends on how long the texts are.
         image = drawn(np.random.default_rng([self.seed, number, 1]), self.settings.size)
         if not as_url:
@@ -110,19 +108,6 @@ def drawn(source: np.random.Generator, size: tuple[int, int]) -> Image:
     smooth = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC), dtype=np.int16)
     noisy = smooth + source.integers(-12, 13, smooth.shape, dtype=np.int16)
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
-
-
-def _opened(file: Path) -> Image:
-    from PIL import Image, UnidentifiedImageError
-
-    from opsin.errors import MediaError
-
-    try:
-        with Image.open(file) as image:
-            image.load()
-            return image.copy()
-    except (OSError, UnidentifiedImageError) as error:
-        raise MediaError(f"--image-folder: {file}: {error}") from None
 
 
 def _url(kind: str, data: bytes) -> dict[str, Any]:

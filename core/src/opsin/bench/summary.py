@@ -146,7 +146,7 @@ def time_rows(results: Results) -> list[list[str]]:
 
 
 def write(results: Results, settings: ResultSettings) -> list[Path]:
-    """Write what the settings ask for; gives the files.
+    """Write the JSON files that the settings ask for; gives their paths.
 
     Raises:
         ConfigError: a file cannot be written.
@@ -161,13 +161,6 @@ def write(results: Results, settings: ResultSettings) -> list[Path]:
         for path in wanted:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
-        if settings.plot:
-            from opsin.bench.chart import draw
-
-            path = Path(settings.plot)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draw(results, path)
-            wanted.append(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from None
     return wanted

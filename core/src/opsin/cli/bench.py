@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, Parameter
@@ -127,6 +128,11 @@ def _seed(settings: Mapping[str, Any]) -> int:
 def _tell(found: Results, settings: Mapping[str, Any], results: ResultSettings, as_json_: bool) -> None:
     found.settings = {**asdict(build(PromptSettings, settings)), **settings}
     files = write(found, results)
+    if results.plot:
+        from opsin.bench.chart import draw  # it imports matplotlib
+
+        draw(found, Path(results.plot))
+        files.append(Path(results.plot))
     if as_json_:
         print(json.dumps(as_json(found), indent=2, ensure_ascii=False))
         return
