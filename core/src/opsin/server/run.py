@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import socket
 import sys
+import time
 from dataclasses import asdict
 from functools import partial
 from types import FrameType
@@ -18,7 +20,7 @@ from opsin.config import EngineConfig
 from opsin.errors import ConfigError
 from opsin.server.app import App
 from opsin.server.engine_host import EngineHost
-from opsin.server.http.connection import Connection, ConnectionLimits, abort_all, raise_file_limit
+from opsin.server.http.connection import AcceptErrors, Connection, ConnectionLimits, abort_all, raise_file_limit
 from opsin.server.settings import Listen, ServerSettings
 
 logger = logging.getLogger(__name__)
@@ -82,11 +84,13 @@ class Server(uvicorn.Server):
         self._app = app
         self._shutdown_timeout_s = shutdown_timeout_s
         self._stopping: asyncio.Task[None] | None = None
+        self._stop_at = math.inf
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def run_until_stopped(self) -> None:
         """Serve; returns when everything accepted is answered."""
         self._loop = asyncio.get_running_loop()
+        self._loop.set_exception_handler(AcceptErrors())
         try:
             await self.serve()
         finally:
@@ -108,7 +112,8 @@ class Server(uvicorn.Server):
         await asyncio.wait({ending}, timeout=_CLOSE_S)
         while not ending.done():
             # What is still unsent has its own time-out, unless time is up.
-            abort_all(self.server_state.connections, idle_only=not self.force_exit)
+            time_is_up = self.force_exit or time.monotonic() >= self._stop_at
+            abort_all(self.server_state.connections, idle_only=not time_is_up)
             await asyncio.wait({ending}, timeout=0.1)
         await ending
 
@@ -145,6 +150,8 @@ class Server(uvicorn.Server):
         """Admit no further requests; end when the admitted ones are answered. Call it on the event loop."""
         logger.info("stopping; %d requests are being finished", self._app.admission.num_requests)
         self._app.admission.stop()
+        if self._shutdown_timeout_s is not None:
+            self._stop_at = time.monotonic() + self._shutdown_timeout_s
         self._stopping = asyncio.ensure_future(self._stop_when_empty())
 
     async def _stop_when_empty(self) -> None:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import fcntl
 import logging
 import resource
+import sys
+import termios
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -141,11 +146,16 @@ class Connection(H11Protocol):
         self._refuse(ApiError(408, "the request did not come in time", closes=True))
 
     def _watch_sending(self) -> None:
-        self._unsent = self.transport.get_write_buffer_size()
+        self._unsent = self._not_taken()
         self._send_timer = self.loop.call_later(self._limits.send_timeout_s, self._check_sending)
 
+    def _not_taken(self) -> int:
+        """Bytes that the client has not acknowledged; a slow one takes them from the kernel's buffer first."""
+        in_kernel = fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+        return self.transport.get_write_buffer_size() + int.from_bytes(in_kernel, sys.byteorder)
+
     def _check_sending(self) -> None:
-        if self.transport.get_write_buffer_size() >= self._unsent:
+        if self._not_taken() >= self._unsent:
             logger.info("a client read nothing for %g s and was disconnected", self._limits.send_timeout_s)
             self.abort()
         else:
@@ -181,3 +191,25 @@ def abort_all(connections: Iterable[Any], *, idle_only: bool) -> None:
     for connection in _ours(connections):
         if not idle_only or (connection.is_idle and not connection.transport.get_write_buffer_size()):
             connection.abort()
+
+
+class AcceptErrors:
+    """An event loop's exception handler: that connections cannot be accepted is said once a minute.
+
+    asyncio tries again after a second, but reports the error for each place of the listening queue.
+    """
+
+    def __init__(self) -> None:
+        self._next_time = 0.0
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Log what asyncio reports."""
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in _OUT_OF_RESOURCES or "socket" not in context:
+            loop.default_exception_handler(context)
+        elif time.monotonic() >= self._next_time:
+            self._next_time = time.monotonic() + 60
+            logger.error("connections have to wait: %s; is `ulimit -n` too low?", error.strerror)
+
+
+_OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
