@@ -19,15 +19,18 @@ from opsin.testing.models.inside import (
     build_unloaded,
     encode,
     fill,
+    find_placeholders,
     input_context,
     loaded_model,
     process,
     recorded_logits,
     render,
+    render_template,
     weight_report,
     weight_shapes,
 )
 from opsin.testing.models.outcome import CheckFailed, CheckOutcome
+from opsin.testing.models.recorded import RecordedCase, recorded_cases
 from opsin.testing.models.reference import Comparison, ModelCase, compare_with_transformers
 from opsin.testing.models.subject import Answer, ModelUnderTest, make_images, make_videos
 from opsin.testing.models.suite import ModelCheck, check_model, model_checks
@@ -42,11 +45,13 @@ __all__ = [
     "ModelCase",
     "ModelCheck",
     "ModelUnderTest",
+    "RecordedCase",
     "build_unloaded",
     "check_model",
     "compare_with_transformers",
     "encode",
     "fill",
+    "find_placeholders",
     "input_context",
     "loaded_model",
     "make_images",
@@ -54,8 +59,10 @@ __all__ = [
     "model_checks",
     "process",
     "randomise",
+    "recorded_cases",
     "recorded_logits",
     "render",
+    "render_template",
     "tiny_checkpoint",
     "tiny_tokenizer",
     "weight_report",

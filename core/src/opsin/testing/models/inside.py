@@ -5,18 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from opsin.api import BuildContext, InputContext, MappedMedia, Modality, Model, ProcessedPrompt
+from opsin.api import (
+    BuildContext,
+    InputContext,
+    MappedMedia,
+    Modality,
+    Model,
+    Placeholder,
+    ProcessedPrompt,
+    Tokenizer,
+)
 from opsin.checkpoint.files import load
 from opsin.checkpoint.tokenizer import load_tokenizer
 from opsin.checkpoint.weights import LoadReport, load_weights, model_slots
 from opsin.inputs.chat import ChatOptions
+from opsin.inputs.placeholders import Marker, PlaceholderFinder
+from opsin.inputs.template import ChatTemplate
 from opsin.kernels import Kernels
 from opsin.llm import LLM
+
+M = TypeVar("M")
 
 
 def loaded_model(llm: LLM) -> Model:
@@ -40,6 +53,21 @@ def render(llm: LLM, messages: Sequence[Mapping[str, Any]], *, allow_special_tok
     frontend = llm.engine.frontend
     options = ChatOptions(allow_special_tokens=allow_special_tokens)
     return frontend.renderer.render(frontend.conversation(messages), options).text or ""
+
+
+def render_template(source: str, checkpoint: str | Path, messages: Sequence[Mapping[str, Any]]) -> str:
+    """A conversation as a chat template writes it, with the header of the answer at its end.
+
+    Args:
+        source: Jinja text.
+        checkpoint: folder or name, for the tokenizer.
+        messages: as templates get them: ``content`` is a text or a list of parts.
+    """
+    template = ChatTemplate(source, load_tokenizer(load(str(checkpoint)).path))
+    rendered: str = template.render(
+        list(messages), add_generation_prompt=True, continue_final_message=False, tools=None, variables={}
+    )
+    return rendered
 
 
 def encode(llm: LLM, modality: Modality, items: Sequence[MappedMedia]) -> list[Tensor]:
@@ -87,9 +115,25 @@ def input_context(
     )
 
 
+def find_placeholders(
+    text: str,
+    placeholders: Mapping[Modality, Placeholder],
+    tokenizer: Tokenizer,
+    counts: Mapping[Modality, int],
+    options: Mapping[str, Any] | None = None,
+) -> list[int | tuple[Modality, int]]:
+    """A prompt as token ids, with (modality, number) where an item's expansion will stand.
+
+    Raises:
+        RequestError: placeholders and the numbers of items do not match.
+    """
+    parts = PlaceholderFinder(tokenizer, placeholders).in_text(text, counts, options or {})
+    return [(part.modality, part.number) if isinstance(part, Marker) else part for part in parts]
+
+
 def build_unloaded(
-    build: Callable[[BuildContext], Any], config: Mapping[str, Any], dtype: torch.dtype = torch.float32
-) -> Any:
+    build: Callable[[BuildContext], M], config: Mapping[str, Any], dtype: torch.dtype = torch.float32
+) -> M:
     """A model of this config.json without weights, on reference kernels: nothing is allocated."""
     return build(BuildContext(config=config, kernels=Kernels("cpu", []), dtype=dtype))
 
