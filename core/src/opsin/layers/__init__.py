@@ -23,6 +23,7 @@ from opsin.layers.linear import Embedding, Linear, activation, dtype_name
 from opsin.layers.module import Layer, Module, Slot
 from opsin.layers.norm import LayerNorm, RMSNorm
 from opsin.layers.pixels import CLIP_MEAN, CLIP_STD, pixel_levels, pixel_values, resampling
+from opsin.layers.processor import ProcessorMapper
 from opsin.layers.rotary import RotaryTable, inverse_frequencies
 from opsin.layers.text import context_length, fields, sequential_positions, switch_lengths, text_config
 from opsin.layers.vision import (
@@ -52,6 +53,7 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "Module",
+    "ProcessorMapper",
     "RMSNorm",
     "RotaryTable",
     "Slot",

@@ -303,6 +303,11 @@ class LanguageModel(Module):
         unused: Sequence[str] = (),
     ) -> None:
         super().__init__()
+        if config.fused and context.parallel.world_size > 1:
+            raise ValueError(
+                "the checkpoint stores q, k and v (and gate and up) as one tensor each, which is not divided "
+                f"among {context.parallel.world_size} ranks; run it on one"
+            )
         self._renames, self._unused = renames or {}, tuple(unused)
         self.hidden_size, self.vocab_size = config.hidden_size, config.vocab_size
         self.kv_geometry = kv_geometry(config, context.parallel.world_size)

@@ -34,7 +34,7 @@ from opsin.testing.models.recorded import RecordedCase, recorded_cases
 from opsin.testing.models.reference import Comparison, ModelCase, compare_with_transformers
 from opsin.testing.models.subject import Answer, ModelUnderTest, make_images, make_videos
 from opsin.testing.models.suite import ModelCheck, check_model, model_checks
-from opsin.testing.models.tiny import randomise, tiny_checkpoint, tiny_tokenizer
+from opsin.testing.models.tiny import own_checkpoint, randomise, tiny_checkpoint, tiny_tokenizer
 
 __all__ = [
     "Answer",
@@ -57,6 +57,7 @@ __all__ = [
     "make_images",
     "make_videos",
     "model_checks",
+    "own_checkpoint",
     "process",
     "randomise",
     "recorded_cases",

@@ -60,7 +60,7 @@ def config_fields(model: ModelUnderTest) -> str:
             (folder / file).unlink()
             below = original.get("text_config") if file == "config.json" else None
             for path, value in _leaves(original):
-                if value is None or _is_listed(path, model.unread) or path[0] in (below or ()):
+                if value is None or _is_listed(file, path, model.unread) or path[0] in (below or ()):
                     continue  # of a field on both levels, text_config's counts
                 tried += 1
                 for other in _changed(value):
@@ -111,8 +111,8 @@ def _observed(model: ModelUnderTest, folder: Path) -> tuple[Any, ...]:
         return found, info.max_model_len, sorted(llm.engine.frontend.eos_token_ids)
 
 
-def _is_listed(path: Sequence[str], unread: frozenset[str]) -> bool:
-    names = {path[0], path[-1], ".".join(path[-2:]), ".".join(path)}
+def _is_listed(file: str, path: Sequence[str], unread: frozenset[str]) -> bool:
+    names = {path[0], path[-1], ".".join(path[-2:]), ".".join(path), f"{file}/{'.'.join(path)}"}
     return bool(names & unread) or path[-1] in SILENT or path[0] in ("auto_map", "id2label", "label2id")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from opsin.api import (
     Tokenizer,
 )
 from opsin.checkpoint.files import load
+from opsin.checkpoint.processor import load_image_processor
 from opsin.checkpoint.tokenizer import load_tokenizer
 from opsin.checkpoint.weights import LoadReport, load_weights, model_slots
 from opsin.inputs.chat import ChatOptions
@@ -112,6 +114,7 @@ def input_context(
         options=options or {},
         video_preprocessor=found.video_preprocessor,
         read_json=found.read_json,
+        load_image_processor=partial(load_image_processor, found.path),
     )
 
 

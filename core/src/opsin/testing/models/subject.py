@@ -67,9 +67,11 @@ class ModelUnderTest:
         plugins: loaded plugins. Default: those installed.
         dtype: run dtype of the comparisons; float32 tells most.
         embeds_input: how users pass ready-made embeddings of this family, if not in one of the usual layouts
-            (`usual_embeds_input`); None: the family takes none.
-        unread: fields of the checkpoint's JSON files, alone or with the section before a dot, that nothing
-            is expected to read; see the check "a changed config field is noticed".
+            (a list of tensors, one tensor, a dict with grids); None: in one of these.
+        unread: fields of the checkpoint's JSON files that nothing is expected to read, usually as keys of
+            what says why: ``"do_pad"``, with its section (``"vision_config.vocab_size"``), or of one file at
+            the top (``"config.json/patch_size"``). See the check ``config-fields``.
+        takes_embeds: whether the family takes ready-made embeddings.
         pictures: images instead of the generated ones.
         num_requests: how many mixed requests the comparisons run.
         max_tokens: longest answer of those.

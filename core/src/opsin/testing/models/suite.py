@@ -52,6 +52,7 @@ _THOROUGH: dict[str, Callable[[ModelUnderTest], str]] = {
     "small-caches": check_answers.small_caches,
     "preempted": check_answers.preempted,
     "other-dtypes": check_layers.half_precision,
+    "two-ranks": check_layers.two_ranks,
     "config-fields": check_config.config_fields,
 }
 
@@ -60,7 +61,8 @@ def model_checks(*, quick: bool = False) -> list[ModelCheck]:
     """All checks; ``quick``: those that a checkpoint of full size passes in a short time."""
     chosen = _QUICK if quick else {**_QUICK, **_THOROUGH}
     return [
-        ModelCheck(name, (run.__doc__ or "").strip(), name in _QUICK, run) for name, run in chosen.items()
+        ModelCheck(name, (run.__doc__ or "").strip().partition("\n")[0], name in _QUICK, run)
+        for name, run in chosen.items()
     ]
 
 

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from opsin.api import BuildContext
+from opsin.testing.models.inside import build_unloaded, weight_shapes
+
 SMALL: Mapping[str, Any] = {
     "num_hidden_layers": 2,
     "depth": 2,
@@ -123,6 +126,59 @@ def tiny_checkpoint(
     made = _default_processor(config.model_type) if processor is None else processor(tokenizer)
     if made is not None:
         made.save_pretrained(folder)
+    return folder
+
+
+def own_checkpoint(
+    build: Callable[[BuildContext], Any],
+    config: Mapping[str, Any],
+    folder: str | Path,
+    *,
+    tokens: Mapping[str, str] | None = None,
+    special_tokens: Sequence[str] = (),
+    preprocessor: Mapping[str, Any] | None = None,
+    chat_template: str | None = None,
+    seed: int = 0,
+) -> Path:
+    """Write a checkpoint with random weights for a family that transformers does not have.
+
+    It has the tensors that the model takes, under the names it takes them by.
+
+    Args:
+        build: that of the `ModelSpec`.
+        config: config.json, with all sizes; ``vocab_size``, ``eos_token_id`` and the ids of ``tokens`` are
+            put in.
+        folder: existing or new; files are written over.
+        tokens: as for `tiny_checkpoint`.
+        special_tokens: as for `tiny_checkpoint`.
+        preprocessor: preprocessor_config.json.
+        chat_template: of the tokenizer.
+        seed: of the weights.
+
+    Returns:
+        The folder.
+    """
+    from safetensors.torch import save_file
+
+    folder, tokens = Path(folder), tokens or {}
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = tiny_tokenizer([*tokens.values(), *special_tokens], chat_template=chat_template)
+    tokenizer.save_pretrained(folder)
+    ids = {field: tokenizer.convert_tokens_to_ids(text) for field, text in tokens.items()}
+    sizes = {"vocab_size": -(-len(tokenizer) // 32) * 32, "eos_token_id": tokenizer.eos_token_id}
+    written = {**config, **ids, **sizes, "torch_dtype": "float32"}
+    if isinstance(config.get("text_config"), Mapping):
+        written["text_config"] = {**config["text_config"], **sizes}
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in weight_shapes(build_unloaded(build, written)).items():
+        noise = torch.randn(shape, generator=generator)
+        is_norm = "norm" in name and name.endswith("weight") and len(shape) == 1
+        tensors[name] = 1 + 0.1 * noise if is_norm else 0.15 * noise
+    save_file(tensors, folder / "model.safetensors")
+    for file, content in (("config.json", written), ("preprocessor_config.json", preprocessor)):
+        if content is not None:
+            (folder / file).write_text(json.dumps(content, indent=2), encoding="utf-8")
     return folder
 
 
