@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from PIL import ImageOps
+
 from opsin.testing.models.outcome import DoesNotApply, require
 from opsin.testing.models.subject import Answer, ModelUnderTest, compare
 
@@ -91,14 +95,14 @@ def order(model: ModelUnderTest) -> str:
     details = []
     for modality in model.need_media():
         first, second = model.media(modality)[:2]
-        pairs = [([first], [second])]
+        pairs = [([first], [_recoloured(first)])]
         if model.most_items(modality) > 1:
             pairs.append(([first, second], [second, first]))
         for one, other in pairs:
             straight, changed, again = (
                 model.one(model.prompt({modality: items})) for items in (one, other, one)
             )
-            what = f"another {modality}" if len(one) == 1 else f"two swapped {modality}s"
+            what = f"a {modality} in other colours" if len(one) == 1 else f"two swapped {modality}s"
             apart = max(abs(a - b) for a, b in zip(straight.logprobs, changed.logprobs))
             require(
                 straight.token_ids != changed.token_ids or apart > 1e-4,
@@ -110,6 +114,11 @@ def order(model: ModelUnderTest) -> str:
             compare([again], [straight], model.tolerance, ways, "state in the model or the mapper")
             details.append(f"{what}: {apart:.2g} apart")
     return "; ".join(details)
+
+
+def _recoloured(item: Any) -> Any:
+    """The same size in other colours."""
+    return [ImageOps.invert(frame) for frame in item] if isinstance(item, list) else ImageOps.invert(item)
 
 
 def embeddings(model: ModelUnderTest) -> str:

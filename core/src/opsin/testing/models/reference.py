@@ -100,7 +100,13 @@ def compare_with_transformers(
             if any(media.values()):
                 prompt["multi_modal_data"] = {kind: items for kind, items in media.items() if items}
             with recorded_logits(llm) as seen:
-                [output] = llm.generate(prompt, params, use_tqdm=False)
+                [output] = llm.generate(prompt, params, use_tqdm=False, on_error="return")
+            require(
+                output.error is None,
+                f"case {number}: the error {type(output.error).__name__}: {output.error}",
+                "an answer",
+                "what the message names; the log has the traceback",
+            )
             found.append(
                 _compare(
                     case,
