@@ -14,7 +14,7 @@ from typing import Any, Literal
 from opsin.api import PoolingType
 from opsin.errors import ConfigError, MediaError
 from opsin.fields import NonNegative, Positive, check_fields, expectation
-from opsin.vllm_names import ENGINE, Renamed, translated
+from opsin.vllm_names import ENGINE, SPECULATIVE, Renamed, translated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +86,60 @@ class MediaLimits:
             raise MediaError(f"got a video of {num_frames} frames; expected 1 to {self.max_video_frames}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class SpeculativeConfig:
+    """How answers are guessed ahead: the value of `EngineConfig.speculative_config`, with vLLM's names.
+
+    Attributes:
+        num_speculative_tokens: most tokens guessed at once for one sequence.
+        method: ``ngram`` takes what followed the same tokens earlier in the prompt or the answer.
+        prompt_lookup_max: most tokens that are compared. Default: 4, or ``prompt_lookup_min`` if greater.
+        prompt_lookup_min: tokens that must be the same. Default: 2, or ``prompt_lookup_max`` if less.
+    """
+
+    num_speculative_tokens: Positive
+    method: Literal["ngram"] = "ngram"
+    prompt_lookup_max: Positive | None = None
+    prompt_lookup_min: Positive | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.shortest_match > self.longest_match:
+            raise ConfigError(
+                f"speculative_config: prompt_lookup_min={self.prompt_lookup_min} is greater than "
+                f"prompt_lookup_max={self.prompt_lookup_max}"
+            )
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> SpeculativeConfig:
+        """The settings in a dict, which may have those of vLLM's names that change nothing.
+
+        Raises:
+            ConfigError: a name is unknown, or a value cannot be.
+        """
+        where = "speculative_config"
+        settings = translated(where, given, SPECULATIVE, cls.__dataclass_fields__)
+        settings = {name: value for name, value in settings.items() if value is not None}
+        if "method" not in settings and given.get("model") is None:
+            raise ConfigError(f'{where}: method is missing; expected "ngram"')
+        if "num_speculative_tokens" not in settings:
+            raise ConfigError(f"{where}: num_speculative_tokens is missing; expected a number, such as 8")
+        try:
+            return cls(**settings)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {str(error).removeprefix(where + ': ')}") from None
+
+    @property
+    def longest_match(self) -> int:
+        """Tokens compared at most."""
+        return self.prompt_lookup_max or max(4, self.prompt_lookup_min or 0)
+
+    @property
+    def shortest_match(self) -> int:
+        """Tokens compared at least."""
+        return self.prompt_lookup_min or min(2, self.longest_match)
+
+
 _TASKS = {"auto": None, "generate": "generate", "embed": "embed", "embedding": "embed"}
 _RUNNERS = {"auto": None, "generate": "generate", "pooling": "embed"}
 _DTYPES = {"float": "float32", "half": "float16"}
@@ -133,6 +187,9 @@ class EngineConfig(MediaLimits):
         enable_prefix_caching: whether equal beginnings of prompts are computed once.
         scheduling_policy: whose turn it is: ``fcfs``, first come, first served; or ``priority``, by the
             priority of requests, with which clients can push each other back.
+        speculative_config: how answers are guessed ahead, such as method=ngram,num_speculative_tokens=8. It
+            changes no answer. ``prompt_lookup_max`` and ``prompt_lookup_min`` say how many tokens must have
+            stood together before. Default: not at all.
         kv_cache_memory: bytes of the KV cache. Default: a share of the device's free memory.
         encoder_cache_memory: bytes of encoded media kept for reuse.
         media_cache_memory: bytes of preprocessed media kept for reuse, in host memory.
@@ -169,6 +226,7 @@ class EngineConfig(MediaLimits):
     max_encoder_tokens: Positive = 8192
     enable_prefix_caching: bool = True
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    speculative_config: Mapping[str, Any] | None = None
     kv_cache_memory: Positive | None = None
     encoder_cache_memory: NonNegative = 512 * 2**20
     media_cache_memory: NonNegative = 512 * 2**20
@@ -192,6 +250,18 @@ class EngineConfig(MediaLimits):
             raise ConfigError(f"task={self.task!r} and runner={self.runner!r} contradict each other; set one")
         self._put("task", task or by_runner or "generate")
         self._put("mm_processor_kwargs", dict(self.mm_processor_kwargs))
+        self._put("speculative_config", dict(self.speculative_config) if self.speculative_config else None)
+        _ = self.speculative
+
+    @property
+    def speculative(self) -> SpeculativeConfig | None:
+        """``speculative_config`` in its own type, None if nothing is guessed.
+
+        Raises:
+            ConfigError: it has an unknown name or a value that cannot be.
+        """
+        given = self.speculative_config
+        return None if given is None else SpeculativeConfig.from_dict(given)
 
     def _put(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

@@ -33,6 +33,7 @@ from opsin.results import (
     RequestOutput,
     ScoringOutput,
     ScoringRequestOutput,
+    Vector,
 )
 from opsin.vllm_names import CALL, METHODS, translated
 
@@ -340,9 +341,16 @@ class LLM:
         """The checkpoint's generation_config as sampling parameters."""
         return self.engine.info.default_params()
 
-    def get_metrics(self) -> list[Metric]:
-        """The engine's counters and gauges at this moment; see `opsin.results.EngineStats`."""
-        return [Metric(f"opsin:{name}", value) for name, value in asdict(self.engine.stats()).items()]
+    def get_metrics(self) -> list[Metric | Vector]:
+        """The engine's counters and gauges at this moment; see `opsin.results.EngineStats`.
+
+        There are vectors only with ``speculative_config``.
+        """
+        return [
+            Vector(f"opsin:{name}", value) if isinstance(value, tuple) else Metric(f"opsin:{name}", value)
+            for name, value in asdict(self.engine.stats()).items()
+            if value != ()
+        ]
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes. False, and nothing is forgotten, while requests are in progress."""

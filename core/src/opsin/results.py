@@ -237,6 +237,11 @@ class EngineStats:
         num_encoded: media items run through the encoder.
         num_preemptions: sequences preempted for want of blocks, so far.
         num_restarts: sequences computed again because they outgrew a length of `Positions.switch_lengths`.
+        spec_decode_num_drafts: guesses at a sequence's next tokens that were verified, so far.
+        spec_decode_num_draft_tokens: their tokens.
+        spec_decode_num_accepted_tokens: of these, tokens that were right.
+        spec_decode_num_accepted_tokens_per_pos: the latter by their place in the guess; empty without
+            ``speculative_config``.
     """
 
     num_running: int
@@ -254,6 +259,10 @@ class EngineStats:
     num_encoded: int
     num_preemptions: int
     num_restarts: int
+    spec_decode_num_drafts: int = 0
+    spec_decode_num_draft_tokens: int = 0
+    spec_decode_num_accepted_tokens: int = 0
+    spec_decode_num_accepted_tokens_per_pos: tuple[int, ...] = ()
 
 
 class Metric(NamedTuple):
@@ -261,3 +270,10 @@ class Metric(NamedTuple):
 
     name: str
     value: int
+
+
+class Vector(NamedTuple):
+    """Several counts of `EngineStats` under one name for Prometheus; here by their place in a draft."""
+
+    name: str
+    values: tuple[int, ...]

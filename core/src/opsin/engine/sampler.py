@@ -46,6 +46,12 @@ def make_generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed((low + high * 0x9E3779B9) % 2**32)
 
 
+def is_plain_greedy(seq: Sequence) -> bool:
+    """Whether a token of this sequence, which was sampled before, is its row's best whatever came before."""
+    rules = seq.sampler_state
+    return isinstance(rules, _Rules) and rules.fixed
+
+
 def sample(
     logits: Tensor, sequences: SequenceOf[Sequence], top_k: TopK = reference_top_k
 ) -> list[SampledToken | RequestError]:
@@ -159,7 +165,8 @@ class _Rules:
     """One sequence's sampling settings, prepared at its first token and kept in `Sequence.sampler_state`.
 
     Attributes:
-        plain: greedy with nothing else asked: the row's best token is the answer.
+        fixed: greedy, and logits change in no step: the row's best token is the answer.
+        plain: fixed, and no log-probabilities are asked for.
         bias: (token ids, values to add), or None.
         allowed: ids that alone may be chosen, or None.
         ending: ids that may not be chosen before ``min_tokens``, or None.
@@ -181,7 +188,7 @@ class _Rules:
             outside = [token for token in getattr(params, name) or () if not 0 <= token < vocab]
             if outside:
                 self.error = RequestError(f"{name} has token id {outside[0]}: expected 0 to {vocab - 1}")
-                self.plain = False
+                self.plain = self.fixed = False
                 return
         if params.logit_bias:
             values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
@@ -201,7 +208,8 @@ class _Rules:
             self.counts = _TokenCounts(())
         self.restricts = bool(self.allowed is not None or self.processors or seq.bad_words)
         self.always = self.restricts or bool(seq.grammar or self.bias or self.counts)
-        self.plain = params.greedy and not self.always and self.ending is None and params.logprobs is None
+        self.fixed = params.greedy and not self.always and self.ending is None
+        self.plain = self.fixed and params.logprobs is None
 
     def adjusts(self, seq: Sequence) -> bool:
         """Whether logits change in this step before temperature and cuts."""
