@@ -33,8 +33,11 @@ ROWS_PER_STEP_COST = 8
 FIRST_CHANCE, LEAST_CHANCE, MOST_CHANCE = 0.5, 0.02, 0.98
 """Probability that a drafted token is right: before anything is known, and the bounds of the estimate."""
 
-WEIGHT = 0.25
+WEIGHT = 0.125
 """Weight of one more observation in that estimate."""
+
+MARGIN = 1.25
+"""How much more than its cost a drafted token has to promise, because the estimate is one."""
 
 FIRST_REST, MOST_REST = 4, 64
 """Steps without a draft after a single guess in bad times was wrong; doubled each time."""
@@ -109,8 +112,8 @@ class _Trust:
     """How long a sequence's drafts should be, from how they have fared.
 
     A draft's token j is right only if all before it are: its chance is ``chance ** j``. It is worth its row
-    while that is at least what a row costs, in tokens. Where not even one is, single guesses are made now and
-    then, ever more seldom while they are wrong.
+    while that is clearly more than what a row costs, in tokens. Where not even one is, single guesses are
+    made now and then, ever more seldom while they are wrong.
     """
 
     def __init__(self) -> None:
@@ -120,9 +123,12 @@ class _Trust:
 
     def length(self, cost: float) -> int:
         """Most tokens worth drafting where one row costs as much as ``cost`` tokens, between 0 and 1."""
-        self._probing = self.chance < cost
+        needed = cost * MARGIN
+        if needed >= 1:
+            return 0
+        self._probing = self.chance < needed
         if not self._probing:
-            return int(math.log(cost) / math.log(self.chance) + 1e-9)
+            return int(math.log(needed) / math.log(self.chance) + 1e-9)
         if self._rest > 0:
             self._rest -= 1
             return 0
