@@ -16,7 +16,7 @@ SOURCES := $(patsubst %/__init__.py,%,$(wildcard core/src/*/__init__.py plugins/
 FORMATTED := $(wildcard core plugins demo tests benchmarks examples docs tools)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check format test test-full test-browser test-resaved bench bench-serve docs clean
+.PHONY: help setup demo check format test test-full test-browser test-resaved bench bench-serve bench-speculation docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -90,6 +90,9 @@ bench: $(STAMP) ## measure against transformers, write a Markdown table
 
 bench-serve: $(STAMP) ## measure the server against the library, write a Markdown table
 	@$(PY) benchmarks/serve.py
+
+bench-speculation: $(STAMP) ## measure n-gram speculation, write a Markdown table
+	@$(PY) benchmarks/speculation.py
 
 docs: $(STAMP) ## check that the documentation says what the code does
 	@$(PY) -m pytest -m "" tests/docs

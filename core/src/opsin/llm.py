@@ -341,10 +341,10 @@ class LLM:
         """The checkpoint's generation_config as sampling parameters."""
         return self.engine.info.default_params()
 
-    def get_metrics(self) -> list[Metric | Vector]:
+    def get_metrics(self) -> list[Metric]:
         """The engine's counters and gauges at this moment; see `opsin.results.EngineStats`.
 
-        There are vectors only with ``speculative_config``.
+        With ``speculative_config`` one of them is a `opsin.results.Vector`.
         """
         return [
             Vector(f"opsin:{name}", value) if isinstance(value, tuple) else Metric(f"opsin:{name}", value)

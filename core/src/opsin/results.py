@@ -272,8 +272,12 @@ class Metric(NamedTuple):
     value: int
 
 
-class Vector(NamedTuple):
-    """Several counts of `EngineStats` under one name for Prometheus; here by their place in a draft."""
+class Vector(Metric):
+    """Several counts of `EngineStats` under one name, by their place in a guess. ``value`` is their sum."""
 
-    name: str
     values: tuple[int, ...]
+
+    def __new__(cls, name: str, values: tuple[int, ...]) -> Vector:
+        self = super().__new__(cls, name, sum(values))
+        self.values = values
+        return self

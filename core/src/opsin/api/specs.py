@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 API_MAJOR = 1
 """Plugins for another major live in another entry-point group and are reported, never imported."""
 
-API_MINOR = 1
+API_MINOR = 2
 """Counts compatible additions: a hook, an optional argument, a field with a default."""
 
 ENTRY_POINT_GROUP = f"opsin.v{API_MAJOR}"

@@ -34,7 +34,7 @@ FIRST_CHANCE, LEAST_CHANCE, MOST_CHANCE = 0.5, 0.02, 0.98
 """Probability that a drafted token is right: before anything is known, and the bounds of the estimate."""
 
 WEIGHT = 0.125
-"""Weight of one more observation in that estimate."""
+"""Least weight of one more observation in that estimate."""
 
 MARGIN = 1.25
 """How much more than its cost a drafted token has to promise, because the estimate is one."""
@@ -118,6 +118,7 @@ class _Trust:
 
     def __init__(self) -> None:
         self.chance = FIRST_CHANCE
+        self._num_seen = 0
         self._rest, self._next_rest = 0, FIRST_REST
         self._probing = False
 
@@ -136,10 +137,11 @@ class _Trust:
 
     def learn(self, num_right: int, wrong: bool) -> None:
         """Take the fate of a draft: tokens that were right, and whether the next one was wrong."""
-        kept = (1 - WEIGHT) ** num_right
-        self.chance = 1 - (1 - self.chance) * kept
-        if wrong:
-            self.chance *= 1 - WEIGHT
+        for outcome in (1.0,) * num_right + (0.0,) * wrong:
+            # The first few count alike, with the guess that one of two would be right (Laplace's rule).
+            self._num_seen += 1
+            weight = max(WEIGHT, 1 / (self._num_seen + 2))
+            self.chance += weight * (outcome - self.chance)
         self.chance = min(max(self.chance, LEAST_CHANCE), MOST_CHANCE)
         if num_right:
             self._rest, self._next_rest = 0, FIRST_REST
