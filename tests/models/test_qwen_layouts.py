@@ -121,6 +121,6 @@ def test_logprobs_and_tokens_are_transformers(tmp_path: Path, name: str) -> None
 @pytest.mark.parametrize("name", ["qwen25vl", "qwen3vl"])
 def test_an_elongated_picture_is_refused(tmp_path: Path, name: str) -> None:
     write_checkpoint(tmp_path, FAMILIES[name])
+    prompt = {"prompt": IMAGE, "multi_modal_data": {"image": Image.new("RGB", (403, 2))}}
     with LLM(str(tmp_path), kv_cache_memory=2**22) as llm, pytest.raises(ValueError, match="too elongated"):
-        picture = Image.new("RGB", (403, 2))
-        llm.generate({"prompt": IMAGE, "multi_modal_data": {"image": picture}}, use_tqdm=False)
+        llm.generate(prompt, use_tqdm=False)
