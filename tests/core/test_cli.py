@@ -322,7 +322,7 @@ def test_plugins_without_any_says_what_to_install(run: Run, installed: Any) -> N
     result = run("plugins")
     assert result.status == 0
     assert "Plugins: none" in result.out
-    assert "no plugin provides a model; install one of opsin-models-llava," in result.out
+    assert "no plugin provides a model; install one of opsin-models-internvl," in result.out
     assert "no plugin provides a device; install one of opsin-device-cpu," in result.out
 
 

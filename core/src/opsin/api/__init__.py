@@ -47,15 +47,18 @@ from opsin.api.media import (
     Positions,
     ProcessedPrompt,
     Tokenizer,
+    expand_by_text,
     repeat_token,
 )
 from opsin.api.model import (
     BuildContext,
     ForwardStep,
+    MediaFeatures,
     Model,
     Parallel,
     Pooling,
     PoolingType,
+    WideMedia,
 )
 from opsin.api.specs import (
     API_MAJOR,
@@ -97,6 +100,7 @@ __all__ = [
     "LayerNorm",
     "LinearFn",
     "MappedMedia",
+    "MediaFeatures",
     "MediaItem",
     "MemoryInfo",
     "Modality",
@@ -123,6 +127,8 @@ __all__ = [
     "ToolParser",
     "ToolPieces",
     "TopK",
+    "WideMedia",
     "WriteKV",
+    "expand_by_text",
     "repeat_token",
 ]

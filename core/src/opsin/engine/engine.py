@@ -89,7 +89,7 @@ class Engine:
             self.plugins,
             max_model_len=self.resolved.max_model_len,
             vocab_size=self.executor.model.vocab_size,
-            hidden_size=self.executor.model.hidden_size,
+            media_width=self.executor.media_width,
         )
         self.info = EngineInfo(
             config=config,

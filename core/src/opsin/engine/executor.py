@@ -18,7 +18,7 @@ from opsin.checkpoint.files import Checkpoint, settings_explained
 from opsin.checkpoint.weights import load_weights, read_safetensors, torch_dtype
 from opsin.config import EngineConfig
 from opsin.engine.cache import EncoderCache
-from opsin.engine.runner import Runner, StepTokens
+from opsin.engine.runner import Runner, StepTokens, media_width
 from opsin.engine.scheduler import Step
 from opsin.engine.sizing import resolve, resolve_dtype
 from opsin.errors import ConfigError, PluginError
@@ -89,7 +89,8 @@ class LocalExecutor:
             free_bytes=self.device.memory().free_bytes,
         )
         self.encoder_cache = EncoderCache(config.encoder_cache_memory)
-        self.embed_bytes = self.model.hidden_size * dtype.itemsize
+        self.media_width = media_width(self.model)
+        self.embed_bytes = self.media_width * dtype.itemsize
         with _out_of_memory_explained(self.device, "KV cache", "pass a smaller kv_cache_memory"):
             kv = allocate_kv(self.device, self.resolved.num_blocks, self.resolved.block_size, geometry, dtype)
         self._runner = Runner(

@@ -20,10 +20,12 @@ from opsin.api import (
     Device,
     ForwardStep,
     KVLayer,
+    MediaFeatures,
     Model,
     PlacedMedia,
     PlanAttention,
     TopK,
+    WideMedia,
 )
 from opsin.engine.cache import EncoderCache
 from opsin.engine.pooling import pool
@@ -109,7 +111,7 @@ class Runner:
     def _encode_group(self, modality: str, items: SequenceOf[PlacedMedia]) -> None:
         outputs = self.model.encode(modality, [item.mapped for item in items])
         for item, output in zip(items, outputs, strict=True):
-            expected = (item.mapped.num_embeds, self.model.hidden_size)
+            expected = (item.mapped.num_embeds, media_width(self.model))
             if tuple(output.shape) != expected:
                 raise RequestError(
                     f"the encoder gave {tuple(output.shape)} for one {modality}, expected {expected}"
@@ -123,7 +125,7 @@ class Runner:
     def _compute(self, result: StepTokens, chunks: SequenceOf[Chunk]) -> None:
         first_rows = list(accumulate((chunk.length for chunk in chunks[:-1]), initial=0))
         placed = list(zip(first_rows, chunks))
-        embeds = self._embeds(placed)
+        embeds, media = self._embeds(placed)
         positions = torch.from_numpy(np.concatenate([_positions(chunk) for chunk in chunks], axis=1))
         batch = AttentionBatch(
             query_lens=[chunk.length for chunk in chunks],
@@ -139,6 +141,7 @@ class Runner:
                 positions=positions.to(self.device.torch_device),
                 kv=self.kv,
                 plan=self.plan_attention(batch),
+                media=media,
             )
         )
         if hidden.shape != embeds.shape:
@@ -159,11 +162,13 @@ class Runner:
             elif embedding is not None:
                 result.embeddings[sequence.seq_id] = embedding
 
-    def _embeds(self, placed: SequenceOf[tuple[int, Chunk]]) -> Tensor:
-        """(T, H): token embeddings, with media embeddings in their places."""
+    def _embeds(self, placed: SequenceOf[tuple[int, Chunk]]) -> tuple[Tensor, MediaFeatures | None]:
+        """(T, H): token embeddings, with media embeddings in their places; and what else media say."""
         ids = [token for _, chunk in placed for token in chunk.token_ids]
         target = self.device.torch_device
         embeds = self.model.embed(torch.tensor(ids, dtype=torch.int64, device=target))
+        width = embeds.shape[1]
+        further: list[tuple[Tensor, Tensor]] = []
         for first_row, chunk in placed:
             for item in chunk.media():
                 features = item.mapped.embeds
@@ -175,8 +180,15 @@ class Runner:
                 inside = flags[begin - item.start : end - item.start]
                 seen = int(flags[: begin - item.start].sum())
                 rows = torch.from_numpy(np.flatnonzero(inside) + first_row + begin - chunk.start)
-                embeds[rows.to(target)] = features[seen : seen + len(rows)].to(target, self.dtype)
-        return embeds
+                wanted = features[seen : seen + len(rows)].to(target, self.dtype)
+                rows = rows.to(target)
+                embeds[rows] = wanted[:, :width]
+                if wanted.shape[1] > width and len(rows):
+                    further.append((rows, wanted[:, width:]))
+        if not further:
+            return embeds, None
+        all_rows, columns = (torch.cat(parts) for parts in zip(*further))
+        return embeds, MediaFeatures(rows=all_rows, features=columns)
 
     def _slots(self, chunks: SequenceOf[Chunk]) -> list[int]:
         size = self.block_size
@@ -222,6 +234,11 @@ class Runner:
             logits = self._logits(hidden[row : row + end - chunk.start])
             tokens = prompt_logprobs(logits, targets, num_top, self.top_k)
             result.prompt_logprobs[sequence.seq_id] = (chunk.start + 1, tokens)
+
+
+def media_width(model: Model) -> int:
+    """Columns of what the model's encoder gives."""
+    return model.media_width if isinstance(model, WideMedia) else model.hidden_size
 
 
 def _isolate(

@@ -19,6 +19,7 @@ from opsin.api import (
     KVGeometry,
     KVLayer,
     MappedMedia,
+    MediaFeatures,
     Modality,
 )
 from opsin.layers.linear import Embedding, Linear, activation, dtype_name
@@ -49,6 +50,7 @@ class DecoderConfig:
 
     Attributes:
         qkv_bias: whether q, k and v have biases.
+        qk_norm: whether each head of q and of k is normalised (RMS) before it is rotated.
         fused: whether the checkpoint stores qkv_proj and gate_up_proj already fused.
         embed_scale: factor on token embeddings; embeddings of media are taken as they are.
         residual_scale: factor on what each attention and MLP adds to the residual stream.
@@ -70,6 +72,7 @@ class DecoderConfig:
     embed_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
+    qk_norm: bool = False
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **changes: Any) -> DecoderConfig:
@@ -126,6 +129,8 @@ class Attention(Module):
             few_rows=True,
         )
         self.o_proj = Linear(context, heads, config.hidden_size, bias=False, split="row", few_rows=True)
+        self.q_norm = RMSNorm(context, size, config.eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(context, size, config.eps) if config.qk_norm else None
         query = KernelQuery(
             op="rotary",
             dtype=dtype_name(context.dtype),
@@ -141,9 +146,16 @@ class Attention(Module):
         q, k, v = (
             part.unflatten(-1, (-1, self._head_size)) for part in self.qkv_proj(x).split(self._sizes, -1)
         )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = _heads_normed(self.q_norm, q), _heads_normed(self.k_norm, k)
         q, k = self._rotary(q, k, cos, sin)
         self._write_kv(k, v, kv, plan)
         return self.o_proj(self._attend(q, kv, plan, self._scale).flatten(1))
+
+
+def _heads_normed(norm: RMSNorm, x: Tensor) -> Tensor:
+    """x (T, N, D), each head normalised by itself."""
+    return norm(x.reshape(-1, x.shape[-1]))[0].view(x.shape)
 
 
 class GatedMLP(Module):
@@ -214,12 +226,26 @@ class Decoder(Module):
         self.norm = RMSNorm(context, config.hidden_size, config.eps)
         self._rotary = rotary
 
-    def forward(self, embeds: Tensor, positions: Tensor, kv: Sequence[KVLayer], plan: Any) -> Tensor:
-        """embeds (T, H), positions (A, T) -> hidden states after the final norm (T, H)."""
+    def forward(
+        self,
+        embeds: Tensor,
+        positions: Tensor,
+        kv: Sequence[KVLayer],
+        plan: Any,
+        media: MediaFeatures | None = None,
+    ) -> Tensor:
+        """embeds (T, H), positions (A, T) -> hidden states after the final norm (T, H).
+
+        ``media``: features (R, n * H), of which the i-th H columns are added to the hidden states after layer
+        i (DeepStack; Meng et al. 2024).
+        """
         cos, sin = self._rotary(positions)
+        added = [] if media is None else media.features.split(embeds.shape[1], dim=1)
         x, residual = embeds, None
-        for layer, cache in zip(self.layers, kv, strict=True):
+        for number, (layer, cache) in enumerate(zip(self.layers, kv, strict=True)):
             x, residual = layer(x, residual, cos, sin, cache, plan)
+            if media is not None and number < len(added):
+                x = x.index_add(0, media.rows, added[number])
         return self.norm(x, residual)[0]
 
 
@@ -291,6 +317,8 @@ class LanguageModel(Module):
         rotary: int64 positions (A, T) -> cosines and sines (T, D), usually a `RotaryTable`.
         renames: regular expressions -> what replaces them in checkpoint keys, one after another.
         unused: regular expressions of names, after that, whose tensors no computation reads.
+        deep_layers: to the hidden states after how many of the first layers media add features. `encode` then
+            gives (E, (1 + deep_layers) * H): the embedding, and what is added after each of them.
     """
 
     def __init__(
@@ -301,8 +329,14 @@ class LanguageModel(Module):
         rotary: nn.Module,
         renames: Mapping[str, str] | None = None,
         unused: Sequence[str] = (),
+        deep_layers: int = 0,
     ) -> None:
         super().__init__()
+        if not 0 <= deep_layers <= config.num_layers:
+            raise ValueError(
+                f"media add features after {deep_layers} layers; the decoder has {config.num_layers}"
+            )
+        self.media_width = (1 + deep_layers) * config.hidden_size
         self._renames, self._unused = renames or {}, tuple(unused)
         self.hidden_size, self.vocab_size = config.hidden_size, config.vocab_size
         self.kv_geometry = kv_geometry(config, context.parallel.world_size)
@@ -325,7 +359,7 @@ class LanguageModel(Module):
 
     def forward(self, step: ForwardStep) -> Tensor:
         """Hidden states after the final norm, (T, H)."""
-        return self.model(step.embeds, step.positions, step.kv, step.plan)
+        return self.model(step.embeds, step.positions, step.kv, step.plan, step.media)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, H) -> (B, V)."""

@@ -29,7 +29,9 @@ _FIELDS: Mapping[str, frozenset[str]] = {
 }
 """Types of rotary positions, and what ``rope_parameters`` has for each besides `_COMMON`."""
 
-_COMMON = frozenset({"rope_type", "rope_theta", "mrope_section", "partial_rotary_factor"})
+_COMMON = frozenset(
+    {"rope_type", "rope_theta", "mrope_section", "mrope_interleaved", "partial_rotary_factor"}
+)
 
 
 def inverse_frequencies(width: int, theta: float) -> Tensor:
@@ -45,10 +47,17 @@ class RotaryTable(Module):
         theta: base of the frequencies.
         sections: number of the D/2 frequencies that follow each axis (M-RoPE); None: one axis.
         device: torch device.
+        interleaved: whether the axes take turns, frequency by frequency, instead of having each a section.
     """
 
     def __init__(
-        self, head_size: int, theta: float, *, sections: Sequence[int] | None = None, device: str = "cpu"
+        self,
+        head_size: int,
+        theta: float,
+        *,
+        sections: Sequence[int] | None = None,
+        device: str = "cpu",
+        interleaved: bool = False,
     ) -> None:
         super().__init__()
         self._inverse = inverse_frequencies(head_size, theta)[None].to(device)
@@ -58,13 +67,23 @@ class RotaryTable(Module):
         if sections is not None:
             assert sum(sections) == head_size // 2, (sections, head_size)
             axis = torch.repeat_interleave(torch.arange(len(sections)), torch.tensor(sections))
+            if interleaved:
+                axis = interleaved_axes(sections)
             self._axis = axis.to(device)
 
     @classmethod
     def from_config(
-        cls, text: Mapping[str, Any], head_size: int, device: str, *, mrope: bool = False
+        cls,
+        text: Mapping[str, Any],
+        head_size: int,
+        device: str,
+        *,
+        mrope: bool = False,
+        interleaved: bool = False,
     ) -> RotaryTable:
         """From a `text_config`; ``mrope``: whether the family's positions have several axes.
+
+        ``interleaved``: whether these take turns; ``mrope_interleaved`` of config.json must agree.
 
         A family whose checkpoints may be of type "longrope" gives `switch_lengths` with its positions.
 
@@ -82,8 +101,13 @@ class RotaryTable(Module):
             raise ValueError(
                 f"mrope_section is {sections!r}; expected integers whose sum is {head_size // 2}"
             )
+        if rope.get("mrope_interleaved") not in (None, interleaved):
+            raise ValueError(
+                f"mrope_interleaved of rope_scaling (or rope_parameters) is {rope['mrope_interleaved']!r}; "
+                f"expected {str(interleaved).lower()} in this family"
+            )
         inverse, factor = _scaled(text, head_size)
-        table = cls(head_size, rope["rope_theta"], sections=sections, device=device)
+        table = cls(head_size, rope["rope_theta"], sections=sections, device=device, interleaved=interleaved)
         table._factor = factor
         table._inverse = inverse.to(device)
         table._num_rows += len(inverse) > 1
@@ -109,6 +133,18 @@ class RotaryTable(Module):
             angles = positions.float().index_select(0, self._axis).t() * inverse
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos() * self._factor, angles.sin() * self._factor
+
+
+def interleaved_axes(sections: Sequence[int]) -> Tensor:
+    """Which axis each frequency follows where the axes take turns, int64 (sum of sections,).
+
+    Axis a > 0 has the frequencies a, a + A, a + 2A, ..., as many as its section says; the first axis has the
+    rest (transformers: ``recomposition_frequencies``).
+    """
+    axes = torch.zeros(sum(sections), dtype=torch.int64)
+    for axis, count in enumerate(sections[1:], 1):
+        axes[axis : count * len(sections) : len(sections)] = axis
+    return axes
 
 
 def _integers(values: Any) -> bool:
