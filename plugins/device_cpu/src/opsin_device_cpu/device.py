@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 from collections.abc import Mapping
@@ -11,9 +12,11 @@ import psutil
 import torch
 
 from opsin.api import Capabilities, Device, MemoryInfo, Probe
-from opsin_device_cpu import limits
+from opsin_device_cpu import limits, native
 from opsin_device_cpu.allocator import keep_freed_memory
 from opsin_device_cpu.attention import allocate_kv
+
+logger = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16")
 
@@ -84,6 +87,7 @@ def _details() -> Mapping[str, Any]:
         "threads": f"{count} ({reason})",
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "bfloat16 instructions": has_bfloat16_instructions(),
+        "native kernels": native.loaded().reason,
         "oneDNN": torch.backends.mkldnn.is_available(),
         "memory": f"{known.free_bytes / 2**30:.1f} GiB free of {known.total_bytes / 2**30:.1f} GiB",
         "torch": torch.__version__,
@@ -108,6 +112,8 @@ def open_device(index: int) -> Device:
     if index != 0:
         raise ValueError(f'device "cpu:{index}": there is one CPU device; pass device="cpu"')
     torch.set_num_threads(threads()[0])
+    native.set_threads(threads()[0])
+    logger.info("native kernels: %s", native.loaded().reason)
     kept = keep_freed_memory()
     return Device(
         name="cpu",
