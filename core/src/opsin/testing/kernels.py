@@ -398,7 +398,7 @@ def _prepared(bench: Bench, drawn: Tensor, bias: Tensor | None, decodes: bool) -
 
 
 def some_weight(drawn: Tensor, form: WeightForm) -> QuantizedWeight:
-    """A weight in a form: ``drawn`` (N, K) rounded, or made up with every code and zero point there can be."""
+    """A weight in a form: ``drawn`` (N, K) rounded, or made up of every code and zero point there is."""
     if not form.zero_points and form.kind in ("int8", "int4"):
         return round_weight(drawn, form)
     rows, wide = drawn.shape
