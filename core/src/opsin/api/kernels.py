@@ -213,8 +213,8 @@ class PrepareQuantizedLinear(Protocol):
 
     It computes act(x @ W.T + bias), W the weight that ``weight.dequantize`` gives: to the precision of the
     run dtype, where the form does not allow rounding the activations. Where it does, each row of x may first
-    be rounded to 8 bits: ``s = max(abs(row)) / 127``, codes ``round(row / s)``. A row's result never depends on
-    the rows beside it. ``keep_weight`` and ``few_rows`` are those of `PrepareLinear`. Since 1.2.
+    be rounded to 8 bits: ``s = max(abs(row)) / 127``, codes ``round(row / s)``. A row's result never depends
+    on the rows beside it. ``keep_weight`` and ``few_rows`` are those of `PrepareLinear`. Since 1.2.
     """
 
     def __call__(
