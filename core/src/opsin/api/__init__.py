@@ -29,6 +29,7 @@ from opsin.api.kernels import (
     PagedAttention,
     PlanAttention,
     PrepareLinear,
+    PrepareQuantizedLinear,
     RMSNorm,
     Rotary,
     TopK,
@@ -69,6 +70,7 @@ from opsin.api.specs import (
     PlaceholderSpec,
 )
 from opsin.api.tools import ToolCallPiece, ToolFormat, ToolParser, ToolPieces
+from opsin.api.weights import QuantizedWeight, WeightForm, WeightKind
 
 __all__ = [
     "API_MAJOR",
@@ -113,8 +115,10 @@ __all__ = [
     "PoolingType",
     "Positions",
     "PrepareLinear",
+    "PrepareQuantizedLinear",
     "Probe",
     "ProcessedPrompt",
+    "QuantizedWeight",
     "RMSNorm",
     "Rotary",
     "Tokenizer",
@@ -123,6 +127,8 @@ __all__ = [
     "ToolParser",
     "ToolPieces",
     "TopK",
+    "WeightForm",
+    "WeightKind",
     "WriteKV",
     "repeat_token",
 ]

@@ -24,6 +24,7 @@ from opsin.layers.module import Layer, Module, Slot
 from opsin.layers.norm import LayerNorm, RMSNorm
 from opsin.layers.pixels import CLIP_MEAN, CLIP_STD, pixel_levels, pixel_values, resampling
 from opsin.layers.rotary import RotaryTable, inverse_frequencies
+from opsin.layers.rounding import round_weight
 from opsin.layers.text import context_length, fields, sequential_positions, switch_lengths, text_config
 from opsin.layers.vision import (
     MLP,
@@ -71,6 +72,7 @@ __all__ = [
     "pixel_levels",
     "pixel_values",
     "resampling",
+    "round_weight",
     "sequential_positions",
     "split_embeds",
     "split_image_embeds",
