@@ -114,6 +114,26 @@ def paged_attention(q: Tensor, layer: api.KVLayer, plan: ReferencePlan, scale: f
     return torch.cat(outputs).to(q.dtype)
 
 
+def in_a_row(rotate: api.Rotary, write: api.WriteKV, attend: api.PagedAttention) -> api.RotaryPagedAttention:
+    """`RotaryPagedAttention` of three ops; of their references it is its reference."""
+
+    def attention(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        layer: api.KVLayer,
+        plan: Any,
+        scale: float,
+    ) -> Tensor:
+        q, k = rotate(q, k, cos, sin)
+        write(k, v, layer, plan)
+        return attend(q, layer, plan, scale)
+
+    return attention
+
+
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, q_lens: Sequence[int], k_lens: Sequence[int] | None, scale: float
 ) -> Tensor:
@@ -180,6 +200,7 @@ REFERENCES: Mapping[api.OpName, Callable[..., Any]] = {
     "prepare_linear": prepare_linear,
     "top_k": top_k,
     "prepare_quantized_linear": prepare_quantized_linear,
+    "rotary_paged_attention": in_a_row(rotary, write_kv, paged_attention),
 }
 
 _KV_OPS: tuple[api.OpName, ...] = ("plan_attention", "write_kv", "paged_attention")
@@ -284,6 +305,15 @@ class Kernels:
             )
         self._plan = plan
         return write, attend
+
+    def rotary_paged(self, query: api.KernelQuery) -> api.RotaryPagedAttention:
+        """Bind `RotaryPagedAttention`: the device's, if its KV ops are, or `rotary` and `paged` in a row."""
+        fused = replace(query, op="rotary_paged_attention")
+        if self.supports(fused) and all(self.supports(replace(query, op=op)) for op in _KV_OPS):
+            self.paged(replace(query, op="paged_attention"))
+            return self._bind(fused)
+        rotate = self.rotary(replace(query, op="rotary"))
+        return in_a_row(rotate, *self.paged(replace(query, op="paged_attention")))
 
     @property
     def plan_attention(self) -> api.PlanAttention:

@@ -32,6 +32,7 @@ from opsin.api.kernels import (
     PrepareQuantizedLinear,
     RMSNorm,
     Rotary,
+    RotaryPagedAttention,
     TopK,
     WriteKV,
 )
@@ -121,6 +122,7 @@ __all__ = [
     "QuantizedWeight",
     "RMSNorm",
     "Rotary",
+    "RotaryPagedAttention",
     "Tokenizer",
     "ToolCallPiece",
     "ToolFormat",

@@ -23,6 +23,7 @@ OpName = Literal[
     "prepare_linear",
     "top_k",
     "prepare_quantized_linear",
+    "rotary_paged_attention",
 ]
 """The op table. Every op has a reference in `opsin.kernels`; a device may bring its own."""
 
@@ -166,6 +167,26 @@ class PagedAttention(Protocol):
     def __call__(self, q: Tensor, layer: KVLayer, plan: Any, scale: float) -> Tensor: ...
 
 
+class RotaryPagedAttention(Protocol):
+    """`Rotary` of q and k, `WriteKV` of k and v, and `PagedAttention` of q, in one: (T, N, D).
+
+    Optional, since 1.2: without it the three are called one after another. It shares the plan and the cache
+    of the device's other KV ops. May overwrite q and k.
+    """
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        layer: KVLayer,
+        plan: Any,
+        scale: float,
+    ) -> Tensor: ...
+
+
 class DenseAttention(Protocol):
     """Full (not causal) attention within each of several segments of a flat batch.
 
@@ -263,4 +284,8 @@ class Kernels(Protocol):
 
     def paged(self, query: KernelQuery) -> tuple[WriteKV, PagedAttention]:
         """Bind the ops around the KV cache, which share a plan."""
+        ...
+
+    def rotary_paged(self, query: KernelQuery) -> RotaryPagedAttention:
+        """Bind rotary and the ops around the KV cache as one call. Since 1.2."""
         ...

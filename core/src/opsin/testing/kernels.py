@@ -156,12 +156,12 @@ def kernel_cases(
 
     Args:
         dtypes: of the device.
-        later_ops: with the ops added since API 1.0 (top_k), which plugins of that time do not have.
+        later_ops: with the ops added since API 1.0 (top_k, rotary_paged_attention), which plugins of that time do not have.
         weights: also linear layers over weights in these forms, of `WEIGHT_FORMS` or others. Since 1.2.
     """
     makers = [_norms, _gated_acts, _rotaries, _linears, _paged_attentions, _dense_attentions]
     if later_ops:
-        makers.append(_top_ks)
+        makers += [_top_ks, _rotary_paged_attentions]
     makers += [partial(formed_linears, form) for form in weights]
     return [case for dtype in dtypes for maker in makers for case in maker(dtype)]
 
@@ -188,7 +188,8 @@ def check_kernel(case: KernelCase, device: Device, specs: Sequence[KernelSpec]) 
         if device.synchronize is not None:
             device.synchronize()
     providers = {choice.provider for choice in kernels.choices}
-    assert kernels.choices[Choice(case.query.op, next(iter(providers)))], case
+    in_a_row = case.query.op == "rotary_paged_attention"  # a device without it has bound the three ops
+    assert in_a_row or kernels.choices[Choice(case.query.op, next(iter(providers)))], case
     return KernelOutcome(providers.pop(), bench.worst)
 
 
@@ -509,6 +510,59 @@ def _check_paged(
             stored, getattr(expected_layer, name), rtol=0, atol=0, equal_nan=True, msg=f"cache of {name}"
         )
         assert getattr(layers[0], name).isnan().all(), f"the {name} of another layer was written"
+
+
+def _rotary_paged_attentions(dtype: str) -> Iterator[KernelCase]:
+    for step, geometry, partial_width in product(_STEPS, _GEOMETRIES, (False, True)):
+        query = _attention_query("rotary_paged_attention", dtype, *geometry)
+        heads, kv_heads, size = geometry
+        width = size // 2 if partial_width else size
+        name = f"rotary_paged_attention-{dtype}-{heads}:{kv_heads}x{size}-of-{width}-{step}"
+        check = partial(_check_rotary_paged, geometry=geometry, width=width, lens=_STEPS[step])
+        yield KernelCase(name, query, check)
+
+
+def _check_rotary_paged(
+    bench: Bench, *, geometry: Sequence[int], width: int, lens: Sequence[tuple[int, int]]
+) -> None:
+    """As `_check_paged`, in one op; and what it stored serves the ops that it stands for."""
+    heads, kv_heads, head_size = geometry
+    size = bench.device.capabilities.kv_block_size
+    tables, num_blocks = _block_tables(bench, [length for _, length in lens], size, True)
+    fused = bench.kernels.rotary_paged(bench.query)
+    _, attend = bench.kernels.paged(replace(bench.query, op="paged_attention"))
+    kv = KVGeometry(num_layers=1, num_kv_heads=kv_heads, head_size=head_size)
+    (layer,) = allocate_kv(bench.device, num_blocks, size, kv, bench.dtype)
+    layer.k.fill_(math.nan)
+    layer.v.fill_(math.nan)
+    shape = (num_blocks, size, kv_heads, head_size)
+    expected_layer = KVLayer(k=torch.full(shape, math.nan), v=torch.full(shape, math.nan))
+    scale = head_size**-0.5
+
+    before = [(length - query_len, length - query_len) for query_len, length in lens]
+    for step in (before, lens):
+        present = [(table, *pair) for table, pair in zip(tables, step) if pair[0] > 0]
+        if not present:
+            continue
+        batch = _batch(present, size)
+        tokens = len(batch.slots)
+        q, k, v = (bench.draw(tokens, n, head_size) for n in (heads, kv_heads, kv_heads))
+        angles = torch.rand(tokens, width // 2, generator=torch.Generator().manual_seed(tokens)) * 100
+        cos, sin = torch.cat((angles, angles), -1).cos(), torch.cat((angles, angles), -1).sin()
+        expected_plan = reference.plan_attention(batch)
+        turned_q, turned_k = reference.rotary(q, k, cos, sin)
+        # The cache holds the run dtype, so that what is read back is what the device has.
+        turned_k = turned_k.to(bench.dtype).float()
+        reference.write_kv(turned_k, v, expected_layer, expected_plan)
+        expected = reference.paged_attention(turned_q, expected_layer, expected_plan, scale)
+        put_q, put_k, put_v = bench.fused(q, k, v)
+        plan = bench.kernels.plan_attention(replace(batch, device=bench.device.torch_device))
+        tables_on_device = [table.to(bench.device.torch_device) for table in (cos, sin)]
+        got = fused(put_q, put_k, put_v, *tables_on_device, layer, plan, scale)
+        bench.compare(got, expected, "attention")
+        bench.compare(put_v, v, "v, which is next to q and k in memory")
+        again = attend(bench.put(turned_q), layer, plan, scale)
+        bench.compare(again, expected, "attention over what was stored")
 
 
 def _block_tables(

@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import psutil
 import torch
 
-from opsin.api import Capabilities, Device, MemoryInfo, Probe
+from opsin.api import Capabilities, Device, KVGeometry, KVLayer, MemoryInfo, Probe
 from opsin_device_cpu import limits, native
 from opsin_device_cpu.allocator import keep_freed_memory
-from opsin_device_cpu.attention import allocate_kv
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +102,17 @@ def probe() -> Probe:
     return Probe(score=1, reason=f"{details['processor']}, {details['threads']} threads", details=details)
 
 
+def _allocator_of_kv() -> Callable[[int, int, KVGeometry, torch.dtype], Sequence[KVLayer]]:
+    """The layout of those kernels that will read it."""
+    if native.library() is None:
+        from opsin_device_cpu import attention
+
+        return attention.allocate_kv
+    from opsin_device_cpu.compiled import attention as compiled
+
+    return compiled.allocate_kv
+
+
 def open_device(index: int) -> Device:
     """Set torch's thread count and the allocator's habits, and describe the device.
 
@@ -120,6 +130,6 @@ def open_device(index: int) -> Device:
         torch_device="cpu",
         capabilities=capabilities(),
         memory=memory,
-        allocate_kv=allocate_kv,
+        allocate_kv=_allocator_of_kv(),
         details={**_details(), "allocator keeps freed memory": kept},
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import c_char_p, c_int, c_int32, c_int64, c_void_p
+from ctypes import c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,6 +26,28 @@ NATIVE_VARIABLE = "OPSIN_CPU_NATIVE"
 POOL_VARIABLE = "OPSIN_CPU_POOL"
 
 _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
+    "opsin_plan": (c_int, (c_void_p, c_int64)),
+    "opsin_paged": (
+        c_int,
+        (c_void_p, *(c_void_p, c_int64) * 3, c_void_p, c_void_p, c_int64)
+        + (c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_float, c_int64),
+    ),
+    "opsin_dense": (
+        c_int,
+        (*(c_void_p, c_int64) * 3, c_void_p, c_int64, c_void_p, c_void_p)
+        + (c_int64, c_int64, c_int64, c_int64, c_float, c_int64),
+    ),
+    "opsin_rotate": (c_int, (c_void_p, *(c_int64,) * 4, c_void_p, c_void_p, c_int64, c_int64)),
+    "opsin_rms_norm": (
+        c_int,
+        (c_int64, c_int64, c_int64, *(c_void_p, c_int64) * 2, c_void_p, c_float, c_void_p, c_int64),
+    ),
+    "opsin_layer_norm": (
+        c_int,
+        (c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_float, c_void_p, c_int64),
+    ),
+    "opsin_gated": (c_int, (*(c_int64,) * 4, c_void_p, c_int64, c_void_p, c_int64)),
+    "opsin_activate": (c_int, (c_int64, c_int64, c_int64, c_void_p)),
     "opsin_abi_version": (c_int, ()),
     "opsin_isa": (c_char_p, ()),
     "opsin_has_isa": (c_int, (c_char_p,)),
