@@ -156,7 +156,8 @@ def kernel_cases(
 
     Args:
         dtypes: of the device.
-        later_ops: with the ops added since API 1.0 (top_k, rotary_paged_attention), which plugins of that time do not have.
+        later_ops: with the ops added since API 1.0 (top_k, rotary_paged_attention), which plugins of that time
+            do not have.
         weights: also linear layers over weights in these forms, of `WEIGHT_FORMS` or others. Since 1.2.
     """
     makers = [_norms, _gated_acts, _rotaries, _linears, _paged_attentions, _dense_attentions]

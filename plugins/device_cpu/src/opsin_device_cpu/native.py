@@ -29,13 +29,17 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "opsin_plan": (c_int, (c_void_p, c_int64)),
     "opsin_paged": (
         c_int,
-        (c_void_p, *(c_void_p, c_int64) * 3, c_void_p, c_void_p, c_int64)
-        + (c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_float, c_int64),
+        (
+            *(c_void_p, *(c_void_p, c_int64) * 3, c_void_p, c_void_p, c_int64),
+            *(c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_float, c_int64),
+        ),
     ),
     "opsin_dense": (
         c_int,
-        (*(c_void_p, c_int64) * 3, c_void_p, c_int64, c_void_p, c_void_p)
-        + (c_int64, c_int64, c_int64, c_int64, c_float, c_int64),
+        (
+            *(*(c_void_p, c_int64) * 3, c_void_p, c_int64, c_void_p, c_void_p),
+            *(c_int64, c_int64, c_int64, c_int64, c_float, c_int64),
+        ),
     ),
     "opsin_rotate": (c_int, (c_void_p, *(c_int64,) * 4, c_void_p, c_void_p, c_int64, c_int64)),
     "opsin_rms_norm": (

@@ -25,7 +25,7 @@ def _open(index: int) -> Device:
 
 
 def _from(module: str, op: OpName, compiled: str | None = None) -> Callable[[], Callable[..., Any]]:
-    """Loads the kernel that stands in a module under the op's name: in ``compiled`` where its library is there."""
+    """Loads the kernel that stands in a module under the op's name; in ``compiled`` if the library is there."""
 
     def load() -> Callable[..., Any]:
         from opsin_device_cpu import native

@@ -74,8 +74,8 @@ def gated_act(x: Tensor, activation: Activation) -> Tensor:
         raise ValueError(f"gated_act: x {tuple(x.shape)}; expected an even last size")
     out = x.new_empty(*x.shape[:-1], columns)
     code = _GATED(
-        TYPES[x.dtype], ACTIVATIONS[activation], x.numel() // wide, columns, x.data_ptr(), wide, out.data_ptr(),
-        columns,
+        TYPES[x.dtype], ACTIVATIONS[activation], x.numel() // wide, columns, x.data_ptr(), wide,
+        out.data_ptr(), columns,
     )  # fmt: skip
     check(code, "gated_act")
     return out
