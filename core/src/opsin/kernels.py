@@ -114,6 +114,26 @@ def paged_attention(q: Tensor, layer: api.KVLayer, plan: ReferencePlan, scale: f
     return torch.cat(outputs).to(q.dtype)
 
 
+def in_a_row(rotate: api.Rotary, write: api.WriteKV, attend: api.PagedAttention) -> api.RotaryPagedAttention:
+    """`RotaryPagedAttention` of three ops; of their references it is its reference."""
+
+    def attention(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        layer: api.KVLayer,
+        plan: Any,
+        scale: float,
+    ) -> Tensor:
+        q, k = rotate(q, k, cos, sin)
+        write(k, v, layer, plan)
+        return attend(q, layer, plan, scale)
+
+    return attention
+
+
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, q_lens: Sequence[int], k_lens: Sequence[int] | None, scale: float
 ) -> Tensor:
@@ -138,7 +158,25 @@ def prepare_linear(
     act = None if activation is None else ACTIVATIONS[activation]
 
     def linear(x: Tensor) -> Tensor:
-        y = F.linear(x, weight, bias)
+        y = F.linear(x, weight.to(x.dtype), bias)
+        return y if act is None else act(y)
+
+    return linear
+
+
+def prepare_quantized_linear(
+    weight: api.QuantizedWeight,
+    bias: Tensor | None,
+    activation: api.Activation | None,
+    *,
+    keep_weight: bool,  # noqa: ARG001 (the op's signature)
+    few_rows: bool = False,  # noqa: ARG001 (the op's signature)
+) -> api.LinearFn:
+    """Reference of `opsin.api.PrepareQuantizedLinear`: dequantizes at every call, rounds no activations."""
+    act = None if activation is None else ACTIVATIONS[activation]
+
+    def linear(x: Tensor) -> Tensor:
+        y = F.linear(x, weight.dequantize(x.dtype), bias)
         return y if act is None else act(y)
 
     return linear
@@ -161,6 +199,8 @@ REFERENCES: Mapping[api.OpName, Callable[..., Any]] = {
     "dense_attention": dense_attention,
     "prepare_linear": prepare_linear,
     "top_k": top_k,
+    "prepare_quantized_linear": prepare_quantized_linear,
+    "rotary_paged_attention": in_a_row(rotary, write_kv, paged_attention),
 }
 
 _KV_OPS: tuple[api.OpName, ...] = ("plan_attention", "write_kv", "paged_attention")
@@ -236,6 +276,20 @@ class Kernels:
         """Bind `PrepareLinear`."""
         return self._bind(query)
 
+    def prepare_quantized_linear(self, query: api.KernelQuery) -> api.PrepareQuantizedLinear:
+        """Bind `PrepareQuantizedLinear`."""
+        return self._bind(query)
+
+    def supports(self, query: api.KernelQuery) -> bool:
+        """Whether the device itself serves a query; if not, the reference would."""
+        spec = self._specs.get(query.op)
+        if spec is None:
+            return False
+        narrow = query.weight if query.op == "prepare_linear" else None
+        if narrow is not None and narrow.kind not in spec.weights:
+            return False  # a kernel made before there were such weights would not look at this one's
+        return spec.supports(query)
+
     def top_k(self, query: api.KernelQuery) -> api.TopK:
         """Bind `TopK`."""
         return self._bind(query)
@@ -252,6 +306,15 @@ class Kernels:
         self._plan = plan
         return write, attend
 
+    def rotary_paged(self, query: api.KernelQuery) -> api.RotaryPagedAttention:
+        """Bind `RotaryPagedAttention`: the device's, if its KV ops are, or `rotary` and `paged` in a row."""
+        fused = replace(query, op="rotary_paged_attention")
+        if self.supports(fused) and all(self.supports(replace(query, op=op)) for op in _KV_OPS):
+            self.paged(replace(query, op="paged_attention"))
+            return self._bind(fused)
+        rotate = self.rotary(replace(query, op="rotary"))
+        return in_a_row(rotate, *self.paged(replace(query, op="paged_attention")))
+
     @property
     def plan_attention(self) -> api.PlanAttention:
         """The planning op that belongs to the attention the model's layers have bound."""
@@ -267,8 +330,7 @@ class Kernels:
 
     def _bind(self, query: api.KernelQuery) -> Callable[..., Any]:
         assert query.op not in _KV_OPS, "bind the KV ops together, with paged()"
-        spec = self._specs.get(query.op)
-        return self._take(query.op, spec is not None and spec.supports(query))
+        return self._take(query.op, self.supports(query))
 
     def _take(self, op: api.OpName, own: bool) -> Callable[..., Any]:
         self.choices[Choice(op, self._device if own else "reference")] += 1

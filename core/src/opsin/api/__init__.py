@@ -29,8 +29,10 @@ from opsin.api.kernels import (
     PagedAttention,
     PlanAttention,
     PrepareLinear,
+    PrepareQuantizedLinear,
     RMSNorm,
     Rotary,
+    RotaryPagedAttention,
     TopK,
     WriteKV,
 )
@@ -72,6 +74,7 @@ from opsin.api.specs import (
     PlaceholderSpec,
 )
 from opsin.api.tools import ToolCallPiece, ToolFormat, ToolParser, ToolPieces
+from opsin.api.weights import QuantizedWeight, WeightForm, WeightKind
 
 __all__ = [
     "API_MAJOR",
@@ -117,16 +120,21 @@ __all__ = [
     "PoolingType",
     "Positions",
     "PrepareLinear",
+    "PrepareQuantizedLinear",
     "Probe",
     "ProcessedPrompt",
+    "QuantizedWeight",
     "RMSNorm",
     "Rotary",
+    "RotaryPagedAttention",
     "Tokenizer",
     "ToolCallPiece",
     "ToolFormat",
     "ToolParser",
     "ToolPieces",
     "TopK",
+    "WeightForm",
+    "WeightKind",
     "WideMedia",
     "WriteKV",
     "expand_by_text",

@@ -11,6 +11,7 @@ from opsin.api.kernels import KernelQuery, OpName
 from opsin.api.media import InputContext, InputMapper, Modality, PlacedMedia, Placeholder, Positions
 from opsin.api.model import BuildContext, Model, Pooling
 from opsin.api.tools import ToolFormat
+from opsin.api.weights import WeightKind
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -113,9 +114,12 @@ class KernelSpec:
         op: a name of the op table.
         load: imports and returns the kernel; its signature is the op's protocol in this module.
         supports: declines queries it cannot serve; they run on the reference, counted and shown.
+        weights: of prepare_linear: the kinds of `WeightForm` besides the run dtype that ``supports`` knows
+            about; it is never asked about others. Since 1.2.
     """
 
     device: str
     op: OpName
     load: Callable[[], Callable[..., Any]]
     supports: Callable[[KernelQuery], bool] = lambda query: True  # noqa: ARG005 (its name is the protocol's)
+    weights: tuple[WeightKind, ...] = ()

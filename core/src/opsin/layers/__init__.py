@@ -43,6 +43,7 @@ from opsin.layers.patches import (
 )
 from opsin.layers.pixels import CLIP_MEAN, CLIP_STD, pixel_levels, pixel_values, resampling
 from opsin.layers.rotary import RotaryTable, inverse_frequencies
+from opsin.layers.rounding import round_weight
 from opsin.layers.text import context_length, fields, sequential_positions, switch_lengths, text_config
 from opsin.layers.tiling import (
     cut_tiles,
@@ -119,6 +120,7 @@ __all__ = [
     "pixel_values",
     "resampling",
     "resized",
+    "round_weight",
     "sequential_positions",
     "size_by_longest_edge",
     "split_embeds",

@@ -116,7 +116,7 @@ class Attention(Module):
         super().__init__()
         world = context.parallel.world_size
         size = config.head_size
-        self._sizes = [config.num_heads // world * size] + [config.num_kv_heads // world * size] * 2
+        self._heads = [config.num_heads // world] + [config.num_kv_heads // world] * 2
         self._head_size, self._scale = size, 1 / math.sqrt(size)
         heads, kv_heads = config.num_heads * size, config.num_kv_heads * size
         parts = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
@@ -138,19 +138,14 @@ class Attention(Module):
             num_kv_heads=config.num_kv_heads // world,
             head_size=size,
         )
-        self._rotary = context.kernels.rotary(query)
-        self._write_kv, self._attend = context.kernels.paged(query)
+        self._attend = context.kernels.rotary_paged(query)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv: KVLayer, plan: Any) -> Tensor:
         """x (T, H) -> (T, H); writes this step's keys and values."""
-        q, k, v = (
-            part.unflatten(-1, (-1, self._head_size)) for part in self.qkv_proj(x).split(self._sizes, -1)
-        )
+        q, k, v = self.qkv_proj(x).view(len(x), -1, self._head_size).split(self._heads, 1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = _heads_normed(self.q_norm, q), _heads_normed(self.k_norm, k)
-        q, k = self._rotary(q, k, cos, sin)
-        self._write_kv(k, v, kv, plan)
-        return self.o_proj(self._attend(q, kv, plan, self._scale).flatten(1))
+        return self.o_proj(self._attend(q, k, v, cos, sin, kv, plan, self._scale).flatten(1))
 
 
 def _heads_normed(norm: RMSNorm, x: Tensor) -> Tensor:
