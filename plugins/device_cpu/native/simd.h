@@ -43,13 +43,24 @@ OPSIN_INLINE void store(T* to, V v) {
 OPSIN_INLINE vf splat(float x) { return x - vf{}; }
 OPSIN_INLINE vi splat(int32_t x) { return x + vi{}; }
 
-// One rounding where the processor has such an instruction: -ffp-contract=fast.
-OPSIN_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
+// a * b + c with one rounding where the processor has such an instruction. Spelt out: left to the compiler
+// (-ffp-contract=fast), it differs between kernels that must agree bit for bit.
+OPSIN_INLINE vf fma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif OPSIN_ARM
+  return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
 
 OPSIN_INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 
 template <class T>
-OPSIN_INLINE T min_of(T a, T b) {
+constexpr OPSIN_INLINE T min_of(T a, T b) {
   return b < a ? b : a;
 }
 

@@ -1,8 +1,8 @@
 """The compiled kernels: found, checked and loaded. They are never required.
 
 `native/` holds C++ with a C ABI: it knows neither Python nor torch and takes pointers and sizes. Whatever is
-passed must stay alive during the call, and every function here is called with the interpreter's lock released.
-Packaging and loading: docs/decisions/0075-cpu-native-package.md; threads: docs/decisions/0076-cpu-native-threads.md.
+passed must stay alive during the call; the interpreter's lock is released meanwhile. Packaging and loading:
+docs/decisions/0075-cpu-native-package.md; threads: docs/decisions/0076-cpu-native-threads.md.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 ABI_VERSION = 1
-"""What the library's ``opsin_abi_version`` must say: raised there and here with every change of a signature."""
+"""What ``opsin_abi_version`` must say: raised there and here with every change of a signature."""
 
 LIBRARY = Path(__file__).with_name("libopsin_cpu.so")
 
@@ -61,6 +61,14 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "opsin_set_gomp": (None, (c_void_p,)),
     "opsin_measure_read": (c_int32, (c_void_p, c_int64)),
     "opsin_measure_multiply": (c_int64, (c_int64,)),
+    "opsin_weight_pack": (
+        c_void_p,
+        (c_int32, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p),
+    ),
+    "opsin_weight_free": (None, (c_void_p,)),
+    "opsin_weight_bytes": (c_int64, (c_void_p,)),
+    "opsin_weight_rows": (c_int32, (c_void_p, c_void_p, c_int64, c_void_p)),
+    "opsin_linear": (c_int32, (c_void_p, c_void_p, c_int64, c_void_p, c_int32, c_int32, c_void_p)),
 }
 
 
