@@ -342,7 +342,12 @@ class LLM:
 
     def get_metrics(self) -> list[Metric]:
         """The engine's counters and gauges at this moment; see `opsin.results.EngineStats`."""
-        return [Metric(f"opsin:{name}", value) for name, value in asdict(self.engine.stats()).items()]
+        stats = asdict(self.engine.stats())
+        forms = stats.pop("weight_forms")
+        return [
+            *(Metric(f"opsin:{name}", value) for name, value in stats.items()),
+            *(Metric(f'opsin:weight_forms{{form="{form}"}}', count) for form, count in forms.items()),
+        ]
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes. False, and nothing is forgotten, while requests are in progress."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
 from opsin.errors import RequestError
@@ -237,6 +237,7 @@ class EngineStats:
         num_encoded: media items run through the encoder.
         num_preemptions: sequences preempted for want of blocks, so far.
         num_restarts: sequences computed again because they outgrew a length of `Positions.switch_lengths`.
+        weight_forms: form of weights -> linear layers that use it, e.g. ``{"int8": 96, "float32": 2}``.
     """
 
     num_running: int
@@ -254,6 +255,7 @@ class EngineStats:
     num_encoded: int
     num_preemptions: int
     num_restarts: int
+    weight_forms: Mapping[str, int] = field(default_factory=dict)
 
 
 class Metric(NamedTuple):

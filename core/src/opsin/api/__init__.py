@@ -68,9 +68,11 @@ from opsin.api.specs import (
     KernelSpec,
     ModelSpec,
     PlaceholderSpec,
+    StoredModule,
+    WeightFormatSpec,
 )
 from opsin.api.tools import ToolCallPiece, ToolFormat, ToolParser, ToolPieces
-from opsin.api.weights import QuantizedWeight, WeightForm, WeightKind
+from opsin.api.weights import QuantizedWeight, Rounding, WeightForm, WeightKind
 
 __all__ = [
     "API_MAJOR",
@@ -121,6 +123,8 @@ __all__ = [
     "QuantizedWeight",
     "RMSNorm",
     "Rotary",
+    "Rounding",
+    "StoredModule",
     "Tokenizer",
     "ToolCallPiece",
     "ToolFormat",
@@ -128,6 +132,7 @@ __all__ = [
     "ToolPieces",
     "TopK",
     "WeightForm",
+    "WeightFormatSpec",
     "WeightKind",
     "WriteKV",
     "repeat_token",

@@ -106,7 +106,9 @@ class Engine:
             max_encoder_tokens=config.max_encoder_tokens,
             embed_bytes=self.executor.embed_bytes,
             prefix_caching=config.enable_prefix_caching,
-            root_key=f"{self.checkpoint.revision_key}|{self.resolved.dtype}".encode(),
+            root_key="|".join(
+                (self.checkpoint.revision_key, self.resolved.dtype, str(self.executor.weight_forms))
+            ).encode(),
         )
         self._requests: dict[str, RequestState | PoolingState] = {}
         self._num_sequences = 0
@@ -321,6 +323,7 @@ class Engine:
             num_encoded=self.executor.num_encoded,
             num_preemptions=self.scheduler.num_preemptions,
             num_restarts=self.scheduler.num_restarts,
+            weight_forms=self.executor.weight_forms,
         )
 
     def reset_prefix_cache(self) -> bool:

@@ -145,6 +145,10 @@ class Metrics(Collector):
         yield counter("mm_cache_queries", "Media needed preprocessed.", stats.media_queries)
         yield counter("mm_cache_hits", "Media found preprocessed.", stats.media_hits)
         yield counter("num_preemptions", "Sequences pushed out.", stats.num_preemptions)
+        forms = GaugeMetricFamily("opsin:weight_forms", "Linear layers.", labels=["model_name", "form"])
+        for form, count in stats.weight_forms.items():
+            forms.add_metric([self._model_name, form], count)
+        yield forms
 
 
 class _Histogram(Collector):

@@ -49,6 +49,12 @@ def _supports(query: KernelQuery) -> bool:
     return query.dtype in DTYPES
 
 
+def _supports_quantized(query: KernelQuery) -> bool:
+    from opsin_device_cpu.quantized import supports
+
+    return _supports(query) and supports(query)
+
+
 @hookimpl
 def opsin_register_devices() -> Sequence[DeviceSpec]:
     return [DeviceSpec(name=NAME, torch_type="cpu", probe=_probe, open=_open)]
@@ -63,4 +69,12 @@ def opsin_register_kernels() -> Sequence[KernelSpec]:
     }
     loaders = {op: _from(module, op) for module, ops in homes.items() for op in ops}
     loaders["prepare_linear"] = _prepare_linear
-    return [KernelSpec(device=NAME, op=op, load=load, supports=_supports) for op, load in loaders.items()]
+    return [
+        *(KernelSpec(device=NAME, op=op, load=load, supports=_supports) for op, load in loaders.items()),
+        KernelSpec(
+            device=NAME,
+            op="prepare_quantized_linear",
+            load=_from("quantized", "prepare_quantized_linear"),
+            supports=_supports_quantized,
+        ),
+    ]
