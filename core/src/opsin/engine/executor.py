@@ -129,7 +129,7 @@ class LocalExecutor:
         logger.info("%s", self.kernels.report_weights())
         if config.quantization in ("int8", "int4") and not set(self.weight_forms) - _FLOATS:
             logger.warning(
-                "quantization=%r gains nothing here: %s reads no such weights; they are floats, rounded",
+                "quantization=%r has no effect here: %s reads no weights of fewer bits; they stay floats",
                 config.quantization,
                 device_spec.name,
             )

@@ -152,7 +152,7 @@ class Linear(Layer):
         flat = tensor.reshape(rows, self._in).narrow(0, start, count)
         if self._split == "row" and self._world > 1:
             flat = flat.narrow(1, self._rank * self.in_features, self.in_features)
-        form = self._fitting(self.rounded_to())
+        form = self._target()
         self._note(tensor.dtype, form)
         if form is not None:
             self._pieces[index] = round_weight(flat, form)
@@ -203,7 +203,7 @@ class Linear(Layer):
 
     def adopt(self, weight: Tensor) -> None:
         """Use a weight that another layer keeps (a tied output head)."""
-        form = self._fitting(self.rounded_to())
+        form = self._target()
         self._note(weight.dtype, form)
         self._pieces = [weight if form is None else round_weight(weight, form)]
         self._finish(keep_weight=True)
@@ -218,11 +218,23 @@ class Linear(Layer):
         rounded = "" if form is None else f" rounded to {replace(form, round_activations=False)}"
         self._stored[f"{dtype_name(dtype)}{rounded}"] = None
 
-    def _fitting(self, form: WeightForm | None) -> WeightForm | None:
-        """A form whose groups divide the input: that one, or int8 with a scale per row."""
-        if form is None or self.in_features % (form.group_size or 1) == 0:
-            return form
-        return WeightForm(kind="int8", round_activations=form.round_activations)
+    def _target(self) -> WeightForm | None:
+        """The form that floats are rounded to: the one asked for, or the next best that the device reads.
+
+        None: they stay floats, as none was asked for or the device reads none.
+        """
+        form = self.rounded_to()
+        if form is None:
+            return None
+        usable = usable_forms(form, self._rounding)
+        return next((form for form in usable if self._fits(form) and self._reads(form)), None)
+
+    def _fits(self, form: WeightForm) -> bool:
+        return self.in_features % (form.group_size or 1) == 0
+
+    def _reads(self, form: WeightForm) -> bool:
+        query = replace(self._query, op="prepare_quantized_linear", weight=form)
+        return self._kernels.supports(query)
 
     def storage(self, stored: torch.dtype) -> torch.dtype:
         """What a weight of floats is kept in: as it is stored, where the device reads that losslessly."""

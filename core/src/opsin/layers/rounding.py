@@ -88,8 +88,8 @@ _ROUND: Mapping[WeightKind, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"int8"
 def usable_forms(form: WeightForm, rounding: Rounding) -> Iterator[WeightForm]:
     """The forms that a weight stored in one may be used in, the best first; none: it becomes floats.
 
-    As it is, with rounded activations where they are allowed; if the user has allowed rounding, as int8 with a
-    scale per row, which more devices multiply fast; then the same with activations left as they are.
+    As it is, with rounded activations where they are allowed; if the user has allowed rounding, as int8 with
+    a scale per row, which more devices multiply fast; then the same with activations left as they are.
     """
     if not rounding.keep_stored:
         return
