@@ -144,6 +144,25 @@ _TASKS = {"auto": None, "generate": "generate", "embed": "embed", "embedding": "
 _RUNNERS = {"auto": None, "generate": "generate", "pooling": "embed"}
 _DTYPES = {"float": "float32", "half": "float16"}
 
+Quantization = Literal[
+    "auto",
+    "int8",
+    "int4",
+    "none",
+    "awq",
+    "awq_marlin",
+    "gptq",
+    "gptq_marlin",
+    "auto-round",
+    "compressed-tensors",
+    "bitsandbytes",
+    "fp8",
+]
+"""What ``quantization`` may be. After the first four come methods of checkpoints, in vLLM's spelling."""
+
+_QUANTIZATIONS = {None: "auto", "awq_marlin": "awq", "gptq_marlin": "gptq"}
+"""vLLM's other names: of kernels, which are the device's matter here."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(MediaLimits):
@@ -159,6 +178,12 @@ class EngineConfig(MediaLimits):
         device: where the model runs: ``auto``, NAME or NAME:INDEX. ``opsin doctor`` lists them.
         dtype: type to compute in. ``auto`` is what the device prefers for the checkpoint's type; ``float`` is
             float32, ``half`` is float16.
+        quantization: bits of weights. ``auto`` takes them as they are stored. ``int8`` and ``int4`` round
+            floats while they are loaded (``int4``: the decoder; all else to 8 bits) and let activations be
+            rounded to 8 bits. ``none`` computes with floats even where integers are stored. The name of a
+            method, such as ``awq`` or ``gptq``, is ``auto`` for a checkpoint that must be stored so.
+        quantization_group_size: inputs that share a scale where the decoder is rounded. Default: 32 for
+            ``int4``, all of a row for ``int8``.
         max_model_len: most tokens of prompt and answer together. Default: what the model allows and memory
             holds.
         load_format: accepted for compatibility. Only safetensors are ever read.
@@ -209,6 +234,8 @@ class EngineConfig(MediaLimits):
     tokenizer: str | None = None
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float", "half"] = "auto"
+    quantization: Quantization = "auto"
+    quantization_group_size: Literal[32, 64, 128] | None = None
     max_model_len: Positive | None = None
     load_format: Literal["auto", "safetensors"] = "auto"
     trust_remote_code: bool = False
@@ -237,6 +264,8 @@ class EngineConfig(MediaLimits):
     def __post_init__(self) -> None:
         dtype = str(self.dtype).removeprefix("torch.")
         self._put("dtype", _DTYPES.get(dtype, dtype))
+        if self.quantization is None or isinstance(self.quantization, str):
+            self._put("quantization", _QUANTIZATIONS.get(self.quantization, self.quantization))
         self._put("mm_processor_kwargs", self.mm_processor_kwargs or {})
         if isinstance(self.limit_mm_per_prompt, Mapping):
             limits = {modality: _count(limit) for modality, limit in self.limit_mm_per_prompt.items()}
@@ -249,6 +278,11 @@ class EngineConfig(MediaLimits):
         if task and by_runner and task != by_runner:
             raise ConfigError(f"task={self.task!r} and runner={self.runner!r} contradict each other; set one")
         self._put("task", task or by_runner or "generate")
+        if self.quantization_group_size is not None and self.quantization not in ("int8", "int4"):
+            raise ConfigError(
+                f"quantization_group_size={self.quantization_group_size} is for rounding, and quantization "
+                f'is {self.quantization!r}; pass quantization="int4" or "int8"'
+            )
         self._put("mm_processor_kwargs", dict(self.mm_processor_kwargs))
         self._put("speculative_config", dict(self.speculative_config) if self.speculative_config else None)
         _ = self.speculative

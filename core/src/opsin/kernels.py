@@ -237,6 +237,14 @@ class Choice:
     provider: str
 
 
+@dataclass(frozen=True)
+class WeightUse:
+    """The form in which a linear layer's weight came, and the one it is used in; of floats, their dtype."""
+
+    stored: str
+    used: str
+
+
 class Kernels:
     """Binds ops for one device. Layers bind at construction; nothing is looked up while running.
 
@@ -251,6 +259,8 @@ class Kernels:
         self._plan: api.PlanAttention | None = None
         self.choices: Counter[Choice] = Counter()
         """How often each (op, provider) was bound: shown at start-up and by ``opsin doctor``."""
+        self.weights: Counter[WeightUse] = Counter()
+        """How many linear layers have weights in which form: shown at start-up and in the statistics."""
 
     def rms_norm(self, query: api.KernelQuery) -> api.RMSNorm:
         """Bind `RMSNorm`."""
@@ -290,6 +300,10 @@ class Kernels:
             return False  # a kernel made before there were such weights would not look at this one's
         return spec.supports(query)
 
+    def count_weight(self, stored: str, used: str) -> None:
+        """Note the form in which a linear layer's weight came, and the one it is used in."""
+        self.weights[WeightUse(stored, used)] += 1
+
     def top_k(self, query: api.KernelQuery) -> api.TopK:
         """Bind `TopK`."""
         return self._bind(query)
@@ -327,6 +341,15 @@ class Kernels:
         fallback = sorted({choice.op for choice in self.choices if choice.provider == "reference"})
         names = f"{', '.join(own) or 'none'}; reference: {', '.join(fallback) or 'none'}"
         return f"kernels of {self._device}: {names}"
+
+    def report_weights(self) -> str:
+        """One line: how many linear layers have weights in which form, and how those were stored."""
+        uses = sorted(self.weights.items(), key=lambda item: (-item[1], item[0].used, item[0].stored))
+        told = [
+            f"{count} {use.used}" + (f" (from {use.stored})" if use.stored != use.used else "")
+            for use, count in uses
+        ]
+        return f"linear layers: {'; '.join(told) or 'none'}"
 
     def _bind(self, query: api.KernelQuery) -> Callable[..., Any]:
         assert query.op not in _KV_OPS, "bind the KV ops together, with paged()"

@@ -346,10 +346,15 @@ class LLM:
 
         With ``speculative_config`` one of them is a `opsin.results.Vector`.
         """
+        stats = asdict(self.engine.stats())
+        forms = stats.pop("weight_forms")
         return [
-            Vector(f"opsin:{name}", value) if isinstance(value, tuple) else Metric(f"opsin:{name}", value)
-            for name, value in asdict(self.engine.stats()).items()
-            if value != ()
+            *(
+                Vector(f"opsin:{name}", value) if isinstance(value, tuple) else Metric(f"opsin:{name}", value)
+                for name, value in stats.items()
+                if value != ()
+            ),
+            *(Metric(f'opsin:weight_forms{{form="{form}"}}', count) for form, count in forms.items()),
         ]
 
     def reset_prefix_cache(self) -> bool:

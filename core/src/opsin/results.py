@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
 from opsin.errors import RequestError
@@ -242,6 +242,7 @@ class EngineStats:
         spec_decode_num_accepted_tokens: of these, tokens that were right.
         spec_decode_num_accepted_tokens_per_pos: the latter by their place in the guess; empty without
             ``speculative_config``.
+        weight_forms: form of weights -> linear layers that use it, e.g. ``{"int8": 96, "float32": 2}``.
     """
 
     num_running: int
@@ -263,6 +264,7 @@ class EngineStats:
     spec_decode_num_draft_tokens: int = 0
     spec_decode_num_accepted_tokens: int = 0
     spec_decode_num_accepted_tokens_per_pos: tuple[int, ...] = ()
+    weight_forms: Mapping[str, int] = field(default_factory=dict)
 
 
 class Metric(NamedTuple):

@@ -162,7 +162,6 @@ ENGINE: Names = {
     **_each(
         Refused(_ONE_DEVICE, (False,)), "enable_expert_parallel enable_eplb enable_dbo enable_elastic_ep"
     ),
-    "quantization": Refused("opsin computes in float32, bfloat16 or float16; take such a checkpoint"),
     "kv_cache_dtype": Refused("the KV cache has the model's dtype", ("auto",)),
     "calculate_kv_scales": Refused("the KV cache has the model's dtype", (False,)),
     "cpu_offload_gb": Refused("weights stay on the device; take a smaller dtype", (0, 0.0)),

@@ -72,9 +72,11 @@ from opsin.api.specs import (
     KernelSpec,
     ModelSpec,
     PlaceholderSpec,
+    StoredModule,
+    WeightFormatSpec,
 )
 from opsin.api.tools import ToolCallPiece, ToolFormat, ToolParser, ToolPieces
-from opsin.api.weights import QuantizedWeight, WeightForm, WeightKind
+from opsin.api.weights import QuantizedWeight, Rounding, WeightForm, WeightKind
 
 __all__ = [
     "API_MAJOR",
@@ -127,6 +129,8 @@ __all__ = [
     "RMSNorm",
     "Rotary",
     "RotaryPagedAttention",
+    "Rounding",
+    "StoredModule",
     "Tokenizer",
     "ToolCallPiece",
     "ToolFormat",
@@ -134,6 +138,7 @@ __all__ = [
     "ToolPieces",
     "TopK",
     "WeightForm",
+    "WeightFormatSpec",
     "WeightKind",
     "WideMedia",
     "WriteKV",

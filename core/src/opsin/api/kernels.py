@@ -280,6 +280,10 @@ class Kernels(Protocol):
         """Whether the device itself serves a query; if not, the reference would. Since 1.2."""
         ...
 
+    def count_weight(self, stored: str, used: str) -> None:
+        """Note the form in which a linear layer's weight came, and the one it is used in. Since 1.2."""
+        ...
+
     def top_k(self, query: KernelQuery) -> TopK: ...
 
     def paged(self, query: KernelQuery) -> tuple[WriteKV, PagedAttention]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -116,7 +116,8 @@ class QuantizedWeight:
 
     def to(self, device: str) -> QuantizedWeight:
         """A contiguous copy on a device: of its own, never a view of what it was made from."""
-        return replace(self, **{n: t.to(device, copy=True).contiguous() for n, t in self._tensors().items()})
+        moved: Any = {n: t.to(device, copy=True).contiguous() for n, t in self._tensors().items()}
+        return replace(self, **moved)
 
     def with_rounded_activations(self, allowed: bool = True) -> QuantizedWeight:
         """The same weight, whose activations may or may not be rounded."""
@@ -132,7 +133,9 @@ class QuantizedWeight:
                 packed codes that begin at an odd one.
         """
         if dim == 0:
-            per_row = {n: t.narrow(0, start, length) for n, t in self._tensors().items() if n in _PER_ROW}
+            per_row: Any = {
+                n: t.narrow(0, start, length) for n, t in self._tensors().items() if n in _PER_ROW
+            }
             return replace(self, **per_row)
         if self.order is not None:
             raise ValueError("columns of a weight with an order of its own cannot be taken; dequantize it")
@@ -161,11 +164,11 @@ class QuantizedWeight:
     def stacks_with(self, other: QuantizedWeight) -> bool:
         """Whether `stack` takes both: equal form (zero points aside), width, table and order."""
         same_form = replace(self.form, zero_points=False) == replace(other.form, zero_points=False)
-        pairs = ((self.table, other.table), (self.order, other.order))
         return (
             same_form
             and self.in_features == other.in_features
-            and all((a is None) == (b is None) and (a is None or a.equal(b)) for a, b in pairs if a is not b)
+            and _alike(self.table, other.table)
+            and _alike(self.order, other.order)
         )
 
     @staticmethod
@@ -229,6 +232,12 @@ class QuantizedWeight:
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
+def _alike(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.equal(other)
+
+
 def _cat(parts: Sequence[Tensor]) -> Tensor:
     """The rows of all parts. This module does without torch's own functions: plugins import it."""
     whole = parts[0].new_empty(sum(len(part) for part in parts), *parts[0].shape[1:])
@@ -237,6 +246,25 @@ def _cat(parts: Sequence[Tensor]) -> Tensor:
         whole.narrow(0, first, len(part)).copy_(part)
         first += len(part)
     return whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """What may become of the weights of a model's linear layers while they are loaded. Since 1.2.
+
+    Attributes:
+        decoder, head, other: the form that floats of the decoder's layers, of its output head, and of all
+            other layers are rounded to; None: they are not.
+        allowed: whether the user has asked for fewer bits: stored integers may then be met by activations
+            rounded to 8 bits, and become int8 with a scale per row where the device cannot read their form.
+        keep_stored: whether stored integers stay integers where the device can read them.
+    """
+
+    decoder: WeightForm | None = None
+    head: WeightForm | None = None
+    other: WeightForm | None = None
+    allowed: bool = False
+    keep_stored: bool = True
 
 
 _PER_ROW = frozenset({"codes", "scales", "zeros"})

@@ -109,7 +109,9 @@ class Engine:
             max_encoder_tokens=config.max_encoder_tokens,
             embed_bytes=self.executor.embed_bytes,
             prefix_caching=config.enable_prefix_caching,
-            root_key=f"{self.checkpoint.revision_key}|{self.resolved.dtype}".encode(),
+            root_key="|".join(
+                (self.checkpoint.revision_key, self.resolved.dtype, str(self.executor.weight_forms))
+            ).encode(),
             drafter=self.drafter,
         )
         self._requests: dict[str, RequestState | PoolingState] = {}
@@ -331,6 +333,7 @@ class Engine:
             spec_decode_num_draft_tokens=0 if drafter is None else drafter.num_draft_tokens,
             spec_decode_num_accepted_tokens=0 if drafter is None else drafter.num_accepted,
             spec_decode_num_accepted_tokens_per_pos=tuple(drafter.num_accepted_per_pos) if drafter else (),
+            weight_forms=self.executor.weight_forms,
         )
 
     def reset_prefix_cache(self) -> bool:

@@ -21,9 +21,11 @@ from opsin.api import (
     MappedMedia,
     MediaFeatures,
     Modality,
+    QuantizedWeight,
+    WeightForm,
 )
 from opsin.layers.linear import Embedding, Linear, activation, dtype_name
-from opsin.layers.module import Module, Slot, owned
+from opsin.layers.module import Module, Slot
 from opsin.layers.norm import RMSNorm
 from opsin.layers.text import fields
 
@@ -263,12 +265,18 @@ class OutputHead(Linear):
     def __init__(self, context: BuildContext, config: DecoderConfig) -> None:
         super().__init__(context, config.hidden_size, config.vocab_size, bias=False, few_rows=True)
         self._scale = config.logit_scale
-        self._stored: Tensor | None = None
+        self._own: Tensor | None = None
         self._table: Tensor | None = None
 
     def slots(self) -> Iterator[Slot]:
         """The weight (V, H), optional for a tied head."""
-        yield Slot("weight", (self.out_features, self.in_features), self._put, optional=self.tied)
+        yield Slot(
+            "weight",
+            (self.out_features, self.in_features),
+            self._put,
+            optional=self.tied,
+            put_quantized=self._put_quantized,
+        )
 
     def adopt(self, weight: Tensor) -> None:
         """See `Linear.adopt`."""
@@ -276,18 +284,25 @@ class OutputHead(Linear):
         self._settle()
 
     def _put(self, weight: Tensor) -> None:
-        self._stored = weight
+        self._own = weight
         if not self.tied or self._table is not None:
             self._settle()
 
+    def _put_quantized(self, weight: QuantizedWeight) -> None:
+        self._take_quantized(0, lambda: (0, 0, self.out_features), weight)
+
+    def rounded_to(self) -> WeightForm | None:
+        """See `Linear.rounded_to`."""
+        return self._rounding.head
+
     def _settle(self) -> None:
-        stored, table = self._stored, self._table
-        self._stored = None
+        stored, table = self._own, self._table
+        self._own = None
         if stored is not None and table is not None and torch.equal(stored.to(table), table):
             stored = None
         if stored is not None:
-            self._weight = owned(stored, self._device, self._dtype)
-            self._finish(keep_weight=False)
+            self._to_come = 1
+            self._take(0, lambda: (0, 0, self.out_features), self.out_features, stored)
         elif table is not None and self._run is None:
             super().adopt(table)
 

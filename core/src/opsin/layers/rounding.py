@@ -6,12 +6,13 @@ only read (`opsin.api.WeightFormatSpec`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from opsin.api import QuantizedWeight, WeightForm, WeightKind
+from opsin.api import QuantizedWeight, Rounding, WeightForm, WeightKind
 
 _TILE_ELEMENTS = 2**20
 """Rows are rounded in tiles of about so many elements, which stay in a processor's cache."""
@@ -23,7 +24,7 @@ def round_weight(weight: Tensor, form: WeightForm) -> QuantizedWeight:
     """The nearest weight in a form.
 
     int8: ``scale = max(abs(w)) / 127``, codes -127 to 127. int4: the element of largest magnitude becomes
-    -8 (``scale = -w / 8``, which may be negative), as in llama.cpp's Q4_0: all 16 codes are in use.
+    -8 (``scale = -w / 8``, which may be negative), as in ggml's Q4_0: all 16 codes are in use.
 
     Args:
         weight: (N, K), of any floating dtype.
@@ -79,3 +80,30 @@ def _to_int4(groups: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _ROUND: Mapping[WeightKind, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"int8": _to_int8, "int4": _to_int4}
+
+
+# ---- What a device may be asked for ----------------------------------------------------------------
+
+
+def usable_forms(form: WeightForm, rounding: Rounding) -> Iterator[WeightForm]:
+    """The forms that a weight stored in one may be used in, the best first; none: it becomes floats.
+
+    As it is, with rounded activations where they are allowed; if the user has allowed rounding, as int8 with
+    a scale per row, which more devices multiply fast; then the same with activations left as they are.
+    """
+    if not rounding.keep_stored:
+        return
+    rows = WeightForm(kind="int8")
+    forms = [replace(form, round_activations=False)]
+    if rounding.allowed and forms != [rows]:
+        forms.append(rows)
+    if form.round_activations or rounding.allowed:
+        yield from (replace(one, round_activations=True) for one in forms)
+    yield from forms
+
+
+def in_form(weight: QuantizedWeight, form: WeightForm) -> QuantizedWeight:
+    """A weight in one of its `usable_forms`."""
+    if replace(form, round_activations=False) == replace(weight.form, round_activations=False):
+        return replace(weight, form=form)
+    return round_weight(weight.dequantize(torch.float32), form)

@@ -162,6 +162,10 @@ class Metrics(Collector):
         for position, count in enumerate(stats.spec_decode_num_accepted_tokens_per_pos):
             by_position.add_metric([self._model_name, str(position)], count)
         yield by_position
+        forms = GaugeMetricFamily("opsin:weight_forms", "Linear layers.", labels=["model_name", "form"])
+        for form, count in stats.weight_forms.items():
+            forms.add_metric([self._model_name, form], count)
+        yield forms
 
 
 class _Histogram(Collector):

@@ -69,6 +69,12 @@ def _supports_fused(query: KernelQuery) -> bool:
     return native.library() is not None and _supports_attention(query)
 
 
+def _supports_quantized(query: KernelQuery) -> bool:
+    from opsin_device_cpu.quantized import supports
+
+    return _supports(query) and supports(query)
+
+
 @hookimpl
 def opsin_register_devices() -> Sequence[DeviceSpec]:
     return [DeviceSpec(name=NAME, torch_type="cpu", probe=_probe, open=_open)]
@@ -84,8 +90,10 @@ def opsin_register_kernels() -> Sequence[KernelSpec]:
     loaders["rotary_paged_attention"] = _from("compiled.attention", "rotary_paged_attention")
     loaders["top_k"] = _from("search", "top_k")
     loaders["prepare_linear"] = _prepare_linear
+    loaders["prepare_quantized_linear"] = _from("quantized", "prepare_quantized_linear")
     supports = dict.fromkeys([*attention, "rotary"], _supports_attention)
     supports["rotary_paged_attention"] = _supports_fused
+    supports["prepare_quantized_linear"] = _supports_quantized
     return [
         KernelSpec(device=NAME, op=op, load=load, supports=supports.get(op, _supports))
         for op, load in loaders.items()
