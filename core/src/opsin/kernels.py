@@ -255,7 +255,7 @@ class Kernels:
     def __init__(self, device: str = "reference", specs: Sequence[api.KernelSpec] = ()) -> None:
         self._device = device
         self._specs = {spec.op: spec for spec in specs if spec.device == device}
-        self._loaded: dict[api.OpName, Callable[..., Any]] = {}
+        self._loaded: dict[tuple[api.OpName, bool], Callable[..., Any]] = {}
         self._plan: api.PlanAttention | None = None
         self.choices: Counter[Choice] = Counter()
         """How often each (op, provider) was bound: shown at start-up and by ``opsin doctor``."""
@@ -353,12 +353,15 @@ class Kernels:
 
     def _bind(self, query: api.KernelQuery) -> Callable[..., Any]:
         assert query.op not in _KV_OPS, "bind the KV ops together, with paged()"
-        return self._take(query.op, self.supports(query))
+        narrow = query.op == "prepare_linear" and query.weight is not None
+        return self._take(query.op, self.supports(query), narrow=narrow)
 
-    def _take(self, op: api.OpName, own: bool) -> Callable[..., Any]:
+    def _take(self, op: api.OpName, own: bool, *, narrow: bool = False) -> Callable[..., Any]:
         self.choices[Choice(op, self._device if own else "reference")] += 1
         if not own:
             return REFERENCES[op]
-        if op not in self._loaded:
-            self._loaded[op] = self._specs[op].load()
-        return self._loaded[op]
+        if (op, narrow) not in self._loaded:
+            spec = self._specs[op]
+            load = spec.load_narrow if narrow and spec.load_narrow is not None else spec.load
+            self._loaded[op, narrow] = load()
+        return self._loaded[op, narrow]

@@ -24,7 +24,7 @@ def _open(index: int) -> Device:
     return open_device(index)
 
 
-def _from(module: str, op: OpName, compiled: str | None = None) -> Callable[[], Callable[..., Any]]:
+def _from(module: str, op: str, compiled: str | None = None) -> Callable[[], Callable[..., Any]]:
     """Loads the kernel that stands in a module under the op's name; in ``compiled`` if the library is there."""
 
     def load() -> Callable[..., Any]:
@@ -46,10 +46,35 @@ def _prepare_linear() -> Callable[..., Any]:
     return LinearPreparer(copies, bfloat16_instructions=has_bfloat16_instructions())
 
 
+def _prepare_quantized_linear() -> Callable[..., Any]:
+    from opsin_device_cpu import products, quantized
+
+    def prepare(weight: Any, *args: Any, **options: Any) -> Any:
+        compiled = products.serves(weight.form, weight.in_features)
+        return (products if compiled else quantized).prepare_quantized_linear(weight, *args, **options)
+
+    return prepare
+
+
 def _supports(query: KernelQuery) -> bool:
     from opsin_device_cpu.device import DTYPES
 
     return query.dtype in DTYPES
+
+
+def _supports_linear(query: KernelQuery) -> bool:
+    """Weights of 16 bits are read as they are by the compiled kernels."""
+    from opsin_device_cpu import products
+
+    return _supports(query) and (query.weight is None or products.serves(query.weight, query.in_features))
+
+
+def _supports_quantized(query: KernelQuery) -> bool:
+    from opsin_device_cpu import products, quantized
+
+    form = query.weight
+    assert form is not None
+    return _supports(query) and (products.serves(form, query.in_features) or quantized.supports(query))
 
 
 def _supports_attention(query: KernelQuery) -> bool:
@@ -69,12 +94,6 @@ def _supports_fused(query: KernelQuery) -> bool:
     return native.library() is not None and _supports_attention(query)
 
 
-def _supports_quantized(query: KernelQuery) -> bool:
-    from opsin_device_cpu.quantized import supports
-
-    return _supports(query) and supports(query)
-
-
 @hookimpl
 def opsin_register_devices() -> Sequence[DeviceSpec]:
     return [DeviceSpec(name=NAME, torch_type="cpu", probe=_probe, open=_open)]
@@ -89,12 +108,20 @@ def opsin_register_kernels() -> Sequence[KernelSpec]:
     loaders["rotary"] = _from("kernels", "rotary", "compiled.attention")
     loaders["rotary_paged_attention"] = _from("compiled.attention", "rotary_paged_attention")
     loaders["top_k"] = _from("search", "top_k")
-    loaders["prepare_linear"] = _prepare_linear
-    loaders["prepare_quantized_linear"] = _from("quantized", "prepare_quantized_linear")
+    loaders["prepare_quantized_linear"] = _prepare_quantized_linear
     supports = dict.fromkeys([*attention, "rotary"], _supports_attention)
     supports["rotary_paged_attention"] = _supports_fused
     supports["prepare_quantized_linear"] = _supports_quantized
-    return [
+    linear = KernelSpec(
+        device=NAME,
+        op="prepare_linear",
+        load=_prepare_linear,
+        supports=_supports_linear,
+        weights=("float16", "bfloat16"),
+        load_narrow=_from("products", "prepare_narrow_linear"),
+    )
+    rest = (
         KernelSpec(device=NAME, op=op, load=load, supports=supports.get(op, _supports))
         for op, load in loaders.items()
-    ]
+    )
+    return [linear, *rest]

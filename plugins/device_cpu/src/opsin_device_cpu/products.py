@@ -109,12 +109,20 @@ class Product:
         return out
 
 
-def of_halves(weight: Tensor, bias: Tensor | None, activation: Activation | None) -> Product:
-    """Over a weight of bfloat16 or float16: products and sums in float32, no digit lost."""
+def prepare_narrow_linear(
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: Activation | None,
+    *,
+    keep_weight: bool,  # noqa: ARG001 (panels are a copy, whose rows can be read back: see `Product.rows`)
+    few_rows: bool = False,  # noqa: ARG001 (one layout serves any number)
+) -> LinearFn:
+    """`opsin.api.PrepareLinear` of a weight in bfloat16 or float16: sums in float32, no digit lost."""
     kind: WeightKind = "bfloat16" if weight.dtype == torch.bfloat16 else "float16"
     source = weight.detach().contiguous()
-    packed = _pack(kind, source.shape[0], source.shape[1], source.shape[1], source, None, None, None)
-    return Product(_native(), packed, (source.shape[0], source.shape[1]), bias, activation)
+    rows, wide = source.shape
+    packed = _pack(kind, rows, wide, wide, source, None, None, None)
+    return Product(_native(), packed, (rows, wide), bias, activation)
 
 
 def prepare_quantized_linear(
@@ -122,8 +130,8 @@ def prepare_quantized_linear(
     bias: Tensor | None,
     activation: Activation | None,
     *,
-    keep_weight: bool,
-    few_rows: bool = False,
+    keep_weight: bool,  # noqa: ARG001 (panels are a copy)
+    few_rows: bool = False,  # noqa: ARG001 (one layout serves any number)
 ) -> LinearFn:
     """`opsin.api.PrepareQuantizedLinear`."""
     rows, wide = weight.shape
