@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from opsin.api import PoolingType
-from opsin.errors import ConfigError, MediaError
+from opsin.errors import ConfigError, MediaError, did_you_mean
 from opsin.fields import NonNegative, Positive, check_fields, expectation
 from opsin.vllm_names import ENGINE, SPECULATIVE, Renamed, translated
 
@@ -144,20 +144,10 @@ _TASKS = {"auto": None, "generate": "generate", "embed": "embed", "embedding": "
 _RUNNERS = {"auto": None, "generate": "generate", "pooling": "embed"}
 _DTYPES = {"float": "float32", "half": "float16"}
 
-Quantization = Literal[
-    "auto",
-    "int8",
-    "int4",
-    "none",
-    "awq",
-    "awq_marlin",
-    "gptq",
-    "gptq_marlin",
-    "auto-round",
-    "compressed-tensors",
-    "bitsandbytes",
-    "fp8",
-]
+QUANTIZATIONS = (
+    *("auto", "int8", "int4", "none"),
+    *("awq", "gptq", "auto-round", "compressed-tensors", "bitsandbytes", "fp8"),
+)
 """What ``quantization`` may be. After the first four come methods of checkpoints, in vLLM's spelling."""
 
 _QUANTIZATIONS = {None: "auto", "awq_marlin": "awq", "gptq_marlin": "gptq"}
@@ -181,7 +171,8 @@ class EngineConfig(MediaLimits):
         quantization: bits of weights. ``auto`` takes them as they are stored. ``int8`` and ``int4`` round
             floats while they are loaded (``int4``: the decoder; all else to 8 bits) and let activations be
             rounded to 8 bits. ``none`` computes with floats even where integers are stored. The name of a
-            method, such as ``awq`` or ``gptq``, is ``auto`` for a checkpoint that must be stored so.
+            method (``awq``, ``gptq``, ``auto-round``, ``compressed-tensors``, ``bitsandbytes``, ``fp8``) is
+            ``auto`` for a checkpoint that must be stored so.
         quantization_group_size: inputs that share a scale where the decoder is rounded. Default: 32 for
             ``int4``, all of a row for ``int8``.
         max_model_len: most tokens of prompt and answer together. Default: what the model allows and memory
@@ -234,7 +225,7 @@ class EngineConfig(MediaLimits):
     tokenizer: str | None = None
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float", "half"] = "auto"
-    quantization: Quantization = "auto"
+    quantization: str | None = "auto"
     quantization_group_size: Literal[32, 64, 128] | None = None
     max_model_len: Positive | None = None
     load_format: Literal["auto", "safetensors"] = "auto"
@@ -278,6 +269,11 @@ class EngineConfig(MediaLimits):
         if task and by_runner and task != by_runner:
             raise ConfigError(f"task={self.task!r} and runner={self.runner!r} contradict each other; set one")
         self._put("task", task or by_runner or "generate")
+        if self.quantization not in QUANTIZATIONS:
+            raise ConfigError(
+                f"quantization={self.quantization!r}: expected one of {', '.join(QUANTIZATIONS)}"
+                f"{did_you_mean(str(self.quantization), QUANTIZATIONS)}"
+            )
         if self.quantization_group_size is not None and self.quantization not in ("int8", "int4"):
             raise ConfigError(
                 f"quantization_group_size={self.quantization_group_size} is for rounding, and quantization "

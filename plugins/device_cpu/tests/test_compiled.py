@@ -159,7 +159,7 @@ def test_a_sequence_may_read_what_another_writes_in_the_same_step() -> None:
     from opsin_device_cpu.compiled import attention
 
     geometry = KVGeometry(num_layers=1, num_kv_heads=2, head_size=16)
-    (layer,) = attention.allocate_kv(40, SIZE, geometry, torch.float32)
+    attention.allocate_kv(40, SIZE, geometry, torch.float32)
     table = list(range(40))
     shared = batch([(1, 640), (1, 639)], [table, table])
     plan = attention.plan_attention(shared)

@@ -118,7 +118,8 @@ class KernelSpec:
         supports: declines queries it cannot serve; they run on the reference, counted and shown.
         weights: of prepare_linear: the kinds of `WeightForm` besides the run dtype that ``supports`` knows
             about; it is never asked about others. Since 1.2.
-        load_narrow: of prepare_linear: like ``load``, for weights of those kinds. Default: ``load``. Since 1.2.
+        load_narrow: of prepare_linear: like ``load``, for weights of those kinds. Default: ``load``.
+            Since 1.2.
     """
 
     device: str

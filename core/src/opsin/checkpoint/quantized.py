@@ -88,6 +88,7 @@ class QuantizedTensors:
     def report(self) -> str:
         """One line: how many modules are quantised, and how many of them have to be floats all the same."""
         found = self.as_floats
-        floats = f", {len(found)} of them floats, as integers cannot stand for them ({found[0]}, ...)"
-        floats = floats if found else ""
+        floats = (
+            f", {len(found)} of them floats, as integers cannot stand for them ({found[0]})" if found else ""
+        )
         return f"quantised by {self._spec.method}: {len(self.modules)} modules{floats}"

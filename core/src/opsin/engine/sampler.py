@@ -358,11 +358,10 @@ def _draw(
         else:
             wider.append(index)
     if racing:
-        noise = torch.empty(len(racing), width + 1, dtype=torch.float64)
-        for row, index in zip(noise, racing):
-            row.exponential_(generator=_generator(sequences[index]))
+        entered = np.concatenate((ids[racing], np.full((len(racing), 1), -1)), axis=1)
+        noise = _exponential([_generator(sequences[index]) for index in racing], entered)
         runners = np.concatenate((weights[racing], rest[racing]), axis=1)
-        for index, place in zip(racing, (runners / noise.numpy()).argmax(-1).tolist()):
+        for index, place in zip(racing, (runners / noise).argmax(-1).tolist()):
             if place < width:
                 drawn[index] = int(ids[index, place])
             else:
@@ -372,6 +371,24 @@ def _draw(
         for index, token in zip(wider, again):
             drawn[index] = token
     return drawn
+
+
+def _exponential(generators: SequenceOf[torch.Generator], ids: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Exp(1) noise of each token id, (R, n): one number of a row's generator decides it, whatever its place.
+
+    So two tokens whose logits are all but equal may change places among the candidates, as rounding differs
+    between batches, and the winner stays. The mixing is splitmix64's (Steele, Lea and Flood 2014).
+    """
+    seeds = [int(torch.randint(-(2**63), 2**63 - 1, (1,), generator=g)) % 2**64 for g in generators]
+    mixed = np.array(seeds, np.uint64)[:, None] + (ids.astype(np.uint64) + np.uint64(2)) * np.uint64(_GOLDEN)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    mixed ^= mixed >> np.uint64(31)
+    uniform = ((mixed >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return -np.log(uniform)
+
+
+_GOLDEN = 0x9E3779B97F4A7C15
 
 
 def _column(settings: list[float]) -> NDArray[np.float64]:

@@ -156,8 +156,8 @@ def kernel_cases(
 
     Args:
         dtypes: of the device.
-        later_ops: with the ops added since API 1.0 (top_k, rotary_paged_attention), which plugins of that time
-            do not have.
+        later_ops: with the ops added since API 1.0 (top_k, rotary_paged_attention), which plugins of that
+            time do not have.
         weights: also linear layers over weights in these forms, of `WEIGHT_FORMS` or others. Since 1.2.
     """
     makers = [_norms, _gated_acts, _rotaries, _linears, _paged_attentions, _dense_attentions]
@@ -558,8 +558,8 @@ def _check_rotary_paged(
         expected = reference.paged_attention(turned_q, expected_layer, expected_plan, scale)
         put_q, put_k, put_v = bench.fused(q, k, v)
         plan = bench.kernels.plan_attention(replace(batch, device=bench.device.torch_device))
-        tables_on_device = [table.to(bench.device.torch_device) for table in (cos, sin)]
-        got = fused(put_q, put_k, put_v, *tables_on_device, layer, plan, scale)
+        put_cos, put_sin = (table.to(bench.device.torch_device) for table in (cos, sin))
+        got = fused(put_q, put_k, put_v, put_cos, put_sin, layer, plan, scale)
         bench.compare(got, expected, "attention")
         bench.compare(put_v, v, "v, which is next to q and k in memory")
         again = attend(bench.put(turned_q), layer, plan, scale)

@@ -25,7 +25,7 @@ def _open(index: int) -> Device:
 
 
 def _from(module: str, op: str, compiled: str | None = None) -> Callable[[], Callable[..., Any]]:
-    """Loads the kernel that stands in a module under the op's name; in ``compiled`` if the library is there."""
+    """Loads the kernel that stands in a module under a name; in ``compiled`` if the library is there."""
 
     def load() -> Callable[..., Any]:
         from opsin_device_cpu import native
@@ -47,7 +47,8 @@ def _prepare_linear() -> Callable[..., Any]:
 
 
 def _prepare_quantized_linear() -> Callable[..., Any]:
-    from opsin_device_cpu import products, quantized
+    from opsin_device_cpu import quantized
+    from opsin_device_cpu.compiled import products
 
     def prepare(weight: Any, *args: Any, **options: Any) -> Any:
         compiled = products.serves(weight.form, weight.in_features)
@@ -64,13 +65,14 @@ def _supports(query: KernelQuery) -> bool:
 
 def _supports_linear(query: KernelQuery) -> bool:
     """Weights of 16 bits are read as they are by the compiled kernels."""
-    from opsin_device_cpu import products
+    from opsin_device_cpu.compiled import products
 
     return _supports(query) and (query.weight is None or products.serves(query.weight, query.in_features))
 
 
 def _supports_quantized(query: KernelQuery) -> bool:
-    from opsin_device_cpu import products, quantized
+    from opsin_device_cpu import quantized
+    from opsin_device_cpu.compiled import products
 
     form = query.weight
     assert form is not None
@@ -118,7 +120,7 @@ def opsin_register_kernels() -> Sequence[KernelSpec]:
         load=_prepare_linear,
         supports=_supports_linear,
         weights=("float16", "bfloat16"),
-        load_narrow=_from("products", "prepare_narrow_linear"),
+        load_narrow=_from("compiled.products", "prepare_narrow_linear"),
     )
     rest = (
         KernelSpec(device=NAME, op=op, load=load, supports=supports.get(op, _supports))

@@ -199,8 +199,8 @@ def _refuse_others(q: Tensor, k: Tensor, v: Tensor, layer: BlocksKVLayer, plan: 
     dtype = layer.memory.dtype
     if k.shape != expected or v.shape != expected or k.dtype is not dtype or v.dtype is not dtype:
         raise ValueError(
-            f"k {tuple(k.shape)} {k.dtype}, v {tuple(v.shape)} {v.dtype}; expected {expected} {dtype}, by the "
-            "step's plan and the cache"
+            f"k {tuple(k.shape)} {k.dtype}, v {tuple(v.shape)} {v.dtype}; expected {expected} {dtype}, by "
+            "the step's plan and the cache"
         )
     if q.shape[0] != plan.tokens or q.shape[2] != expected[2] or q.dtype is not dtype:
         raise ValueError(

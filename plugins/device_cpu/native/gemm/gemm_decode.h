@@ -1,7 +1,7 @@
 // How each kind of stored weight becomes float32 vectors, or bytes for integer products.
 #pragma once
 
-#include "gemm.h"
+#include "gemm/gemm.h"
 #include "simd.h"
 
 namespace opsin::OPSIN_ISA {

@@ -1,5 +1,5 @@
 // The products' front: weights packed and freed, work shared out. Called through ctypes by native.py.
-#include "gemm.h"
+#include "gemm/gemm.h"
 
 #include <math.h>
 #include <stdlib.h>

@@ -1,5 +1,5 @@
-#include "gemm_dot.h"
-#include "vmath.h"
+#include "gemm/gemm_dot.h"
+#include "gemm/vmath.h"
 
 namespace opsin::OPSIN_ISA {
 namespace {

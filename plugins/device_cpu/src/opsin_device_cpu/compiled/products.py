@@ -114,8 +114,8 @@ def prepare_narrow_linear(
     bias: Tensor | None,
     activation: Activation | None,
     *,
-    keep_weight: bool,  # noqa: ARG001 (panels are a copy, whose rows can be read back: see `Product.rows`)
-    few_rows: bool = False,  # noqa: ARG001 (one layout serves any number)
+    keep_weight: bool,
+    few_rows: bool = False,
 ) -> LinearFn:
     """`opsin.api.PrepareLinear` of a weight in bfloat16 or float16: sums in float32, no digit lost."""
     kind: WeightKind = "bfloat16" if weight.dtype == torch.bfloat16 else "float16"
@@ -130,8 +130,8 @@ def prepare_quantized_linear(
     bias: Tensor | None,
     activation: Activation | None,
     *,
-    keep_weight: bool,  # noqa: ARG001 (panels are a copy)
-    few_rows: bool = False,  # noqa: ARG001 (one layout serves any number)
+    keep_weight: bool,
+    few_rows: bool = False,
 ) -> LinearFn:
     """`opsin.api.PrepareQuantizedLinear`."""
     rows, wide = weight.shape

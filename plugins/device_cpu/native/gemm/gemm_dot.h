@@ -1,7 +1,7 @@
 // Integer products: sums of four unsigned bytes (weights) times four signed ones (activations), in int32.
 #pragma once
 
-#include "gemm_decode.h"
+#include "gemm/gemm_decode.h"
 
 namespace opsin::OPSIN_ISA {
 

@@ -1,7 +1,7 @@
 // Activation functions on vectors. Errors are a few units in the last place of float32.
 #pragma once
 
-#include "gemm.h"
+#include "gemm/gemm.h"
 #include "simd.h"
 
 namespace opsin::OPSIN_ISA {
