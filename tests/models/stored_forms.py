@@ -1,4 +1,4 @@
-"""Checkpoints of fewer bits, made from the recorded ones: each layout, and the same rounded weights as floats.
+"""Checkpoints of fewer bits, made from the recorded ones: each layout, and the same weights as floats.
 
 Packers are written here from the layouts' descriptions, or are the libraries that define them (bitsandbytes,
 compressed-tensors); none is opsin's.

@@ -425,7 +425,7 @@ def test_help_is_grouped_and_shows_flags_and_defaults_in_full(
     _, *sections = re.split(rf"^({'|'.join(topics)}):$", text, flags=re.M)
     assert sections[::2] == list(topics)
     for flags, section in zip(topics.values(), sections[1::2]):
-        assert set(flags) <= set(re.findall(r"(?<!\S)(?:--[a-z-]+|MODEL)(?!\S)", section))
+        assert set(flags) <= set(re.findall(r"(?<!\S)(?:--?[a-z-]+|MODEL)(?=[\s,])", section))
     assert "opsin serve ./model --host 0.0.0.0" in text
     for flag, default in (("--port", "8000"), ("--max-n", "64"), ("--max-image-pixels", "67108864")):
         about = text[text.index(f"  {flag} ") :].split("\n  --")[0]
