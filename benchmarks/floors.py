@@ -146,6 +146,34 @@ def _gemm_rate(rows: int, depth: int, columns: int, element: torch.dtype, rounds
     return repeats * flops / min(_best_s(partial(repeated, product), rounds) for product in products)
 
 
+def int8_rate(rows: int, depth: int, columns: int, rounds: int) -> float:
+    """Operations per second of a product of 8-bit integers: the best of torch's and oneDNN's, packed."""
+    import torch
+
+    x = torch.randint(-127, 128, (rows, depth), dtype=torch.int8)
+    weight = torch.randint(-127, 128, (columns, depth), dtype=torch.int8)
+    transposed = weight.T.contiguous()
+    products: list[Callable[[], torch.Tensor]] = [lambda: torch._int_mm(x, transposed)]
+    if torch.backends.mkldnn.is_available():
+        packed = torch.ops.onednn.qlinear_prepack(weight, [rows, depth])
+        unsigned = x.to(torch.int16).add(128).to(torch.uint8)
+        scales, zeros = torch.ones(columns), torch.zeros(columns, dtype=torch.int64)
+        linear = torch.ops.onednn.qlinear_pointwise.default
+        products.append(
+            lambda: linear(
+                unsigned, 1.0, 128, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+            )
+        )
+    flops = 2 * rows * depth * columns
+    repeats = max(1, int(4e9 / flops))
+
+    def repeated(product: Callable[[], torch.Tensor]) -> None:
+        for _ in range(repeats):
+            product()
+
+    return repeats * flops / min(_best_s(partial(repeated, product), rounds) for product in products)
+
+
 def _best_s(call: Callable[[], object], rounds: int) -> float:
     call()
     best = float("inf")

@@ -52,10 +52,11 @@ class Side(Protocol):
 class OpsinSide:
     """`opsin.LLM`: one ``generate`` call with all requests, or ``stream``."""
 
-    def __init__(self, model: Path, dtype: DType) -> None:
+    def __init__(self, model: Path, dtype: DType | None = None, **settings: Any) -> None:
         from opsin import LLM
 
-        self.llm = LLM(str(model), dtype=dtype, max_model_len=MAX_MODEL_LEN, max_num_seqs=MAX_NUM_SEQS)
+        sizes = {"max_model_len": MAX_MODEL_LEN, "max_num_seqs": MAX_NUM_SEQS}
+        self.llm = LLM(str(model), dtype=dtype, **{**sizes, **settings})
 
     def run(self, workload: Workload, requests: Sequence[Request]) -> Measurement:
         from opsin import SamplingParams

@@ -15,13 +15,15 @@ import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm import tqdm
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import Tensor
+
+StoredAs = Literal["float32", "bfloat16"]
 
 CACHE = Path(__file__).parent / ".cache"
 SEED = 20240918
@@ -153,10 +155,16 @@ PRE_TOKENIZATION = (
 )
 
 
-def checkpoint() -> Path:
-    """Folder of the synthetic checkpoint; builds it first if it is not there (about 2.3 GB)."""
+def checkpoint(stored: StoredAs = "float32") -> Path:
+    """Folder of the synthetic checkpoint; builds it first if it is not there (2.3 GB, or half of it).
+
+    Args:
+        stored: type of the tensors in the file. Their values are the same bfloat16 numbers either way; on the
+            hub such models are bfloat16.
+    """
+    config = {**CONFIG, "torch_dtype": stored}
     recipe = json.dumps(
-        [FORMAT, SEED, CONFIG, PREPROCESSOR, GENERATION, SPECIAL_TOKENS, CHAT_TEMPLATE, WORDS, BARE_WORDS]
+        [FORMAT, SEED, config, PREPROCESSOR, GENERATION, SPECIAL_TOKENS, CHAT_TEMPLATE, WORDS, BARE_WORDS]
     )
     folder = CACHE / f"qwen2vl-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     if not folder.exists():
@@ -165,11 +173,11 @@ def checkpoint() -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _write_tokenizer(partial)
-        _write_json(partial / "config.json", CONFIG)
+        _write_json(partial / "config.json", config)
         _write_json(partial / "preprocessor_config.json", PREPROCESSOR)
         _write_json(partial / "generation_config.json", GENERATION)
         _write_json(partial / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
-        _write_weights(partial)
+        _write_weights(partial, stored)
         partial.rename(folder)
     return folder
 
@@ -316,14 +324,15 @@ def _write_tokenizer(folder: Path) -> None:
     )
 
 
-def _write_weights(folder: Path) -> None:
+def _write_weights(folder: Path, stored: StoredAs) -> None:
+    import torch
     from safetensors.torch import save_file
 
     shards: list[list[str]] = [[]]
     size = total = 0
     shapes = dict(weight_shapes(CONFIG))
     for name, shape in shapes.items():
-        num_bytes = 4
+        num_bytes = getattr(torch, stored).itemsize
         for extent in shape:
             num_bytes *= extent
         if shards[-1] and size + num_bytes > SHARD_BYTES:
@@ -338,7 +347,7 @@ def _write_weights(folder: Path) -> None:
             file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
             tensors = {}
             for name in names:
-                tensors[name] = random_weight(name, shapes[name])
+                tensors[name] = random_weight(name, shapes[name]).to(getattr(torch, stored))
                 weight_map[name] = file
                 bar.update(tensors[name].nbytes)
             save_file(tensors, folder / file, metadata={"format": "pt"})

@@ -139,11 +139,22 @@ def usable_cores() -> int:
 
 
 def _serve(connection: Connection, name: str, model: Path, dtype: DType, threads: int) -> None:
+    serve_jobs(connection, lambda: SIDES[name](model, dtype), threads)
+
+
+def serve_jobs(connection: Connection, make: Callable[[], object], threads: int) -> None:
+    """Be a worker: make a side, say so, and call its methods as the parent asks, until it is gone.
+
+    Args:
+        connection: to the parent. An answer is ``(what the method gave, False)``, or ``(traceback, True)``.
+        make: makes the side; libraries are imported in it, since that is part of getting ready.
+        threads: and cores of this process.
+    """
     _obey_parent()
     settle(threads)
     with _reported(connection):
         start = time.perf_counter()
-        side = SIDES[name](model, dtype)
+        side = make()
         loading_s = time.perf_counter() - start
         connection.send((None, False))
     loading_peak = _peak_bytes()

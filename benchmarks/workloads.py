@@ -42,6 +42,7 @@ class Workload:
         new_tokens: generated for each, greedily; the end-of-sequence id is ignored.
         same_image: all requests ask about one picture.
         streamed: the time of every token is taken; else only the whole call's.
+        system_tokens: length of a system prompt that all requests share; 0: the chat template's own.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Workload:
     new_tokens: int
     same_image: bool = False
     streamed: bool = False
+    system_tokens: int = 0
 
 
 WORKLOADS = (
@@ -63,7 +65,12 @@ WORKLOADS = (
 
 def quick(workload: Workload) -> Workload:
     """A small version, for trying the benchmark out; its figures mean little."""
-    return replace(workload, num_requests=min(workload.num_requests, 4), new_tokens=8)
+    return replace(
+        workload,
+        num_requests=min(workload.num_requests, 4),
+        new_tokens=8,
+        system_tokens=min(workload.system_tokens, 128),
+    )
 
 
 def warm_up(workload: Workload) -> Workload:
@@ -88,10 +95,15 @@ def draw_requests(workload: Workload, seed: int, tokenizer: Tokenizer) -> list[R
     """The requests of one repetition; equal arguments give equal requests, any others give different ones."""
     source = np.random.default_rng([synthetic.SEED, zlib.crc32(workload.name.encode()), seed])
     image = draw_image(source)
+    before = BEFORE_IMAGE
+    if workload.system_tokens:
+        # Each of these words is one token after a space.
+        words = source.choice(synthetic.WORDS, workload.system_tokens)
+        before = before.replace("assistant.", f"assistant. {' '.join(words)}.", 1)
     requests: list[Request] = []
     texts: set[str] = set()
     while len(requests) < workload.num_requests:
-        text = _draw_text(source, tokenizer)
+        text = before + _draw_text(source, tokenizer).removeprefix(BEFORE_IMAGE)
         if text not in texts:  # equal requests would be shared without any merit
             texts.add(text)
             requests.append(Request(text=text, image=image if workload.same_image else draw_image(source)))

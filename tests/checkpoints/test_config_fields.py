@@ -31,6 +31,10 @@ SILENT: Mapping[str, str] = {
     "resid_pdrop": "training",
     "ignore_index": "training: the label that has no loss",
     "initializer_range": "training",
+    "hidden_dropout_prob": "training",
+    "projection_dropout": "training",
+    "layer_scale_init_value": "training: what the layers' factors began as",
+    "use_mask_token": "training: of patches that are masked",
     # For one implementation, or for finding it.
     "_name_or_path": "where the file came from",
     "_note_tiny": "a remark",
@@ -50,6 +54,10 @@ SILENT: Mapping[str, str] = {
     "do_convert_rgb": "pictures are RGB when they come",
     "mm_use_im_start_end": "the marks are always there, as in the hub's code",
     "pad_token_id": "nothing is padded",
+    "_pad_token_id": "nothing is padded",
+    "text_config.eos_token_id": "what ends a text stands at the top, or in generation_config.json",
+    "video_sampling.fps": "of videos whose times are known",
+    "video_sampling.max_frames": "of videos whose times are known",
     "version": "of the processor",
     "vision_config.in_chans": "in_channels is what the class reads",
     "vision_config.projection_dim": "of CLIP's head over both towers, which is not stored",
@@ -87,6 +95,7 @@ SILENT_IN: Mapping[str, Mapping[str, str]] = {
     },
     PROCESSOR: {
         "aspect_ratio_setting": "nothing reads it, in transformers neither",
+        "crop_to_patches": "of InternVL: its processor always says that pictures are cut",
         "do_pad": "of LLaVA-NeXT: pads the crops of a batch, which has none",
         "do_resize": "of LLaVA-NeXT: all crops have the tower's size",
     },
@@ -107,6 +116,7 @@ NULLABLE = {
     "image_std",
     "max_pixels",
     "min_pixels",
+    "mrope_interleaved",
     "num_key_value_heads",
     "torch_dtype",
     "use_sliding_window",
@@ -122,6 +132,8 @@ ALSO: Mapping[str, Sequence[Any]] = {
     "torch_dtype": ["bfloat16"],
     "vision_encoder": ["vit_large_patch14"],
     "min_pixels": [10**6],
+    "min_patches": [12],
+    "rms_norm_eps": [0.5],
     "shortest_edge": [10**6],
 }
 """Values to try besides those made from the field's own."""
@@ -202,7 +214,7 @@ class Checkpoint:
         picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (100, 260, 3), np.uint8))
         media: dict[str, Any] = {"image": [picture]}
         prompt = f"a{self.family.image_text(1)}b"
-        if self.family.name == "qwen2vl":
+        if self.family.name.startswith("qwen"):
             media["video"] = [[picture, picture, picture]]
             prompt += self.family.image_text(1).replace("image", "video")
         params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)

@@ -124,7 +124,7 @@ def test_a_rule_that_gives_two_tensors_one_name(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_wrong_rule_is_reported_with_the_names_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(family, "RENAMES", {**family.RENAMES, r"\.norm\.": ".final_norm."})
+    monkeypatch.setattr(family, "RENAMES", {**family.RENAMES, r"^model\.norm\.": "model.final_norm."})
     words = r"1 missing \(model.norm.weight\); 1 unexpected \(model.norm.weight, renamed to model.final_norm"
     with pytest.raises(CheckpointError, match=words):
         load()

@@ -27,11 +27,24 @@ ROOT = HERE.parents[1]
 RECORDED = HERE / "resaved"
 ENVIRONMENTS = ROOT / ".resaved"
 
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
+
+
 ORIGINALS = {folder.parent.name: folder for folder in sorted(GOLDEN.glob("*/model"))} | {
     folder.parent.name.removeprefix("opsin_"): folder
     for folder in sorted(ROOT.glob("demo/checkpoints/*/src/*/model"))
 }
 VERSIONS = sorted(folder.name for folder in RECORDED.iterdir())
+SINCE = {"smolvlm": "4.50", "internvl": "4.52", "qwen25vl": "4.49", "qwen3vl": "4.57"}
+"""Families that came to transformers later than the oldest of these versions."""
+RESAVED = [
+    (version, name)
+    for name in sorted(ORIGINALS)
+    for version in VERSIONS
+    if _numbers(version) >= _numbers(SINCE.get(name, "4.0"))
+]
 
 
 def built(record: Path, original: Path, folder: Path) -> Path:
@@ -65,8 +78,7 @@ def answers() -> dict[str, tuple[Any, ...]]:
     return {name: answer(folder) for name, folder in ORIGINALS.items()}
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("name", sorted(ORIGINALS))
+@pytest.mark.parametrize(("version", "name"), RESAVED)
 def test_a_checkpoint_saved_again_answers_as_before(
     answers: dict[str, tuple[Any, ...]], tmp_path: Path, version: str, name: str
 ) -> None:
@@ -75,8 +87,7 @@ def test_a_checkpoint_saved_again_answers_as_before(
 
 
 @pytest.mark.resaved
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("name", sorted(ORIGINALS))
+@pytest.mark.parametrize(("version", "name"), RESAVED)
 def test_the_recorded_folders_are_what_the_version_writes(tmp_path: Path, version: str, name: str) -> None:
     python = ENVIRONMENTS / version / "bin" / "python"
     assert python.exists(), f"no transformers {version} in {ENVIRONMENTS}: make test-resaved installs it"

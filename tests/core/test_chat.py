@@ -105,7 +105,7 @@ def qwen2vl_inputs() -> tuple[ChatRenderer, PromptProcessor]:
         config=config,
         max_model_len=2048,
         vocab_size=config["vocab_size"],
-        hidden_size=config["hidden_size"],
+        media_width=config["hidden_size"],
     )
     template = json.loads((MODEL / "chat_template.json").read_text())["chat_template"]
     return renderer(template, placeholders=placeholders), processor
@@ -165,6 +165,20 @@ def test_placeholders_are_written_where_the_parts_stand() -> None:
     parts = render(renderer(PARTS_TEMPLATE), messages).text
     assert parts == "[user]<image>one<image>two[assistant]yes[user]three<image>"
     assert len(fixed.media["image"]) == 3
+
+
+def test_a_modality_that_a_template_passes_over_is_written_for_it() -> None:
+    """A template from before videos: it names pictures, and would leave a video out without a word."""
+    older = (
+        "{% for m in messages %}{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}"
+        "{% elif part.type == 'image' %}<image>{% endif %}{% endfor %}{% endfor %}"
+    )
+    frames = {"type": "video", "video": [np.zeros((2, 2, 3), np.uint8)]}
+    prompt = render(renderer(older), [user("See ", frames, " and ", image(), "!")])
+    assert prompt.text == "See <video> and <image>!"
+    assert {kind: len(items) for kind, items in prompt.media.items()} == {"video": 1, "image": 1}
+    newer = older.replace("{% endif %}", "{% elif part.type == 'video' %}[film]{% endif %}")
+    assert render(renderer(newer), [user("See ", frames)]).text == "See [film]"
 
 
 @pytest.mark.parametrize("template", [STRING_TEMPLATE, PARTS_TEMPLATE])

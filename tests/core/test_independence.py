@@ -14,7 +14,8 @@ KNOWN = CORE / "data/known_packages.json"
 """Which package to install for what; the one file that names families and devices, and no code."""
 
 NAMES = re.compile(
-    r"llava|phi[-_ ]?3|vlm2vec|qwen|minicpm|openbmb|vicuna|llama(?!3\")|mistral|idefics|cambricon|\bmlu",
+    r"llava|phi[-_ ]?3|vlm2vec|qwen|minicpm|openbmb|vicuna|llama(?!3\")|mistral|idefics|"
+    r"smol|internvl|internvit|internlm|cambricon|\bmlu",
     re.IGNORECASE,
 )
 """Families, the language models inside of them, makers, chips; however they are spelt. (One in quotation

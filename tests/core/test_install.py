@@ -298,10 +298,12 @@ def test_installed_checkpoint_without_its_model_plugin(tmp_path: Path) -> None:
 REMOVED = "opsin-models-phi3v"
 FAMILIES = sorted(set(KNOWN["architectures"].values()))
 RECORDED = {
+    "opsin-models-internvl": ["internvl"],
     "opsin-models-llava": ["llava15", "llava_next"],
     "opsin-models-minicpmv": ["minicpmv20", "minicpmv25", "minicpmv26"],
     "opsin-models-phi3v": ["phi3v"],
     "opsin-models-qwen2vl": ["qwen2vl"],
+    "opsin-models-smolvlm": ["smolvlm"],
 }
 """Recorded checkpoints (tests/golden) of each package."""
 

@@ -94,7 +94,7 @@ def processor(
         "config": {},
         "max_model_len": 1000,
         "vocab_size": 300,
-        "hidden_size": HIDDEN,
+        "media_width": HIDDEN,
     }
     return PromptProcessor(**{**arguments, **settings})
 

@@ -45,12 +45,12 @@ def frontend(model: str) -> Frontend:
         plugins,
         max_model_len=10**6,
         vocab_size=size or 10**6,
-        hidden_size=64,
+        media_width=64,
     )
     if built.renderer.template is None:
         config = EngineConfig(model=str(MODELS[model]), chat_template=TEMPLATE)
         built = build_frontend(
-            config, checkpoint, spec, plugins, max_model_len=10**6, vocab_size=10**6, hidden_size=64
+            config, checkpoint, spec, plugins, max_model_len=10**6, vocab_size=10**6, media_width=64
         )
     return built
 

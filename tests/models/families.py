@@ -37,14 +37,17 @@ class Family:
 FAMILIES = {
     family.name: family
     for family in [
-        Family(
-            name="qwen2vl",
-            image_text=lambda number: "<|vision_start|><|image_pad|><|vision_end|>",
-            embeds_input=lambda embeds, grids: {
-                "image_embeds": torch.cat(list(embeds)),
-                "image_grid_thw": torch.tensor(list(grids)),
-            },
-            has_video=True,
+        *(
+            Family(
+                name=name,
+                image_text=lambda number: "<|vision_start|><|image_pad|><|vision_end|>",
+                embeds_input=lambda embeds, grids: {
+                    "image_embeds": torch.cat(list(embeds)),
+                    "image_grid_thw": torch.tensor(list(grids)),
+                },
+                has_video=True,
+            )
+            for name in ("qwen2vl", "qwen25vl", "qwen3vl")
         ),
         Family(
             name="llava15",
@@ -74,6 +77,22 @@ FAMILIES = {
                 has_video=name == "minicpmv26",
             )
             for name in ("minicpmv20", "minicpmv25", "minicpmv26")
+        ),
+        Family(
+            name="internvl",
+            image_text=lambda number: "<IMG_CONTEXT>",
+            embeds_input=lambda embeds, geometries: list(embeds),
+            has_video=True,
+        ),
+        Family(
+            name="smolvlm",
+            image_text=lambda number: "<image>",
+            embeds_input=lambda embeds, squares: {
+                "image_embeds": list(embeds),
+                "rows": [part.rows for part in squares],
+                "cols": [part.columns for part in squares],
+            },
+            has_video=True,
         ),
     ]
 }

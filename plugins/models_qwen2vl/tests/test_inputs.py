@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from opsin.api import InputContext, MappedMedia, MediaItem, PlacedMedia
-from opsin_models_qwen2vl.inputs import ImageMapper, VideoMapper, placeholder, smart_resize
+from opsin.layers import fit_to_patches
+from opsin_models_qwen2vl.inputs import ImageMapper, VideoMapper, placeholder
 from opsin_models_qwen2vl.positions import mrope_positions
 
 GOLDEN = Path(__file__).parents[3] / "tests" / "golden"
@@ -49,9 +50,9 @@ def test_sizes_of_the_real_settings() -> None:
     for row in table["rows"]:
         if row.get("error"):
             with pytest.raises(ValueError, match="elongated"):
-                smart_resize(row["height"], row["width"], 28, row["min_pixels"], row["max_pixels"])
+                fit_to_patches(row["height"], row["width"], 28, row["min_pixels"], row["max_pixels"])
             continue
-        height, width = smart_resize(row["height"], row["width"], 28, row["min_pixels"], row["max_pixels"])
+        height, width = fit_to_patches(row["height"], row["width"], 28, row["min_pixels"], row["max_pixels"])
         assert (width, height) == (row["resized_width"], row["resized_height"])
         assert [1, height // 14, width // 14] == row["grid_thw"]
         assert height * width // 28**2 == row["num_tokens"]
@@ -82,9 +83,9 @@ def test_resized_sides_are_multiples_within_the_bounds(
 ) -> None:
     if max(height, width) > 200 * min(height, width):
         with pytest.raises(ValueError, match="elongated"):
-            smart_resize(height, width, 28, least, most)
+            fit_to_patches(height, width, 28, least, most)
         return
-    new_height, new_width = smart_resize(height, width, 28, least, most)
+    new_height, new_width = fit_to_patches(height, width, 28, least, most)
     assert new_height % 28 == 0
     assert new_width % 28 == 0
     assert new_height * new_width >= least

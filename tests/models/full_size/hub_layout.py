@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,10 @@ from torch import nn
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -26,12 +30,18 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     Phi3Config,
     Phi3ForCausalLM,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     SiglipVisionConfig,
     SiglipVisionModel,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
 )
 from transformers.models.idefics2.configuration_idefics2 import Idefics2VisionConfig
 from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
@@ -55,18 +65,22 @@ def hub_shapes(config: Mapping[str, Any]) -> Shapes:
     return shapes
 
 
-def check_names(shapes: Shapes, recorded: str, *beside: str) -> None:
+def check_names(
+    shapes: Shapes, recorded: str, beside: Sequence[str] = (), without: Sequence[str] = ()
+) -> None:
     """Assert that the keys are those recorded in tests/golden/``recorded``, layers counted as one.
 
-    ``beside``: keys that the recorded checkpoint has not, being another size of its family.
+    ``beside``: keys that the recorded checkpoint has not, being another size or text model of its family;
+    ``without``: keys that only the recorded one has, layers written as N.
     """
     listed = [*json.loads((GOLDEN / recorded / "weight_keys.json").read_text()), *beside]
     here, there = ({_without_numbers(key) for key in keys} for keys in (shapes, listed))
-    assert here == there, here ^ there
+    assert not set(without) & here
+    assert here == there - set(without), here ^ there
 
 
 def _without_numbers(key: str) -> str:
-    return re.sub(r"(layers|blocks)\.\d+\.", r"\1.N.", key)
+    return re.sub(r"(layers?|blocks)\.\d+\.", r"\1.N.", key)
 
 
 def _llava(config: Mapping[str, Any]) -> Shapes:
@@ -90,13 +104,50 @@ _LLAVA_PREFIXES = {
 
 
 def _qwen2_vl(config: Mapping[str, Any]) -> Shapes:
-    shapes = _renamed(
-        _shapes(lambda: Qwen2VLForConditionalGeneration(Qwen2VLConfig(**config))),
-        {"model.language_model.": "model.", "model.visual.": "visual."},
-    )
+    shapes = _shapes(lambda: Qwen2VLForConditionalGeneration(Qwen2VLConfig(**config)))
+    return _headless(config, _renamed(shapes, _QWEN_PREFIXES))
+
+
+def _qwen25_vl(config: Mapping[str, Any]) -> Shapes:
+    shapes = _shapes(lambda: Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config)))
+    return _headless(config, _renamed(shapes, _QWEN_PREFIXES))
+
+
+def _qwen3_vl(config: Mapping[str, Any]) -> Shapes:
+    return _headless(config, _shapes(lambda: Qwen3VLForConditionalGeneration(Qwen3VLConfig(**config))))
+
+
+_QWEN_PREFIXES = {"model.language_model.": "model.", "model.visual.": "visual."}
+
+
+def _headless(config: Mapping[str, Any], shapes: Shapes) -> Shapes:
     if config["tie_word_embeddings"]:
         del shapes["lm_head.weight"]  # the files hold a shared table once
     return shapes
+
+
+def _internvl(config: Mapping[str, Any]) -> Shapes:
+    shapes = _renamed(
+        _shapes(lambda: InternVLForConditionalGeneration(InternVLConfig(**config))), _INTERNVL_PREFIXES
+    )
+    if config["tie_word_embeddings"]:
+        del shapes["language_model.lm_head.weight"]
+    return shapes
+
+
+_INTERNVL_PREFIXES = {
+    "model.language_model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+    "model.": "",
+}
+
+
+def _idefics3(config: Mapping[str, Any]) -> Shapes:
+    return _shapes(lambda: Idefics3ForConditionalGeneration(Idefics3Config(**config)))
+
+
+def _smolvlm(config: Mapping[str, Any]) -> Shapes:
+    return _shapes(lambda: SmolVLMForConditionalGeneration(SmolVLMConfig(**config)))
 
 
 def _phi3_v(config: Mapping[str, Any]) -> Shapes:
@@ -177,7 +228,12 @@ def _resampler(config: Mapping[str, Any]) -> Shapes:
 _LAYOUTS: Mapping[str, Callable[[Mapping[str, Any]], Shapes]] = {
     "LlavaForConditionalGeneration": _llava,
     "LlavaNextForConditionalGeneration": _llava_next,
+    "Idefics3ForConditionalGeneration": _idefics3,
+    "InternVLForConditionalGeneration": _internvl,
     "Qwen2VLForConditionalGeneration": _qwen2_vl,
+    "Qwen2_5_VLForConditionalGeneration": _qwen25_vl,
+    "Qwen3VLForConditionalGeneration": _qwen3_vl,
+    "SmolVLMForConditionalGeneration": _smolvlm,
     "Phi3VForCausalLM": _phi3_v,
     "MiniCPMV": _minicpm_v,
 }

@@ -31,6 +31,7 @@ class Published:
         max_len: longest context.
         kv: layers, heads and head size of its KV cache.
         beside: keys that the recorded checkpoint, a smaller size of the family, has not.
+        without: keys that only the recorded one has, layers written as N.
     """
 
     recorded: str
@@ -39,7 +40,16 @@ class Published:
     max_len: int
     kv: tuple[int, int, int]
     beside: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
 
+
+_HEAD = "language_model.lm_head.weight"
+_BIASES = tuple(f"language_model.model.layers.N.self_attn.{name}_proj.bias" for name in "qkv")
+_QK_NORMS = tuple(f"language_model.model.layers.N.self_attn.{name}_norm.weight" for name in "qk")
+_TOWER = "vision_tower.encoder.layer.N"
+_TOWER_BIASES = tuple(f"{_TOWER}.attention.{name}_proj.bias" for name in "qkv")
+_RMS_BIASES = tuple(f"{_TOWER}.layernorm_{where}.bias" for where in ("before", "after"))
+_TOWER_NORMS = tuple(f"{_TOWER}.attention.{name}_norm.weight" for name in "qk")
 
 PUBLISHED = {
     "llava-1.5-7b-hf": Published("llava15", 7_063_427_072, 18, 4096, (32, 32, 128)),
@@ -51,6 +61,49 @@ PUBLISHED = {
     "Qwen2-VL-7B-Instruct": Published(
         "qwen2vl", 8_291_375_616, 0, 32768, (28, 4, 128), beside=("lm_head.weight",)
     ),
+    "Qwen2.5-VL-3B-Instruct": Published("qwen25vl", 3_754_622_976, 0, 128000, (36, 2, 128)),
+    "Qwen2.5-VL-7B-Instruct": Published(
+        "qwen25vl", 8_292_166_656, 0, 128000, (28, 4, 128), beside=("lm_head.weight",)
+    ),
+    "Qwen2.5-VL-32B-Instruct": Published(
+        "qwen25vl", 33_452_718_336, 0, 128000, (64, 8, 128), beside=("lm_head.weight",)
+    ),
+    "Qwen2.5-VL-72B-Instruct": Published(
+        "qwen25vl", 73_410_777_344, 0, 128000, (80, 8, 128), beside=("lm_head.weight",)
+    ),
+    "Qwen3-VL-2B-Instruct": Published("qwen3vl", 2_127_532_032, 0, 262144, (28, 8, 128)),
+    "Qwen3-VL-4B-Instruct": Published("qwen3vl", 4_437_815_808, 0, 262144, (36, 8, 128)),
+    "Qwen3-VL-8B-Instruct": Published(
+        "qwen3vl", 8_767_123_696, 0, 262144, (36, 8, 128), beside=("lm_head.weight",)
+    ),
+    "Qwen3-VL-32B-Instruct": Published(
+        "qwen3vl", 33_357_390_064, 0, 262144, (64, 8, 128), beside=("lm_head.weight",)
+    ),
+    "InternVL2_5-8B-MPO-hf": Published(
+        "internvl", 8_075_365_376, 0, 32768, (32, 8, 128), beside=(_HEAD,), without=_BIASES
+    ),
+    "InternVL3-1B-hf": Published("internvl", 938_193_024, 0, 32768, (24, 2, 64), beside=(_HEAD,)),
+    "InternVL3-2B-hf": Published("internvl", 2_088_957_440, 0, 32768, (28, 2, 128), beside=(_HEAD,)),
+    "InternVL3-8B-hf": Published("internvl", 7_944_373_760, 0, 32768, (28, 4, 128), beside=(_HEAD,)),
+    "InternVL3-38B-hf": Published(
+        "internvl",
+        38_388_164_992,
+        0,
+        32768,
+        (64, 8, 128),
+        beside=(_HEAD, *_TOWER_NORMS),
+        without=(*_TOWER_BIASES, *_RMS_BIASES),
+    ),
+    "InternVL3_5-8B-HF": Published(
+        "internvl", 8_528_318_464, 0, 40960, (36, 8, 128), beside=(_HEAD, *_QK_NORMS), without=_BIASES
+    ),
+    "Idefics3-8B-Llama3": Published("smolvlm", 8_462_086_384, 0, 131072, (32, 8, 128)),
+    "SmolVLM-256M-Instruct": Published("smolvlm", 256_484_928, 0, 8192, (30, 3, 64)),
+    "SmolVLM-500M-Instruct": Published("smolvlm", 507_482_304, 0, 8192, (32, 5, 64)),
+    "SmolVLM-Instruct": Published("smolvlm", 2_246_272_880, 0, 16384, (24, 32, 64)),
+    "SmolVLM2-256M-Video-Instruct": Published("smolvlm", 256_484_928, 0, 8192, (30, 3, 64)),
+    "SmolVLM2-500M-Video-Instruct": Published("smolvlm", 507_482_304, 0, 8192, (32, 5, 64)),
+    "SmolVLM2-2.2B-Instruct": Published("smolvlm", 2_246_784_880, 0, 8192, (24, 32, 64)),
     "MiniCPM-V-2": Published("minicpmv20", 3_434_965_792, 0, 4096, (40, 36, 64)),
     "MiniCPM-Llama3-V-2_5": Published("minicpmv25", 8_537_092_336, 0, 8192, (32, 8, 128)),
     "MiniCPM-V-2_6": Published("minicpmv26", 8_099_175_152, 0, 32768, (28, 4, 128)),
@@ -77,7 +130,7 @@ def test_every_config_is_checked() -> None:
 def test_the_hubs_tensors_are_the_models(name: str) -> None:
     known, config = PUBLISHED[name], published_config(name)
     shapes = hub_shapes(config)
-    check_names(shapes, known.recorded, *known.beside)
+    check_names(shapes, known.recorded, known.beside, known.without)
     assert sum(map(prod, shapes.values())) == known.parameters
 
     model, report = load(name, shapes)
@@ -95,7 +148,8 @@ def test_the_hubs_tensors_are_the_models(name: str) -> None:
             x = torch.empty((1, module.in_features), dtype=torch.bfloat16, device="meta")
             assert module(x).shape == (1, module.out_features), path
     tokens = torch.zeros(3, dtype=torch.int64, device="meta")
-    assert model.logits(model.embed(tokens)).shape == (3, config["vocab_size"])
+    vocab_size = {**config, **config.get("text_config", {})}["vocab_size"]
+    assert model.logits(model.embed(tokens)).shape == (3, vocab_size)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -29,8 +29,10 @@ from opsin.api.kernels import (
     PagedAttention,
     PlanAttention,
     PrepareLinear,
+    PrepareQuantizedLinear,
     RMSNorm,
     Rotary,
+    RotaryPagedAttention,
     TopK,
     WriteKV,
 )
@@ -47,15 +49,18 @@ from opsin.api.media import (
     Positions,
     ProcessedPrompt,
     Tokenizer,
+    expand_by_text,
     repeat_token,
 )
 from opsin.api.model import (
     BuildContext,
     ForwardStep,
+    MediaFeatures,
     Model,
     Parallel,
     Pooling,
     PoolingType,
+    WideMedia,
 )
 from opsin.api.specs import (
     API_MAJOR,
@@ -67,8 +72,11 @@ from opsin.api.specs import (
     KernelSpec,
     ModelSpec,
     PlaceholderSpec,
+    StoredModule,
+    WeightFormatSpec,
 )
 from opsin.api.tools import ToolCallPiece, ToolFormat, ToolParser, ToolPieces
+from opsin.api.weights import QuantizedWeight, Rounding, WeightForm, WeightKind
 
 __all__ = [
     "API_MAJOR",
@@ -97,6 +105,7 @@ __all__ = [
     "LayerNorm",
     "LinearFn",
     "MappedMedia",
+    "MediaFeatures",
     "MediaItem",
     "MemoryInfo",
     "Modality",
@@ -113,16 +122,26 @@ __all__ = [
     "PoolingType",
     "Positions",
     "PrepareLinear",
+    "PrepareQuantizedLinear",
     "Probe",
     "ProcessedPrompt",
+    "QuantizedWeight",
     "RMSNorm",
     "Rotary",
+    "RotaryPagedAttention",
+    "Rounding",
+    "StoredModule",
     "Tokenizer",
     "ToolCallPiece",
     "ToolFormat",
     "ToolParser",
     "ToolPieces",
     "TopK",
+    "WeightForm",
+    "WeightFormatSpec",
+    "WeightKind",
+    "WideMedia",
     "WriteKV",
+    "expand_by_text",
     "repeat_token",
 ]

@@ -240,6 +240,12 @@ class Placeholder:
             request's) -> whether the prompt is tokenized as a whole after all, and the placeholders are found
             by the ids their texts become. None: never. A ValueError is shown to the user.
         option_names: the ``mm_processor_kwargs`` it reads, accepted besides the input mapper's.
+        expand_text: for families that write an item into the prompt before it is tokenized, such as a time in
+            front of each frame, since these words may share tokens with those around them: mapped item and
+            number -> the text that replaces the placeholder. It holds the token ``embed_token_id`` once per
+            embedding. The item is the tokens from the first of them to the last; the rest of the text is the
+            prompt's. ``expand`` serves prompts that are token ids (see `expand_by_text`). Since 1.2.
+        embed_token_id: see ``expand_text``. Since 1.2.
     """
 
     text: Callable[[int], str]
@@ -248,6 +254,16 @@ class Placeholder:
     special_tokens_per_chunk: bool = False
     tokenizes_whole: Callable[[Mapping[str, Any]], bool] | None = None
     option_names: frozenset[str] = frozenset()
+    expand_text: Callable[[MappedMedia, int], str] | None = None
+    embed_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for an ``expand_text`` whose embeddings nobody could find."""
+        if (self.expand_text is None) != (self.embed_token_id is None):
+            raise ValueError(
+                f"expand_text is {self.expand_text}, embed_token_id {self.embed_token_id}; expected both or "
+                "neither"
+            )
 
 
 def repeat_token(token_id: int) -> Callable[[MappedMedia, int], Expansion]:
@@ -255,5 +271,17 @@ def repeat_token(token_id: int) -> Callable[[MappedMedia, int], Expansion]:
 
     def expand(mapped: MappedMedia, _number: int) -> Expansion:
         return Expansion(token_ids=[token_id] * mapped.num_embeds, is_embed=[True] * mapped.num_embeds)
+
+    return expand
+
+
+def expand_by_text(
+    tokenizer: Tokenizer, expand_text: Callable[[MappedMedia, int], str], token_id: int
+) -> Callable[[MappedMedia, int], Expansion]:
+    """For `Placeholder.expand`: the tokens of an item's text alone, ``token_id`` once per embedding."""
+
+    def expand(mapped: MappedMedia, number: int) -> Expansion:
+        ids = tokenizer.encode(expand_text(mapped, number), add_special_tokens=False)
+        return Expansion(token_ids=ids, is_embed=[token == token_id for token in ids])
 
     return expand

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from opsin.api.kernels import Kernels, KVGeometry, KVLayer
 from opsin.api.media import MappedMedia, Modality
+from opsin.api.weights import Rounding
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,7 @@ class BuildContext:
         dtype: run dtype of parameters and activations.
         device: torch device of weights and activations.
         parallel: tensor-parallel place.
+        rounding: what may become of weights while they are loaded. Since 1.2.
     """
 
     config: Mapping[str, Any]
@@ -39,6 +41,21 @@ class BuildContext:
     dtype: torch.dtype
     device: str = "cpu"
     parallel: Parallel = field(default_factory=Parallel)
+    rounding: Rounding = field(default_factory=Rounding)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaFeatures:
+    """What media say beyond their embeddings, for the tokens of a step that are media. Since 1.2.
+
+    Attributes:
+        rows: int64 (R,), which of the step's T tokens they are.
+        features: (R, `WideMedia.media_width` - H), run dtype: of each, the columns of `Model.encode` after
+            the first H.
+    """
+
+    rows: Tensor
+    features: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +67,15 @@ class ForwardStep:
         positions: int64 (A, T), or (A + 1, T) with the variants of `Positions.switch_lengths` last.
         kv: one cache layer per model layer.
         plan: the step's attention plan.
+        media: further features of media tokens, for a model that is `WideMedia`; None: there are none in this
+            step. Since 1.2.
     """
 
     embeds: Tensor
     positions: Tensor
     kv: Sequence[KVLayer]
     plan: Any
+    media: MediaFeatures | None = None
 
 
 class Model(Protocol):
@@ -84,6 +104,19 @@ class Model(Protocol):
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, H) -> (B, V)."""
         ...
+
+
+@runtime_checkable
+class WideMedia(Protocol):
+    """What a `Model` may have besides: encoder outputs wider than its embeddings. Since 1.2.
+
+    The first H columns of a row of `Model.encode` are the embedding of a token; the rest comes with
+    `ForwardStep.media`, e.g. to be added to the hidden states after the first layers. Embeddings as input are
+    as wide.
+    """
+
+    media_width: int
+    """Columns of `Model.encode`, at least H."""
 
 
 PoolingType = Literal["last", "mean", "cls"]

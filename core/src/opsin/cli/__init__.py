@@ -1,5 +1,4 @@
-"""The command line: ``opsin serve``, ``opsin generate``, ``opsin plugins``, ``opsin doctor``,
-``opsin new-plugin``.
+"""The command line: ``opsin`` ``serve``, ``generate``, ``bench``, ``plugins``, ``doctor``, ``new-plugin``.
 
 Each command is a module with an `app`, imported when it is used; whatever is heavy is imported inside of its
 function, so that help comes at once.
@@ -36,6 +35,7 @@ app = App(
 _COMMANDS = {
     "serve": "Serve a model over HTTP, with OpenAI's API.",
     "generate": "Ask a model about pictures and videos.",
+    "bench": "Measure how fast a model or a server is.",
     "plugins": "Show the installed plugins, and who provides what.",
     "doctor": "Say what works on this machine, and what to do about the rest.",
     "new-plugin": "Write the package of a new model or device plugin.",

@@ -20,16 +20,19 @@ from opsin.api import (
     Device,
     ForwardStep,
     KVLayer,
+    MediaFeatures,
     Model,
     PlacedMedia,
     PlanAttention,
     TopK,
+    WideMedia,
 )
 from opsin.engine.cache import EncoderCache
 from opsin.engine.pooling import pool
-from opsin.engine.sampler import prompt_logprobs, sample
+from opsin.engine.sampler import prompt_logprobs
 from opsin.engine.scheduler import Chunk, Step
 from opsin.engine.sequence import SampledToken
+from opsin.engine.speculation import sample_runs
 from opsin.errors import DeviceLostError, RequestError
 
 T = TypeVar("T")
@@ -42,13 +45,13 @@ class StepTokens:
     """What a step gave.
 
     Attributes:
-        sampled: sequence id -> its new token.
+        sampled: sequence id -> its new tokens: those of its draft that were right, and one more.
         prompt_logprobs: sequence id -> (index of the first prompt token described, one per token).
         embeddings: sequence id -> its embedding, for embedding requests that are complete.
         errors: sequence id -> why this sequence, and only this one, could not be computed.
     """
 
-    sampled: dict[int, SampledToken] = field(default_factory=dict)
+    sampled: dict[int, list[SampledToken]] = field(default_factory=dict)
     prompt_logprobs: dict[int, tuple[int, list[SampledToken]]] = field(default_factory=dict)
     embeddings: dict[int, Tensor] = field(default_factory=dict)
     errors: dict[int, RequestError] = field(default_factory=dict)
@@ -108,7 +111,7 @@ class Runner:
     def _encode_group(self, modality: str, items: SequenceOf[PlacedMedia]) -> None:
         outputs = self.model.encode(modality, [item.mapped for item in items])
         for item, output in zip(items, outputs, strict=True):
-            expected = (item.mapped.num_embeds, self.model.hidden_size)
+            expected = (item.mapped.num_embeds, media_width(self.model))
             if tuple(output.shape) != expected:
                 raise RequestError(
                     f"the encoder gave {tuple(output.shape)} for one {modality}, expected {expected}"
@@ -122,7 +125,7 @@ class Runner:
     def _compute(self, result: StepTokens, chunks: SequenceOf[Chunk]) -> None:
         first_rows = list(accumulate((chunk.length for chunk in chunks[:-1]), initial=0))
         placed = list(zip(first_rows, chunks))
-        embeds = self._embeds(placed)
+        embeds, media = self._embeds(placed)
         positions = torch.from_numpy(np.concatenate([_positions(chunk) for chunk in chunks], axis=1))
         batch = AttentionBatch(
             query_lens=[chunk.length for chunk in chunks],
@@ -138,6 +141,7 @@ class Runner:
                 positions=positions.to(self.device.torch_device),
                 kv=self.kv,
                 plan=self.plan_attention(batch),
+                media=media,
             )
         )
         if hidden.shape != embeds.shape:
@@ -158,11 +162,13 @@ class Runner:
             elif embedding is not None:
                 result.embeddings[sequence.seq_id] = embedding
 
-    def _embeds(self, placed: SequenceOf[tuple[int, Chunk]]) -> Tensor:
-        """(T, H): token embeddings, with media embeddings in their places."""
-        ids = [token for _, chunk in placed for token in chunk.sequence.token_ids[chunk.start : chunk.end]]
+    def _embeds(self, placed: SequenceOf[tuple[int, Chunk]]) -> tuple[Tensor, MediaFeatures | None]:
+        """(T, H): token embeddings, with media embeddings in their places; and what else media say."""
+        ids = [token for _, chunk in placed for token in chunk.token_ids]
         target = self.device.torch_device
         embeds = self.model.embed(torch.tensor(ids, dtype=torch.int64, device=target))
+        width = embeds.shape[1]
+        further: list[tuple[Tensor, Tensor]] = []
         for first_row, chunk in placed:
             for item in chunk.media():
                 features = item.mapped.embeds
@@ -174,8 +180,15 @@ class Runner:
                 inside = flags[begin - item.start : end - item.start]
                 seen = int(flags[: begin - item.start].sum())
                 rows = torch.from_numpy(np.flatnonzero(inside) + first_row + begin - chunk.start)
-                embeds[rows.to(target)] = features[seen : seen + len(rows)].to(target, self.dtype)
-        return embeds
+                wanted = features[seen : seen + len(rows)].to(target, self.dtype)
+                rows = rows.to(target)
+                embeds[rows] = wanted[:, :width]
+                if wanted.shape[1] > width and len(rows):
+                    further.append((rows, wanted[:, width:]))
+        if not further:
+            return embeds, None
+        all_rows, columns = (torch.cat(parts) for parts in zip(*further))
+        return embeds, MediaFeatures(rows=all_rows, features=columns)
 
     def _slots(self, chunks: SequenceOf[Chunk]) -> list[int]:
         size = self.block_size
@@ -186,19 +199,22 @@ class Runner:
         return slots
 
     def _sample(self, placed: SequenceOf[tuple[int, Chunk]], hidden: Tensor, result: StepTokens) -> None:
-        rows, sequences = [], []
+        rows: list[int] = []
+        asked: list[Chunk] = []
         for first_row, chunk in placed:
             if chunk.samples and chunk.sequence.pooling is None:
-                rows.append(first_row + chunk.length - 1)
-                sequences.append(chunk.sequence)
+                end = first_row + chunk.length
+                rows += range(end - len(chunk.draft) - 1, end)
+                asked.append(chunk)
         if not rows:
             return
         last = hidden.index_select(0, torch.tensor(rows, device=hidden.device))
-        for sequence, token in zip(sequences, sample(self._logits(last), sequences, self.top_k)):
-            if isinstance(token, RequestError):
-                result.errors[sequence.seq_id] = token
+        sequences, drafts = [chunk.sequence for chunk in asked], [chunk.draft for chunk in asked]
+        for sequence, run in zip(sequences, sample_runs(self._logits(last), sequences, drafts, self.top_k)):
+            if isinstance(run, RequestError):
+                result.errors[sequence.seq_id] = run
             else:
-                result.sampled[sequence.seq_id] = token
+                result.sampled[sequence.seq_id] = run
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits = self.model.logits(hidden)
@@ -218,6 +234,11 @@ class Runner:
             logits = self._logits(hidden[row : row + end - chunk.start])
             tokens = prompt_logprobs(logits, targets, num_top, self.top_k)
             result.prompt_logprobs[sequence.seq_id] = (chunk.start + 1, tokens)
+
+
+def media_width(model: Model) -> int:
+    """Columns of what the model's encoder gives."""
+    return model.media_width if isinstance(model, WideMedia) else model.hidden_size
 
 
 def _isolate(

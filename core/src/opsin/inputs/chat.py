@@ -85,7 +85,8 @@ class ChatRenderer:
 
     Users write no placeholders: what looks like one in their words is text, as a special token is. An
     ``openai`` template writes them; for a ``string`` template they are written here, in place of the media
-    parts. Items are numbered across all messages. With `ChatOptions.allow_special_tokens`, a placeholder in a
+    parts, as they are for a modality that an ``openai`` template passes over (older ones know no videos).
+    Items are numbered across all messages. With `ChatOptions.allow_special_tokens`, a placeholder in a
     message's text is one, and not doubled.
 
     Attributes:
@@ -247,10 +248,14 @@ class ChatRenderer:
                 done[part.modality] += 1
                 number = done[part.modality]
                 if (part.modality, number) not in written:
-                    as_text = template.format == "string"
+                    as_text = template.format == "string" or self._is_passed_over(part.modality, template)
                     parts.append(self.placeholders[part.modality].text(number) if as_text else part)
             prepared.append({**message.fields, **_content(message, parts, template)})
         return prepared
+
+    def _is_passed_over(self, modality: Modality, template: ChatTemplate) -> bool:
+        """Whether a template that loops over parts names other modalities of the model, and not this one."""
+        return modality not in template.source and any(name in template.source for name in self.placeholders)
 
     def _already_written(self, message: Message, done: Mapping[Modality, int]) -> set[tuple[Modality, int]]:
         """Items of a message whose placeholder the user wrote into its text.

@@ -74,7 +74,7 @@ def build_frontend(
     *,
     max_model_len: int,
     vocab_size: int,
-    hidden_size: int,
+    media_width: int,
 ) -> Frontend:
     """Build the parts from the family's specs and the checkpoint's files.
 
@@ -111,7 +111,7 @@ def build_frontend(
         config=checkpoint.config,
         max_model_len=max_model_len,
         vocab_size=vocab_size,
-        hidden_size=hidden_size,
+        media_width=media_width,
         limits=config.limit_mm_per_prompt or {},
         options=config.mm_processor_kwargs,
         media_limits=config,

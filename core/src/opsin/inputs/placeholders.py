@@ -12,14 +12,15 @@ from __future__ import annotations
 import json
 import re
 import secrets
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise, takewhile
 from typing import Any, cast
 
-from opsin.api import Modality, Placeholder, Tokenizer
-from opsin.errors import RequestError
+from opsin.api import Expansion, MappedMedia, Modality, Placeholder, Tokenizer
+from opsin.errors import ConfigError, RequestError
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,14 @@ class Marker:
 
     modality: Modality
     number: int
+
+
+@dataclass(frozen=True)
+class Written:
+    """An item whose text was written into the prompt: its tokens from the first embedding to the last."""
+
+    marker: Marker
+    expansion: Expansion
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,80 @@ class PlaceholderFinder:
         self._every_chunk = any(placeholders[m].special_tokens_per_chunk for m in self._cut)
         self._bos: str | None = getattr(tokenizer, "bos_token", None)
         self._user_text = UserText(tokenizer, placeholders)
+        self._as_text = [modality for modality, p in placeholders.items() if p.expand_text is not None]
+        if self._as_text and (unfit := {*self._cut} - {*self._as_text}):
+            raise ConfigError(
+                f"the placeholder of {', '.join(sorted(unfit))} has neither token_id nor expand_text; beside "
+                "one with expand_text it needs one of them"
+            )
+        self._as_text_pattern = re.compile(
+            "|".join(f"({text_pattern(placeholders[modality])})" for modality in self._as_text)
+        )
+
+    @property
+    def writes_text(self) -> frozenset[Modality]:
+        """Whose items become text of the prompt (`Placeholder.expand_text`)."""
+        return frozenset(self._as_text)
+
+    def written(
+        self,
+        text: str | GuardedText,
+        counts: Mapping[Modality, int],
+        items: Mapping[Marker, MappedMedia],
+    ) -> list[int | Marker | Written]:
+        """Token ids of a text whose items of `writes_text` stand in it as text; other items have markers.
+
+        Args:
+            text: in which `in_text` has found the placeholders of ``counts``.
+            counts: items of each modality.
+            items: all that become text.
+
+        Raises:
+            RequestError: the text has the token of an embedding elsewhere, too.
+        """
+        whole = text if isinstance(text, GuardedText) else GuardedText(text, "")
+        matches = list(self._as_text_pattern.finditer(whole.text))
+        found = [_Found(self._as_text[(match.lastindex or 1) - 1], match[0]) for match in matches]
+        numbered = self._number(found, {modality: counts.get(modality, 0) for modality in self._as_text})
+        markers = [part for part in numbered if isinstance(part, Marker)]
+        pieces, start = [], 0
+        for match, marker in zip(matches, markers, strict=True):
+            expand_text = self._placeholders[marker.modality].expand_text
+            assert expand_text is not None
+            pieces += [whole.text[start : match.start()], expand_text(items[marker], marker.number)]
+            start = match.end()
+        ids = self._encode(GuardedText("".join([*pieces, whole.text[start:]]), whole.guard), first=True)
+
+        tokens = [self._placeholders[marker.modality].embed_token_id for marker in markers]
+        wanted = [t for t, marker in zip(tokens, markers) for _ in range(items[marker].num_embeds)]
+        own = {t for m in self._as_text for t in (self._placeholders[m].token_id, *tokens)} - {None}
+        embeds = [index for index, token in enumerate(ids) if token in own]
+        if [ids[index] for index in embeds] != wanted:
+            raise RequestError(
+                f"written into the prompt, its {' and '.join(self._as_text)} items have {len(embeds)} embed "
+                f"tokens for {len(wanted)} embeddings; the prompt has such a token elsewhere, too"
+            )
+        parts: list[int | Marker | Written] = []
+        done = taken = 0
+        others: Counter[Modality] = Counter()
+
+        def add_prompt(ids: Sequence[int]) -> None:
+            for part in map(self._found_token, ids):
+                if isinstance(part, int):
+                    parts.append(part)
+                else:
+                    others[part.modality] += 1
+                    parts.append(Marker(part.modality, others[part.modality]))
+
+        for marker in markers:
+            mine = embeds[taken : taken + items[marker].num_embeds]
+            first, last = (mine[0], mine[-1] + 1) if mine else (done, done)
+            add_prompt(ids[done:first])
+            is_embed = [token in own for token in ids[first:last]]
+            parts.append(Written(marker, Expansion(token_ids=ids[first:last], is_embed=is_embed)))
+            taken, done = taken + len(mine), last
+        add_prompt(ids[done:])
+        return parts
 
     def in_text(
         self,

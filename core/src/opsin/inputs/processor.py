@@ -40,7 +40,7 @@ from opsin.errors import (
 from opsin.inputs.cache import ByteLRU, HeldMedia
 from opsin.inputs.conversation import check_limits, place_of
 from opsin.inputs.media import MediaSource, embeds_item, errors_at, is_timed, open_media
-from opsin.inputs.placeholders import Marker, PlaceholderFinder
+from opsin.inputs.placeholders import Marker, PlaceholderFinder, Written
 from opsin.inputs.prompt import Prompt, PromptInput
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class PromptProcessor:
         config: its config.json.
         max_model_len: longest prompt plus output.
         vocab_size: token ids are below it.
-        hidden_size: width of embeddings.
+        media_width: columns of embeddings of media.
         limits: most items of each modality in one prompt, over the family's defaults; a modality not named is
             unlimited.
         options: ``mm_processor_kwargs`` for every prompt.
@@ -83,7 +83,7 @@ class PromptProcessor:
     config: Mapping[str, Any]
     max_model_len: int
     vocab_size: int
-    hidden_size: int
+    media_width: int
     limits: Mapping[Modality, int] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     media_limits: MediaLimits = field(default_factory=MediaLimits)
@@ -152,6 +152,9 @@ class PromptProcessor:
                 self._check_text(text)
         parts = self._parts(parsed, counts, options)
         token_ids, placed = self._expand(parts, media, options, check_early)
+        if parsed.token_ids is None and any(item.modality in self._finder.writes_text for item in placed):
+            token_ids, placed = self._written(parsed, counts, parts, placed)
+            check_early(len(token_ids), sum(sum(item.is_embed) for item in placed), exact=True)
         if truncate is not None:
             most = self.max_model_len - min_new_tokens if truncate == -1 else truncate
             token_ids, placed = _truncated(token_ids, placed, most)
@@ -290,6 +293,35 @@ class PromptProcessor:
             raise
         return token_ids, placed
 
+    def _written(
+        self,
+        parsed: Prompt,
+        counts: Mapping[Modality, int],
+        parts: Sequence[int | Marker],
+        placed: Sequence[PlacedMedia],
+    ) -> tuple[list[int], list[PlacedMedia]]:
+        """The prompt tokenized with the items' text in it; ``placed`` are the items of the parts' markers."""
+        items = dict(zip((part for part in parts if isinstance(part, Marker)), placed, strict=True))
+        mapped = {marker: item.mapped for marker, item in items.items()}
+        token_ids: list[int] = []
+        moved: list[PlacedMedia] = []
+        with self._plugin("expand_text"):
+            written = self._finder.written(parsed.guarded or parsed.text or "", counts, mapped)
+        for part in written:
+            if isinstance(part, int):
+                token_ids.append(part)
+                continue
+            marker = part.marker if isinstance(part, Written) else part
+            item = items[marker]
+            if isinstance(part, Written):
+                expansion = part.expansion
+            else:
+                expansion = self.placeholders[marker.modality].expand(item.mapped, marker.number)
+            moved.append(replace(item, start=len(token_ids), is_embed=expansion.is_embed))
+            self.held_media.add(moved[-1])
+            token_ids += expansion.token_ids
+        return token_ids, moved
+
     def _map(
         self, item: MediaItem, options: Mapping[str, Any], mapped_here: list[str]
     ) -> tuple[str, MappedMedia]:
@@ -329,8 +361,8 @@ class PromptProcessor:
         num_rows = mapped.num_embeds
         if mapped.embeds is not None:
             shape = tuple(mapped.embeds.shape)
-            if len(shape) != 2 or shape[1] != self.hidden_size:
-                raise MediaError(f"the embeddings have shape {shape}; expected (tokens, {self.hidden_size})")
+            if len(shape) != 2 or shape[1] != self.media_width:
+                raise MediaError(f"the embeddings have shape {shape}; expected (tokens, {self.media_width})")
             num_rows = shape[0]
         num_embed_tokens = sum(expansion.is_embed)
         if not num_rows == mapped.num_embeds == num_embed_tokens:

@@ -18,17 +18,50 @@ from opsin.layers.decoder import (
     kv_geometry,
     output_head,
 )
-from opsin.layers.embeds import split_embeds, split_image_embeds
+from opsin.layers.embeds import ProcessorMapper, split_embeds, split_image_embeds
+from opsin.layers.grids import (
+    PatchMerger,
+    frame_angles,
+    frame_lengths,
+    grid_rotary,
+    in_blocks,
+    patch_projection,
+)
 from opsin.layers.linear import Embedding, Linear, activation, dtype_name
 from opsin.layers.module import Layer, Module, Slot
 from opsin.layers.norm import LayerNorm, RMSNorm
+from opsin.layers.patches import (
+    Grid,
+    GridMapper,
+    Patching,
+    TimedGridMapper,
+    fit_to_patches,
+    step_seconds,
+    step_times,
+    token_placeholder,
+)
 from opsin.layers.pixels import CLIP_MEAN, CLIP_STD, pixel_levels, pixel_values, resampling
-from opsin.layers.processor import ProcessorMapper
-from opsin.layers.rotary import RotaryTable, inverse_frequencies
+from opsin.layers.rotary import (
+    PositionBlock,
+    RotaryTable,
+    embed_runs,
+    inverse_frequencies,
+    mrope_positions,
+)
+from opsin.layers.rounding import round_weight
 from opsin.layers.text import context_length, fields, sequential_positions, switch_lengths, text_config
+from opsin.layers.tiling import (
+    cut_tiles,
+    grid_by_aspect_ratio,
+    grid_by_longest_edge,
+    pixel_shuffle,
+    resized,
+    size_by_longest_edge,
+)
 from opsin.layers.vision import (
     MLP,
     TIMM_RENAMES,
+    GatedVisionMLP,
     Table,
     VisionConfig,
     VisionEncoder,
@@ -48,34 +81,59 @@ __all__ = [
     "DecoderLayer",
     "Embedding",
     "GatedMLP",
+    "GatedVisionMLP",
+    "Grid",
+    "GridMapper",
     "LanguageModel",
     "Layer",
     "LayerNorm",
     "Linear",
     "Module",
+    "PatchMerger",
+    "Patching",
+    "PositionBlock",
     "ProcessorMapper",
     "RMSNorm",
     "RotaryTable",
     "Slot",
     "Table",
+    "TimedGridMapper",
     "VisionConfig",
     "VisionEncoder",
     "VisionMLP",
     "VisionTransformer",
     "activation",
     "context_length",
+    "cut_tiles",
     "dtype_name",
+    "embed_runs",
     "fields",
+    "fit_to_patches",
     "flatten_patches",
+    "frame_angles",
+    "frame_lengths",
+    "grid_by_aspect_ratio",
+    "grid_by_longest_edge",
+    "grid_rotary",
+    "in_blocks",
     "inverse_frequencies",
     "kv_geometry",
+    "mrope_positions",
     "output_head",
+    "patch_projection",
     "pixel_levels",
+    "pixel_shuffle",
     "pixel_values",
     "resampling",
+    "resized",
+    "round_weight",
     "sequential_positions",
+    "size_by_longest_edge",
     "split_embeds",
     "split_image_embeds",
+    "step_seconds",
+    "step_times",
     "switch_lengths",
     "text_config",
+    "token_placeholder",
 ]

@@ -19,10 +19,13 @@ from opsin.api import (
     KVGeometry,
     KVLayer,
     MappedMedia,
+    MediaFeatures,
     Modality,
+    QuantizedWeight,
+    WeightForm,
 )
 from opsin.layers.linear import Embedding, Linear, activation, dtype_name
-from opsin.layers.module import Module, Slot, owned
+from opsin.layers.module import Module, Slot
 from opsin.layers.norm import RMSNorm
 from opsin.layers.text import fields
 
@@ -49,6 +52,7 @@ class DecoderConfig:
 
     Attributes:
         qkv_bias: whether q, k and v have biases.
+        qk_norm: whether each head of q and of k is normalised (RMS) before it is rotated.
         fused: whether the checkpoint stores qkv_proj and gate_up_proj already fused.
         embed_scale: factor on token embeddings; embeddings of media are taken as they are.
         residual_scale: factor on what each attention and MLP adds to the residual stream.
@@ -70,6 +74,7 @@ class DecoderConfig:
     embed_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
+    qk_norm: bool = False
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **changes: Any) -> DecoderConfig:
@@ -113,7 +118,7 @@ class Attention(Module):
         super().__init__()
         world = context.parallel.world_size
         size = config.head_size
-        self._sizes = [config.num_heads // world * size] + [config.num_kv_heads // world * size] * 2
+        self._heads = [config.num_heads // world] + [config.num_kv_heads // world] * 2
         self._head_size, self._scale = size, 1 / math.sqrt(size)
         heads, kv_heads = config.num_heads * size, config.num_kv_heads * size
         parts = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
@@ -126,6 +131,8 @@ class Attention(Module):
             few_rows=True,
         )
         self.o_proj = Linear(context, heads, config.hidden_size, bias=False, split="row", few_rows=True)
+        self.q_norm = RMSNorm(context, size, config.eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(context, size, config.eps) if config.qk_norm else None
         query = KernelQuery(
             op="rotary",
             dtype=dtype_name(context.dtype),
@@ -133,17 +140,19 @@ class Attention(Module):
             num_kv_heads=config.num_kv_heads // world,
             head_size=size,
         )
-        self._rotary = context.kernels.rotary(query)
-        self._write_kv, self._attend = context.kernels.paged(query)
+        self._attend = context.kernels.rotary_paged(query)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv: KVLayer, plan: Any) -> Tensor:
         """x (T, H) -> (T, H); writes this step's keys and values."""
-        q, k, v = (
-            part.unflatten(-1, (-1, self._head_size)) for part in self.qkv_proj(x).split(self._sizes, -1)
-        )
-        q, k = self._rotary(q, k, cos, sin)
-        self._write_kv(k, v, kv, plan)
-        return self.o_proj(self._attend(q, kv, plan, self._scale).flatten(1))
+        q, k, v = self.qkv_proj(x).view(len(x), -1, self._head_size).split(self._heads, 1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = _heads_normed(self.q_norm, q), _heads_normed(self.k_norm, k)
+        return self.o_proj(self._attend(q, k, v, cos, sin, kv, plan, self._scale).flatten(1))
+
+
+def _heads_normed(norm: RMSNorm, x: Tensor) -> Tensor:
+    """x (T, N, D), each head normalised by itself."""
+    return norm(x.reshape(-1, x.shape[-1]))[0].view(x.shape)
 
 
 class GatedMLP(Module):
@@ -214,12 +223,26 @@ class Decoder(Module):
         self.norm = RMSNorm(context, config.hidden_size, config.eps)
         self._rotary = rotary
 
-    def forward(self, embeds: Tensor, positions: Tensor, kv: Sequence[KVLayer], plan: Any) -> Tensor:
-        """embeds (T, H), positions (A, T) -> hidden states after the final norm (T, H)."""
+    def forward(
+        self,
+        embeds: Tensor,
+        positions: Tensor,
+        kv: Sequence[KVLayer],
+        plan: Any,
+        media: MediaFeatures | None = None,
+    ) -> Tensor:
+        """embeds (T, H), positions (A, T) -> hidden states after the final norm (T, H).
+
+        ``media``: features (R, n * H), of which the i-th H columns are added to the hidden states after layer
+        i (DeepStack; Meng et al. 2024).
+        """
         cos, sin = self._rotary(positions)
+        added = [] if media is None else media.features.split(embeds.shape[1], dim=1)
         x, residual = embeds, None
-        for layer, cache in zip(self.layers, kv, strict=True):
+        for number, (layer, cache) in enumerate(zip(self.layers, kv, strict=True)):
             x, residual = layer(x, residual, cos, sin, cache, plan)
+            if media is not None and number < len(added):
+                x = x.index_add(0, media.rows, added[number])
         return self.norm(x, residual)[0]
 
 
@@ -242,12 +265,18 @@ class OutputHead(Linear):
     def __init__(self, context: BuildContext, config: DecoderConfig) -> None:
         super().__init__(context, config.hidden_size, config.vocab_size, bias=False, few_rows=True)
         self._scale = config.logit_scale
-        self._stored: Tensor | None = None
+        self._own: Tensor | None = None
         self._table: Tensor | None = None
 
     def slots(self) -> Iterator[Slot]:
         """The weight (V, H), optional for a tied head."""
-        yield Slot("weight", (self.out_features, self.in_features), self._put, optional=self.tied)
+        yield Slot(
+            "weight",
+            (self.out_features, self.in_features),
+            self._put,
+            optional=self.tied,
+            put_quantized=self._put_quantized,
+        )
 
     def adopt(self, weight: Tensor) -> None:
         """See `Linear.adopt`."""
@@ -255,18 +284,25 @@ class OutputHead(Linear):
         self._settle()
 
     def _put(self, weight: Tensor) -> None:
-        self._stored = weight
+        self._own = weight
         if not self.tied or self._table is not None:
             self._settle()
 
+    def _put_quantized(self, weight: QuantizedWeight) -> None:
+        self._take_quantized(0, lambda: (0, 0, self.out_features), weight)
+
+    def rounded_to(self) -> WeightForm | None:
+        """See `Linear.rounded_to`."""
+        return self._rounding.head
+
     def _settle(self) -> None:
-        stored, table = self._stored, self._table
-        self._stored = None
+        stored, table = self._own, self._table
+        self._own = None
         if stored is not None and table is not None and torch.equal(stored.to(table), table):
             stored = None
         if stored is not None:
-            self._weight = owned(stored, self._device, self._dtype)
-            self._finish(keep_weight=False)
+            self._to_come = 1
+            self._take(0, lambda: (0, 0, self.out_features), self.out_features, stored)
         elif table is not None and self._run is None:
             super().adopt(table)
 
@@ -291,6 +327,8 @@ class LanguageModel(Module):
         rotary: int64 positions (A, T) -> cosines and sines (T, D), usually a `RotaryTable`.
         renames: regular expressions -> what replaces them in checkpoint keys, one after another.
         unused: regular expressions of names, after that, whose tensors no computation reads.
+        deep_layers: to the hidden states after how many of the first layers media add features. `encode` then
+            gives (E, (1 + deep_layers) * H): the embedding, and what is added after each of them.
     """
 
     def __init__(
@@ -301,6 +339,7 @@ class LanguageModel(Module):
         rotary: nn.Module,
         renames: Mapping[str, str] | None = None,
         unused: Sequence[str] = (),
+        deep_layers: int = 0,
     ) -> None:
         super().__init__()
         if config.fused and context.parallel.world_size > 1:
@@ -308,6 +347,11 @@ class LanguageModel(Module):
                 "the checkpoint stores q, k and v (and gate and up) as one tensor each, which is not divided "
                 f"among {context.parallel.world_size} ranks; run it on one"
             )
+        if not 0 <= deep_layers <= config.num_layers:
+            raise ValueError(
+                f"media add features after {deep_layers} layers; the decoder has {config.num_layers}"
+            )
+        self.media_width = (1 + deep_layers) * config.hidden_size
         self._renames, self._unused = renames or {}, tuple(unused)
         self.hidden_size, self.vocab_size = config.hidden_size, config.vocab_size
         self.kv_geometry = kv_geometry(config, context.parallel.world_size)
@@ -330,7 +374,7 @@ class LanguageModel(Module):
 
     def forward(self, step: ForwardStep) -> Tensor:
         """Hidden states after the final norm, (T, H)."""
-        return self.model(step.embeds, step.positions, step.kv, step.plan)
+        return self.model(step.embeds, step.positions, step.kv, step.plan, step.media)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, H) -> (B, V)."""

@@ -1,14 +1,17 @@
-"""Cosines and sines of rotary positions."""
+"""Cosines and sines of rotary positions, and positions on several axes (M-RoPE)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from opsin.api import PlacedMedia, Positions
 from opsin.layers.module import Module
 from opsin.layers.text import original_length
 
@@ -29,7 +32,9 @@ _FIELDS: Mapping[str, frozenset[str]] = {
 }
 """Types of rotary positions, and what ``rope_parameters`` has for each besides `_COMMON`."""
 
-_COMMON = frozenset({"rope_type", "rope_theta", "mrope_section", "partial_rotary_factor"})
+_COMMON = frozenset(
+    {"rope_type", "rope_theta", "mrope_section", "mrope_interleaved", "partial_rotary_factor"}
+)
 
 
 def inverse_frequencies(width: int, theta: float) -> Tensor:
@@ -45,10 +50,17 @@ class RotaryTable(Module):
         theta: base of the frequencies.
         sections: number of the D/2 frequencies that follow each axis (M-RoPE); None: one axis.
         device: torch device.
+        interleaved: whether the axes take turns, frequency by frequency, instead of having each a section.
     """
 
     def __init__(
-        self, head_size: int, theta: float, *, sections: Sequence[int] | None = None, device: str = "cpu"
+        self,
+        head_size: int,
+        theta: float,
+        *,
+        sections: Sequence[int] | None = None,
+        device: str = "cpu",
+        interleaved: bool = False,
     ) -> None:
         super().__init__()
         self._inverse = inverse_frequencies(head_size, theta)[None].to(device)
@@ -58,13 +70,23 @@ class RotaryTable(Module):
         if sections is not None:
             assert sum(sections) == head_size // 2, (sections, head_size)
             axis = torch.repeat_interleave(torch.arange(len(sections)), torch.tensor(sections))
+            if interleaved:
+                axis = interleaved_axes(sections)
             self._axis = axis.to(device)
 
     @classmethod
     def from_config(
-        cls, text: Mapping[str, Any], head_size: int, device: str, *, mrope: bool = False
+        cls,
+        text: Mapping[str, Any],
+        head_size: int,
+        device: str,
+        *,
+        mrope: bool = False,
+        interleaved: bool = False,
     ) -> RotaryTable:
         """From a `text_config`; ``mrope``: whether the family's positions have several axes.
+
+        ``interleaved``: whether these take turns; ``mrope_interleaved`` of config.json must agree.
 
         A family whose checkpoints may be of type "longrope" gives `switch_lengths` with its positions.
 
@@ -82,8 +104,13 @@ class RotaryTable(Module):
             raise ValueError(
                 f"mrope_section is {sections!r}; expected integers whose sum is {head_size // 2}"
             )
+        if rope.get("mrope_interleaved") not in (None, interleaved):
+            raise ValueError(
+                f"mrope_interleaved of rope_scaling (or rope_parameters) is {rope['mrope_interleaved']!r}; "
+                f"expected {str(interleaved).lower()} in this family"
+            )
         inverse, factor = _scaled(text, head_size)
-        table = cls(head_size, rope["rope_theta"], sections=sections, device=device)
+        table = cls(head_size, rope["rope_theta"], sections=sections, device=device, interleaved=interleaved)
         table._factor = factor
         table._inverse = inverse.to(device)
         table._num_rows += len(inverse) > 1
@@ -109,6 +136,18 @@ class RotaryTable(Module):
             angles = positions.float().index_select(0, self._axis).t() * inverse
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos() * self._factor, angles.sin() * self._factor
+
+
+def interleaved_axes(sections: Sequence[int]) -> Tensor:
+    """Which axis each frequency follows where the axes take turns, int64 (sum of sections,).
+
+    Axis a > 0 has the frequencies a, a + A, a + 2A, ..., as many as its section says; the first axis has the
+    rest (transformers: ``recomposition_frequencies``).
+    """
+    axes = torch.zeros(sum(sections), dtype=torch.int64)
+    for axis, count in enumerate(sections[1:], 1):
+        axes[axis : count * len(sections) : len(sections)] = axis
+    return axes
 
 
 def _integers(values: Any) -> bool:
@@ -211,3 +250,65 @@ def _numbers(rope: Mapping[str, Any], name: str, count: int) -> list[float]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+# ---- Positions on several axes: text counts up on all of them, media by time, row and column ---------
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionBlock:
+    """Embeddings of a medium, or of a step of a video, that stand next to each other in a prompt.
+
+    Attributes:
+        start: index of the first of them.
+        shape: steps, rows and columns, in embeddings.
+        steps: position of each step on the axis of time, from 0, ascending; None: 0, 1, 2, ...
+    """
+
+    start: int
+    shape: tuple[int, int, int]
+    steps: Sequence[int] | None = None
+
+
+def mrope_positions(
+    num_tokens: int, blocks: Iterable[PositionBlock], *, switch_lengths: Sequence[int] = ()
+) -> Positions:
+    """Positions on the axes (time, height, width), int64 (3, L).
+
+    A block begins one after the largest position so far; its tokens are at (start + step, start + row,
+    start + column), and the text after it starts one after the largest of those (Wang et al. 2024, section
+    2.1).
+
+    Args:
+        num_tokens: L, of the expanded prompt.
+        blocks: in order of their start.
+        switch_lengths: `opsin.layers.switch_lengths` of the language model. Positions, not tokens, decide
+            which frequencies a long sequence has.
+    """
+    pieces = []
+    done, following = 0, 0  # tokens covered; next free position
+    for block in blocks:
+        text = np.arange(block.start - done) + following
+        pieces.append(np.broadcast_to(text, (3, len(text))))
+        following += len(text)
+        places = np.indices(block.shape).reshape(3, -1)
+        if block.steps is not None:
+            places[0] = np.asarray(block.steps, dtype=np.int64)[places[0]]
+        pieces.append(places + following)
+        following += int(places.max()) + 1
+        done = block.start + places.shape[1]
+    tail = np.arange(num_tokens - done) + following
+    pieces.append(np.broadcast_to(tail, (3, len(tail))))
+    delta = following + len(tail) - num_tokens
+    return Positions(
+        prompt=np.concatenate(pieces, axis=1).astype(np.int64),
+        delta=delta,
+        switch_lengths=tuple(length - delta for length in switch_lengths),
+    )
+
+
+def embed_runs(item: PlacedMedia) -> list[tuple[int, int]]:
+    """(start, length) of each run of embeddings of an item; ids such as marks or times stand between them."""
+    places = np.flatnonzero(np.asarray(item.is_embed, dtype=bool))
+    ends = np.flatnonzero(np.diff(places) > 1) + 1
+    return [(item.start + int(run[0]), len(run)) for run in np.split(places, ends) if len(run)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from opsin.api import Activation, BuildContext, KernelQuery
 from opsin.layers.linear import Linear, activation, dtype_name
 from opsin.layers.module import Layer, Module, Slot, owned
-from opsin.layers.norm import LayerNorm
+from opsin.layers.norm import LayerNorm, RMSNorm
 from opsin.layers.text import fields
 
 Rotary = tuple[Tensor, Tensor]
@@ -62,6 +62,10 @@ class VisionConfig:
         patch_bias: whether the patch embedding has a bias (SigLIP).
         fused: whether the checkpoint stores q, k and v as one tensor (timm).
         rotary: whether q and k are rotated, by the cosines and sines that the encoder is called with.
+        norm: of its layers.
+        gated: whether its MLPs are gated, with biases (keys ``gate_proj``, ``up_proj``, ``down_proj``).
+        full_layers: numbers of the layers, from 0, that attend within an image, where the others attend
+            within windows, whose lengths the encoder is called with; None: all attend within an image.
     """
 
     hidden_size: int
@@ -78,6 +82,12 @@ class VisionConfig:
     patch_bias: bool = True
     fused: bool = False
     rotary: bool = False
+    norm: Literal["layer", "rms"] = "layer"
+    gated: bool = False
+    full_layers: tuple[int, ...] | None = None
+    qkv_bias: bool = True
+    qk_norm_eps: float | None = None
+    layer_scale: bool = False
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **changes: Any) -> VisionConfig:
@@ -173,7 +183,10 @@ class VisionAttention(Module):
         width, heads = config.hidden_size, config.num_heads
         self._head_size = width // heads
         parts = {"q_proj": width, "k_proj": width, "v_proj": width}
-        self.qkv_proj = Linear(context, width, 3 * width if config.fused else parts, bias=True)
+        self.qkv_proj = Linear(context, width, 3 * width if config.fused else parts, bias=config.qkv_bias)
+        eps = config.qk_norm_eps
+        self.q_norm = None if eps is None else RMSNorm(context, width, eps)
+        self.k_norm = None if eps is None else RMSNorm(context, width, eps)
         self.out_proj = Linear(context, width, width, bias=True)
         query = KernelQuery(
             op="dense_attention",
@@ -188,6 +201,11 @@ class VisionAttention(Module):
     def forward(self, x: Tensor, lengths: Sequence[int], rotary: Rotary | None = None) -> Tensor:
         """x (P, width) -> (P, width)."""
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, -1, self._head_size)).unbind(1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = (
+                norm(x.flatten(1).contiguous())[0].view(x.shape)
+                for norm, x in ((self.q_norm, q), (self.k_norm, k))
+            )
         if self._rotate is not None:
             assert rotary is not None, "the config says that q and k are rotated"
             q, k = self._rotate(q, k, *rotary)
@@ -230,20 +248,56 @@ class VisionMLP(MLP):
         super().__init__(context, width, hidden, width, activation)
 
 
+class GatedVisionMLP(Module):
+    """down(act(gate(x)) * up(x)) with biases; gate and up are fused while loading (Shazeer 2020)."""
+
+    def __init__(self, context: BuildContext, width: int, hidden: int, activation: Activation) -> None:
+        super().__init__()
+        self.gate_up_proj = Linear(context, width, {"gate_proj": hidden, "up_proj": hidden}, bias=True)
+        self.down_proj = Linear(context, hidden, width, bias=True)
+        self._activation: Activation = activation
+        query = KernelQuery(
+            op="gated_act", dtype=dtype_name(context.dtype), size=hidden, activation=activation
+        )
+        self._gated_act = context.kernels.gated_act(query)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (P, width) -> (P, width)."""
+        return self.down_proj(self._gated_act(self.gate_up_proj(x), self._activation))
+
+
+def vision_norm(
+    context: BuildContext, size: int, eps: float, kind: Literal["layer", "rms"]
+) -> LayerNorm | RMSNorm:
+    """A norm of either kind, for `normed`."""
+    return LayerNorm(context, size, eps) if kind == "layer" else RMSNorm(context, size, eps)
+
+
+def normed(norm: LayerNorm | RMSNorm, x: Tensor) -> Tensor:
+    """norm(x), x (P, size)."""
+    return norm(x) if isinstance(norm, LayerNorm) else norm(x)[0]
+
+
 class VisionLayer(Module):
     """Pre-norm transformer block."""
 
     def __init__(self, context: BuildContext, config: VisionConfig) -> None:
         super().__init__()
-        self.layer_norm1 = LayerNorm(context, config.hidden_size, config.eps)
+        width, wide = config.hidden_size, config.intermediate_size
+        self.layer_norm1 = vision_norm(context, width, config.eps, config.norm)
         self.self_attn = VisionAttention(context, config)
-        self.layer_norm2 = LayerNorm(context, config.hidden_size, config.eps)
-        self.mlp = VisionMLP(context, config.hidden_size, config.intermediate_size, config.activation)
+        self.layer_norm2 = vision_norm(context, width, config.eps, config.norm)
+        mlp = GatedVisionMLP if config.gated else VisionMLP
+        self.mlp: GatedVisionMLP | VisionMLP = mlp(context, width, wide, config.activation)
+        self.scale1 = Table(context, "lambda_1", (width,)) if config.layer_scale else None
+        self.scale2 = Table(context, "lambda_2", (width,)) if config.layer_scale else None
 
     def forward(self, x: Tensor, lengths: Sequence[int], rotary: Rotary | None = None) -> Tensor:
         """x (P, width) -> (P, width)."""
-        x = x + self.self_attn(self.layer_norm1(x), lengths, rotary)
-        return x + self.mlp(self.layer_norm2(x))
+        added = self.self_attn(normed(self.layer_norm1, x), lengths, rotary)
+        x = x + (added if self.scale1 is None else self.scale1() * added)
+        added = self.mlp(normed(self.layer_norm2, x))
+        return x + (added if self.scale2 is None else self.scale2() * added)
 
 
 class VisionEncoder(Module):
@@ -253,12 +307,26 @@ class VisionEncoder(Module):
         super().__init__()
         self.layers = nn.ModuleList(VisionLayer(context, config) for _ in range(config.num_layers))
         self._read_after = tuple(read_after)
+        full = range(config.num_layers) if config.full_layers is None else config.full_layers
+        self._windowed = frozenset(range(config.num_layers)) - frozenset(full)
 
-    def forward(self, x: Tensor, lengths: Sequence[int], rotary: Rotary | None = None) -> Tensor:
-        """x (P, width), rotary (P, D) each -> the states read, side by side, (P, width * len(read_after))."""
+    def forward(
+        self,
+        x: Tensor,
+        lengths: Sequence[int],
+        rotary: Rotary | None = None,
+        windows: Sequence[int] | None = None,
+    ) -> Tensor:
+        """x (P, width), rotary (P, D) each -> the states read, side by side, (P, width * len(read_after)).
+
+        ``windows``: lengths of the windows, one after another in x, for a config with ``full_layers``.
+        """
+        if self._windowed and windows is None:
+            raise ValueError(f"layers {sorted(self._windowed)} attend within windows; expected their lengths")
         read = {0: x}
         for number, layer in enumerate(self.layers, 1):
-            x = layer(x, lengths, rotary)
+            within = windows if windows is not None and number - 1 in self._windowed else lengths
+            x = layer(x, within, rotary)
             if number in self._read_after:
                 read[number] = x
         if len(self._read_after) == 1:

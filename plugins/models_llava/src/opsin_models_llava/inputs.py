@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from opsin.api import InputContext, MappedMedia, MediaItem, Placeholder, repeat_token
-from opsin.layers import fields, pixel_levels, pixel_values, resampling, split_image_embeds
+from opsin.layers import fields, pixel_levels, pixel_values, resampling, resized, split_image_embeds
 from opsin_models_llava.features import TOP, Features
 from opsin_models_llava.grid import Grid, Size, best_resolution, fitted_size, grids_of
 
@@ -23,11 +22,6 @@ IMAGE_TEXT = "<image>"
 DEFAULT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 MAX_ELONGATION = 64
 """Largest aspect ratio that is resized before the middle is cut out: 1x100000 would become gigabytes."""
-
-
-def resized(pixels: Array, size: Size, resample: Image.Resampling) -> Array:
-    """uint8 (H, W, 3) -> uint8 (*size, 3), by PIL."""
-    return np.asarray(Image.fromarray(pixels).resize((size[1], size[0]), resample))
 
 
 def centre(pixels: Array, size: Size) -> Array:

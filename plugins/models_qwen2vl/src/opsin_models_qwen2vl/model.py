@@ -12,7 +12,14 @@ from opsin.layers import TIMM_RENAMES, DecoderConfig, LanguageModel, RotaryTable
 from opsin_models_qwen2vl.config import read_config
 from opsin_models_qwen2vl.vision import VisionTower
 
-RENAMES = {r"^model\.visual\.": "visual.", r"^model\.language_model\.": "model.", **TIMM_RENAMES}
+RENAMES = {
+    r"^model\.visual\.": "visual.",
+    r"^model\.language_model\.": "model.",
+    r"\.merger\.ln_q\.": ".merger.norm.",
+    r"\.merger\.mlp\.0\.": ".merger.mlp.fc1.",
+    r"\.merger\.mlp\.2\.": ".merger.mlp.fc2.",
+    **TIMM_RENAMES,
+}
 """The nested keys of newer exports are folded back."""
 
 

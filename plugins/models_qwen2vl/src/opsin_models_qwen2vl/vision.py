@@ -4,60 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from opsin.api import BuildContext
 from opsin.layers import (
-    MLP,
-    LayerNorm,
-    Linear,
+    Grid,
     Module,
+    PatchMerger,
     VisionConfig,
     VisionEncoder,
     activation,
-    inverse_frequencies,
+    frame_lengths,
+    grid_rotary,
+    patch_projection,
 )
 
-Grid = tuple[int, int, int]
-"""Frames, rows and columns, in patches."""
-
 EPS = 1e-6
-
-
-@lru_cache(maxsize=256)
-def patch_angles(grid: Grid, merge: int, head_size: int) -> Tensor:
-    """Rotary angles of every patch of a grid (t, h, w), float32 (t * h * w, head_size / 2).
-
-    The first half of the frequencies turns with the row, the second with the column; patches come in the
-    processor's order (t, h / merge, w / merge, merge, merge).
-    """
-    frames, height, width = grid
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-
-    def in_blocks(index: Tensor) -> Tensor:
-        blocks = index.reshape(height // merge, merge, width // merge, merge).transpose(1, 2)
-        return blocks.flatten().repeat(frames).float().unsqueeze(1)
-
-    inverse = inverse_frequencies(head_size // 2, 10000.0)
-    return torch.cat((in_blocks(rows) * inverse, in_blocks(columns) * inverse), dim=-1)
-
-
-class PatchMerger(Module):
-    """Each 2x2 block of patches becomes one embedding of the language model."""
-
-    def __init__(self, context: BuildContext, width: int, merge: int, out: int) -> None:
-        super().__init__()
-        self._wide = width * merge**2
-        self.ln_q = LayerNorm(context, width, EPS)
-        self.mlp = MLP(context, self._wide, self._wide, out, "gelu", names=("0", "2"))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (P, width) -> (P / merge**2, out)."""
-        return self.mlp(self.ln_q(x).view(-1, self._wide))
 
 
 class VisionTower(Module):
@@ -65,22 +29,24 @@ class VisionTower(Module):
 
     def __init__(self, context: BuildContext, config: Mapping[str, Any]) -> None:
         super().__init__()
-        width, heads, patch = config["embed_dim"], config["num_heads"], config["patch_size"]
+        width, heads = config["embed_dim"], config["num_heads"]
         if heads < 1 or width % heads or width // heads % 4:
             raise ValueError(
                 f"vision_config.embed_dim is {width} and num_heads {heads}; expected heads of a multiple of 4"
             )
-        # The checkpoint's Conv3d, whose stride is its kernel, is a linear layer over the flattened patch.
-        kernel = (config["in_channels"], config["temporal_patch_size"], patch, patch)
-        self.patch_embed = Linear(
-            context, math.prod(kernel), width, bias=False, stored_shape=(width, *kernel)
+        self.patch_embed = patch_projection(
+            context,
+            width,
+            patch_size=config["patch_size"],
+            span=config["temporal_patch_size"],
+            channels=config["in_channels"],
         )
         encoder = VisionConfig(
             hidden_size=width,
             intermediate_size=int(width * config["mlp_ratio"]),
             num_layers=config["depth"],
             num_heads=heads,
-            patch_size=patch,
+            patch_size=config["patch_size"],
             num_positions=0,
             eps=EPS,
             activation=activation(config["hidden_act"], "vision_config.hidden_act"),
@@ -91,13 +57,11 @@ class VisionTower(Module):
         self._merge = config["spatial_merge_size"]
         self._head_size = width // heads
         self._dtype, self._device = context.dtype, context.device
-        self.merger = PatchMerger(context, width, self._merge, config["hidden_size"])
+        self.merger = PatchMerger(context, width, self._merge, config["hidden_size"], eps=EPS)
 
     def forward(self, patches: Tensor, grids: Sequence[Grid]) -> list[Tensor]:
         """Patches (P, ...) of items one after another, and their grids -> embeddings (E, out) of each."""
-        angles = torch.cat([patch_angles(grid, self._merge, self._head_size) for grid in grids])
-        angles = torch.cat((angles, angles), dim=-1).to(self._device)
-        lengths = [height * width for frames, height, width in grids for _ in range(frames)]
+        cos, sin = (part.to(self._device) for part in grid_rotary(grids, self._merge, self._head_size))
         x = self.patch_embed(patches.to(device=self._device, dtype=self._dtype))
-        x = self.encoder(x, lengths, (angles.cos(), angles.sin()))
+        x = self.encoder(x, frame_lengths(grids), (cos, sin))
         return list(self.merger(x).split([math.prod(grid) // self._merge**2 for grid in grids]))
