@@ -14,7 +14,7 @@ LLAVA = ROOT / "plugins/models_llava"
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, a device and a copy of a family, written by the command of a core that was installed with pip."""
+    """A model, a device and a copy of a family, written by the command of an installed core."""
     folder = tmp_path_factory.mktemp("written")
     environment = make_environment(folder / "core", CORE, CPU, LLAVA)
     like = ("--like", "LlavaForConditionalGeneration")

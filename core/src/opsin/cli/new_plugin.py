@@ -22,7 +22,7 @@ app = App(
 
   opsin new-plugin model mine && pip install ./mine && pytest mine
   opsin new-plugin device mychip --folder ./mychip
-  opsin new-plugin model mine --like LlavaForConditionalGeneration
+  opsin new-plugin model mine --like ARCHITECTURE
 """,
 )
 
@@ -97,7 +97,7 @@ def _renamed(text: str, names: Mapping[str, str]) -> str:
 
 
 def _like(architecture: str, name: str, template: Mapping[str, str]) -> dict[str, str]:
-    """An installed family's modules under new names, instead of the template's, and a test that finds them."""
+    """An installed family's modules under new names instead of the template's, and a test of them."""
     import importlib
 
     from opsin.plugins import load_plugins

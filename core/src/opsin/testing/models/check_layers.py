@@ -82,7 +82,7 @@ def _check_rows(
 
 def embed_width(model: ModelUnderTest) -> int:
     """Columns of what `encode` returns."""
-    return int(getattr(model.model, "embed_width", model.model.hidden_size))
+    return int(getattr(model.model, "media_width", model.model.hidden_size))
 
 
 def neighbours(model: ModelUnderTest) -> str:
