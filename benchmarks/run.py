@@ -17,13 +17,12 @@ import report
 import synthetic
 import worker
 from costs import Costs
-from report import Comparison, Run
+from report import RESULTS, Comparison, Run, positive_number
 from sides import SIDES, DType
 from tokenizers import Tokenizer
 from tqdm import tqdm
 from workloads import WORKLOADS, Request, Workload, draw_requests, image_patches, quick, warm_up
 
-RESULTS = Path(__file__).parent / "results"
 FLOOR_ROUNDS = 7
 MAX_LOGIT_GAPS = 8
 """Sequences whose gap at the first difference is looked up, at most, for each workload."""
@@ -106,13 +105,6 @@ def main() -> int:
         print(f"the benchmark cannot go on: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def positive_number(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
-    return number
 
 
 def _floors(dtype: DType, threads: int) -> floors.Floors:

@@ -31,7 +31,7 @@ import psutil
 import report
 import synthetic
 import worker
-from run import RESULTS, positive_number
+from report import RESULTS, positive_number
 from tqdm import tqdm
 from workloads import draw_image
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import report
 import synthetic
 import worker
-from run import RESULTS, positive_number
+from report import RESULTS, positive_number
 from tokenizers import Tokenizer
 from workloads import Workload, quick
 

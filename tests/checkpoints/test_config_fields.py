@@ -116,6 +116,7 @@ NULLABLE = {
     "image_std",
     "max_pixels",
     "min_pixels",
+    "mrope_interleaved",
     "num_key_value_heads",
     "torch_dtype",
     "use_sliding_window",
@@ -132,6 +133,7 @@ ALSO: Mapping[str, Sequence[Any]] = {
     "vision_encoder": ["vit_large_patch14"],
     "min_pixels": [10**6],
     "min_patches": [12],
+    "rms_norm_eps": [0.5],
     "shortest_edge": [10**6],
 }
 """Values to try besides those made from the field's own."""
@@ -212,7 +214,7 @@ class Checkpoint:
         picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (100, 260, 3), np.uint8))
         media: dict[str, Any] = {"image": [picture]}
         prompt = f"a{self.family.image_text(1)}b"
-        if self.family.name == "qwen2vl":
+        if self.family.name.startswith("qwen"):
             media["video"] = [[picture, picture, picture]]
             prompt += self.family.image_text(1).replace("image", "video")
         params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)

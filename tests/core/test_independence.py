@@ -53,4 +53,8 @@ def test_the_names_looked_for_are_those_of_all_plugins(kind: str) -> None:
 def test_every_plugin_folder_is_recognised() -> None:
     folders = [file.parent.name for file in (ROOT / "plugins").glob("*/pyproject.toml")]
     assert len(folders) >= 6
-    assert [name for name in folders if name != "device_cpu" and not named_in(name.replace("_", " "))] == []
+    assert [
+        name
+        for name in folders
+        if name not in ("device_cpu", "weight_formats") and not named_in(name.replace("_", " "))
+    ] == []

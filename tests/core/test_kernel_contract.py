@@ -20,7 +20,7 @@ from opsin.api import (
     MemoryInfo,
     OpName,
 )
-from opsin.testing.kernels import KernelCase, check_kernel, kernel_cases
+from opsin.testing.kernels import WEIGHT_FORMS, KernelCase, check_kernel, kernel_cases
 
 HOST = Device(
     name="host",
@@ -30,7 +30,10 @@ HOST = Device(
 )
 
 
-@pytest.mark.parametrize("case", kernel_cases(["float32", "float16"]), ids=str)
+ALL_CASES = kernel_cases(["float32", "float16"], later_ops=True, weights=WEIGHT_FORMS)
+
+
+@pytest.mark.parametrize("case", ALL_CASES, ids=str)
 def test_the_reference_fulfils_the_contract(case: KernelCase) -> None:
     assert check_kernel(case, HOST, []).provider == "reference"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opsin.api import MappedMedia, PlacedMedia, Positions, ProcessedPrompt
+from opsin.config import SpeculativeConfig
 from opsin.engine.cache import BlockPool, EncoderCache
-from opsin.engine.scheduler import Scheduler, Step
+from opsin.engine.scheduler import Chunk, Scheduler, Step
 from opsin.engine.sequence import Sequence, Status
+from opsin.engine.speculation import Drafter
 from opsin.params import SamplingParams
 
 BLOCK = 4
@@ -50,10 +54,32 @@ def make_sequence(
     )
 
 
-def content(sequence: Sequence, position: int) -> tuple[object, ...]:
+def content(sequence: Sequence, position: int, draft: SequenceOf[int] = ()) -> tuple[object, ...]:
     """What the cache must hold for a token: everything its keys and values depend on."""
     media = tuple((item.key, item.start) for item in sequence.media if item.start <= position)
-    return (sequence.prompt.salt, sequence.variant, tuple(sequence.token_ids[: position + 1]), media)
+    token_ids = [*sequence.token_ids, *draft]
+    return (sequence.prompt.salt, sequence.variant, tuple(token_ids[: position + 1]), media)
+
+
+def next_token(num_tokens: int) -> int:
+    """What follows so many tokens."""
+    return 1000 + num_tokens
+
+
+class Guesser(Drafter):
+    """Guesses rightly by chance, as often as ``skill`` says."""
+
+    def __init__(self, num_speculative_tokens: int, skill: float, seed: int = 0) -> None:
+        config = SpeculativeConfig(num_speculative_tokens=num_speculative_tokens)
+        super().__init__(config, max_len=10_000)
+        self._skill = skill
+        self._chance = random.Random(seed)
+
+    def guess(self, sequence: Sequence, count: int) -> list[int]:
+        return [
+            next_token(sequence.num_tokens + i) if self._chance.random() < self._skill else 5
+            for i in range(count)
+        ]
 
 
 @dataclass
@@ -66,9 +92,11 @@ class Machine:
     max_encoder_tokens: int = 16
     encoder_bytes: int = 16 * EMBED_BYTES
     prefix_caching: bool = True
+    drafter: Drafter | None = None
     memory: dict[int, tuple[object, ...]] = field(default_factory=dict)
     num_computed: int = 0
     num_encoded: int = 0
+    num_steps: int = 0
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(
@@ -80,11 +108,13 @@ class Machine:
             max_encoder_tokens=self.max_encoder_tokens,
             embed_bytes=EMBED_BYTES,
             prefix_caching=self.prefix_caching,
+            drafter=self.drafter,
         )
 
     def step(self) -> Step:
         scheduler = self.scheduler
         step = scheduler.schedule()
+        self.num_steps += 1
         assert sum(chunk.length for chunk in step.chunks) <= self.max_tokens
         assert len(scheduler.running) <= self.max_num_seqs
         assert len({chunk.sequence.seq_id for chunk in step.chunks}) == len(step.chunks)
@@ -104,18 +134,42 @@ class Machine:
                 assert self.memory[slots[position]] == content(sequence, position), "a wrong cached block"
             for position in range(chunk.start, chunk.end):
                 assert held[slots[position] // BLOCK] == 1, "a shared block is written"
-                self.memory[slots[position]] = content(sequence, position)
+                self.memory[slots[position]] = content(sequence, position, chunk.draft)
+            assert len(sequence.block_ids) == -(-chunk.end // BLOCK), "blocks that nothing is written to"
             self.num_computed += chunk.length
             for item in chunk.media():
                 assert scheduler.encoder_cache.get(item.key) is not None, "media are not encoded in time"
-        sampled = {
-            chunk.sequence.seq_id: 1000 + chunk.sequence.num_tokens for chunk in step.chunks if chunk.samples
-        }
-        scheduler.commit(step, sampled)
+        scheduler.commit(step, {chunk.sequence.seq_id: self._sample(chunk) for chunk in step.chunks})
         for chunk in step.chunks:
-            if chunk.sequence.num_output >= (chunk.sequence.params.max_tokens or 0):
-                scheduler.remove(chunk.sequence)
+            sequence = chunk.sequence
+            expected = [next_token(n) for n in range(sequence.num_prompt, sequence.num_tokens)]
+            assert sequence.output_ids == expected, "a wrong guess is kept"
+            if sequence.status is Status.RUNNING:
+                assert len(sequence.block_ids) == -(-sequence.num_computed // BLOCK), (
+                    "blocks of wrong guesses"
+                )
+            assert sequence.num_output <= (sequence.params.max_tokens or 0), "beyond the limit"
+            if sequence.num_output == (sequence.params.max_tokens or 0):
+                scheduler.remove(sequence)
         return step
+
+    def _sample(self, chunk: Chunk) -> list[int]:
+        """The draft's tokens as far as they are right, and one more."""
+        if not chunk.samples:
+            assert not chunk.draft, "a guess at tokens that are known"
+            return []
+        sequence = chunk.sequence
+        after = sequence.num_tokens + len(chunk.draft)
+        switches = sequence.prompt.positions.switch_lengths if sequence.prompt.positions else ()
+        assert not any(sequence.num_tokens <= length < after for length in switches), (
+            "two variants in a chunk"
+        )
+        run = [next_token(sequence.num_tokens)]
+        for guess in chunk.draft:
+            if guess != run[-1]:
+                break
+            run.append(next_token(sequence.num_tokens + len(run)))
+        return run
 
     def _encode(self, step: Step) -> None:
         cache = self.scheduler.encoder_cache
@@ -160,7 +214,7 @@ def prompts(draw: st.DrawFn) -> tuple[list[int], tuple[PlacedMedia, ...], str]:
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_random_loads_keep_every_promise(data: st.DataObject) -> None:
-    longest = 6 * 13 + 6
+    longest = 6 * 13 + 12
     machine = Machine(
         num_blocks=data.draw(st.integers(-(-longest // BLOCK), 60), "blocks"),
         max_num_seqs=data.draw(st.integers(1, 6), "seqs"),
@@ -168,6 +222,13 @@ def test_random_loads_keep_every_promise(data: st.DataObject) -> None:
         max_encoder_tokens=data.draw(st.integers(1, 40), "encoder tokens"),
         encoder_bytes=data.draw(st.integers(1, 40), "encoder room") * EMBED_BYTES,
         prefix_caching=data.draw(st.booleans(), "prefix caching"),
+        drafter=data.draw(
+            st.none()
+            | st.builds(
+                Guesser, st.integers(1, 9), st.sampled_from([0.0, 0.5, 0.9, 1.0]), st.integers(0, 2**32)
+            ),
+            "drafter",
+        ),
     )
     switch_lengths = data.draw(st.sampled_from([(), (), (12,), (17, 21)]), "switch lengths")
     priorities = data.draw(st.sampled_from([(0,), (0, 1, -5)]), "priorities")
@@ -181,7 +242,7 @@ def test_random_loads_keep_every_promise(data: st.DataObject) -> None:
                 token_ids,
                 media=media,
                 salt=salt,
-                max_tokens=data.draw(st.integers(1, 6)),
+                max_tokens=data.draw(st.integers(1, 12)),
                 switch_lengths=switch_lengths,
                 priority=data.draw(st.sampled_from(priorities)),
             )
@@ -342,3 +403,28 @@ def test_prompt_logprobs_need_the_whole_prompt_computed() -> None:
         machine.scheduler.add(make_sequence(seq_id, list(range(16)), params=params, max_tokens=1))
         machine.finish()
         assert machine.num_computed == 16
+
+
+def test_right_guesses_save_steps_and_wrong_ones_cost_none() -> None:
+    steps = {}
+    for skill in (0.0, 1.0):
+        machine = Machine(num_blocks=40, max_tokens=64, drafter=Guesser(8, skill))
+        machine.scheduler.add(make_sequence(0, list(range(10)), max_tokens=40))
+        machine.finish()
+        steps[skill] = machine.num_steps
+    assert steps[0.0] == 40
+    assert steps[1.0] <= 40 / 4
+
+
+def test_guesses_push_nobody_out_and_take_nobodys_tokens() -> None:
+    for max_tokens, num_blocks in ((64, 6), (3, 40)):
+        plain, guessing = (
+            Machine(num_blocks=num_blocks, max_tokens=max_tokens, prefix_caching=False, drafter=drafter)
+            for drafter in (None, Guesser(8, 0.0))
+        )
+        for machine in (plain, guessing):
+            for seq_id in range(3):
+                machine.scheduler.add(make_sequence(seq_id, [seq_id] * 4, max_tokens=8))
+            machine.finish()
+        assert guessing.scheduler.num_preemptions == plain.scheduler.num_preemptions
+        assert guessing.num_steps == plain.num_steps

@@ -68,7 +68,8 @@ def users_of(name: str) -> list[str]:
 
 def test_a_picture_is_decoded_where_the_tour_says() -> None:
     assert answer("Where is a picture decoded?") == "`inputs/media_files.py`"
-    assert users_of("Image.open") == ["inputs/media_files.py"]
+    users = [user for user in users_of("Image.open") if not user.startswith("testing/")]
+    assert users == ["inputs/media_files.py"]
 
 
 def test_kv_blocks_are_freed_where_the_tour_says() -> None:

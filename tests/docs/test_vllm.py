@@ -13,7 +13,7 @@ import pytest
 
 import opsin
 from opsin import LLM, BeamSearchParams, EngineArgs, PoolingParams, SamplingParams, StructuredOutputsParams
-from opsin.config import engine_settings
+from opsin.config import SpeculativeConfig, engine_settings
 from opsin.errors import ConfigError, RequestError
 from opsin.inputs.prompt import KEYS, Prompt
 from opsin.vllm_names import (
@@ -24,6 +24,7 @@ from opsin.vllm_names import (
     POOLING,
     PROMPT,
     SAMPLING,
+    SPECULATIVE,
     STRUCTURED,
     Names,
     NoEffect,
@@ -87,6 +88,10 @@ def take_engine(**arguments: Any) -> Any:
     return asdict(made)
 
 
+def take_speculative(**arguments: Any) -> Any:
+    return SpeculativeConfig.from_dict({"method": "ngram", "num_speculative_tokens": 4, **arguments})
+
+
 def take_structured(**arguments: Any) -> Any:
     return StructuredOutputsParams(regex="a", **arguments)
 
@@ -101,6 +106,7 @@ def take_prompt(**arguments: Any) -> Any:
 
 TABLES: list[tuple[str, int, Names, Callable[..., Any]]] = [
     ("`LLM` and `EngineArgs`", 0, ENGINE, take_engine),
+    ("`speculative_config`", 0, SPECULATIVE, take_speculative),
     ("`SamplingParams`", 0, SAMPLING, SamplingParams),
     ("`StructuredOutputsParams`, `GuidedDecodingParams`", 0, STRUCTURED, take_structured),
     ("`PoolingParams`", 0, POOLING, PoolingParams),
@@ -159,13 +165,14 @@ def test_rows_of_arguments(take: Callable[..., Any], name: str, entry: Any) -> N
         ("`PoolingParams`", PoolingParams),
         ("`BeamSearchParams`", BeamSearchParams),
         ("`LLM` and `EngineArgs`", EngineArgs),
+        ("`speculative_config`", SpeculativeConfig),
     ],
 )
 def test_same_fields(heading: str, cls: Any) -> None:
     names = set(same(tables(heading)[0]))
     own = {field.name for field in fields(cls)}
     assert names - {"clone"} <= own
-    if cls in (PoolingParams, BeamSearchParams, StructuredOutputsParams):
+    if cls in (PoolingParams, BeamSearchParams, StructuredOutputsParams, SpeculativeConfig):
         assert names == own, "all are there"
     if cls is SamplingParams:
         assert own - names == {"structured", "priority"}, "opsin's own"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+from typing import cast
 
 import pytest
+from torch import nn
 
 from opsin import LLM, SamplingParams
+from opsin.layers import LayerNorm
 from tests.mlu_sim import CARD
 from tests.models.families import FAMILIES
 from tests.models.golden import GOLDEN, Case, cases, recorded_logits
@@ -52,13 +55,15 @@ def test_recorded_cases(family: str, dtype: str, ops: str) -> None:
     with LLM(str(GOLDEN / family / "model"), device="mlu", dtype=dtype, kv_cache_memory=2**24) as llm:
         outputs = llm.generate([case.prompt() for case in mine], params, use_tqdm=False)
         choices = llm.engine.executor.kernels.choices
+        modules = cast(nn.Module, llm.engine.executor.model).modules()
+        unused = set() if any(isinstance(m, LayerNorm) for m in modules) else {"fused_layer_norm"}
         # Searching rows is torch's own there.
         assert [choice.op for choice in choices if choice.provider == "reference"] == ["top_k"]
     for case, output in zip(mine, outputs, strict=True):
         assert output.prompt_token_ids == case.token_ids()
         safe = safe_len(case, dtype)
         assert output.outputs[0].token_ids[:safe] == case.data["greedy_token_ids"][:safe], str(case)
-    assert all(CARD.trace[f"tmo::{op}"] for op in VENDOR_OPS), CARD.trace
+    assert all(CARD.trace[f"tmo::{op}"] for op in VENDOR_OPS if op not in unused), CARD.trace
     assert not any(CARD.trace[op] for op in REFERENCE_ONLY), CARD.trace
     assert not CARD.wide, "64-bit arithmetic on the card"
 

@@ -405,7 +405,7 @@ class Theirs:
 
 
 def _video_text(times: Sequence[float], steps: int, count: int) -> str:
-    """As the family's first processor wrote a video (transformers 4.57): times, and marks around each step."""
+    """As the family's first processor wrote a video (transformers 4.57): times, marks around each step."""
     frames = [*times, times[-1]]
     text = ""
     for step in range(steps):

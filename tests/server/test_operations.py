@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import io
 import json
+import re
 import socket
 import ssl
 import threading
@@ -99,6 +100,24 @@ def test_metrics(server: Running) -> None:
     for gauge in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
         assert after[f"opsin:{gauge}"] == 0
     assert all(name.startswith("opsin:") for name in after)
+
+
+def test_metrics_of_speculation(server: Running) -> None:
+    """Its counters have vLLM's names, and its answers are those without it."""
+    body = {"messages": user("a b a b a b a b"), "max_tokens": 200, "ignore_eos": True, "temperature": 0}
+    wanted = server.post(CHAT, body).json()["choices"]
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}
+    with running(golden_config(speculative_config=drafts)) as guessing:
+        assert guessing.post(CHAT, body).json()["choices"] == wanted
+        found = metrics(guessing)
+        text = guessing.get("/metrics").text
+    assert found["opsin:spec_decode_num_accepted_tokens_total"] > 0
+    assert found["opsin:spec_decode_num_drafts_total"] <= found["opsin:spec_decode_num_draft_tokens_total"]
+    assert (
+        found["opsin:spec_decode_num_accepted_tokens_total"]
+        == found["opsin:spec_decode_num_accepted_tokens_per_pos_total"]
+    ), "of all positions"
+    assert re.findall(r'per_pos_total\{.*position="(\d)"', text) == ["0", "1", "2"]
 
 
 def test_gauges_while_something_runs(server: Running) -> None:

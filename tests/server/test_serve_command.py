@@ -16,6 +16,7 @@ from opsin import LLM, EngineConfig
 from opsin.cli import app, main
 from opsin.cli import serve as command
 from opsin.cli.flags import described
+from opsin.config import SpeculativeConfig
 from opsin.errors import ConfigError
 from opsin.server import run as run_module
 from opsin.server.fetch.settings import FetchSettings
@@ -47,6 +48,18 @@ def test_defaults(parse: Parse) -> None:
     assert engine == EngineConfig(model="some/model"), "the library's own defaults"
     assert settings == ServerSettings()
     assert (listen.host, listen.port) == ("127.0.0.1", 8000)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        '{"method": "ngram", "num_speculative_tokens": 8, "prompt_lookup_max": 5}',
+        "method=ngram,num_speculative_tokens=8,prompt_lookup_max=5",
+    ],
+)
+def test_speculation(parse: Parse, value: str) -> None:
+    engine, *_ = parse("some/model", "--speculative-config", value)
+    assert engine.speculative == SpeculativeConfig(num_speculative_tokens=8, prompt_lookup_max=5)
 
 
 def test_the_page_item_by_item(parse: Parse) -> None:
@@ -412,7 +425,7 @@ def test_help_is_grouped_and_shows_flags_and_defaults_in_full(
     _, *sections = re.split(rf"^({'|'.join(topics)}):$", text, flags=re.M)
     assert sections[::2] == list(topics)
     for flags, section in zip(topics.values(), sections[1::2]):
-        assert set(flags) <= set(re.findall(r"(?<!\S)(?:--[a-z-]+|MODEL)(?!\S)", section))
+        assert set(flags) <= set(re.findall(r"(?<!\S)(?:--?[a-z-]+|MODEL)(?=[\s,])", section))
     assert "opsin serve ./model --host 0.0.0.0" in text
     for flag, default in (("--port", "8000"), ("--max-n", "64"), ("--max-image-pixels", "67108864")):
         about = text[text.index(f"  {flag} ") :].split("\n  --")[0]

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from opsin.api import PoolingType
-from opsin.errors import ConfigError, MediaError
+from opsin.errors import ConfigError, MediaError, did_you_mean
 from opsin.fields import NonNegative, Positive, check_fields, expectation
-from opsin.vllm_names import ENGINE, Renamed, translated
+from opsin.vllm_names import ENGINE, SPECULATIVE, Renamed, translated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +86,72 @@ class MediaLimits:
             raise MediaError(f"got a video of {num_frames} frames; expected 1 to {self.max_video_frames}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class SpeculativeConfig:
+    """How answers are guessed ahead: the value of `EngineConfig.speculative_config`, with vLLM's names.
+
+    Attributes:
+        num_speculative_tokens: most tokens guessed at once for one sequence.
+        method: ``ngram`` takes what followed the same tokens earlier in the prompt or the answer.
+        prompt_lookup_max: most tokens that are compared. Default: 4, or ``prompt_lookup_min`` if greater.
+        prompt_lookup_min: tokens that must be the same. Default: 2, or ``prompt_lookup_max`` if less.
+    """
+
+    num_speculative_tokens: Positive
+    method: Literal["ngram"] = "ngram"
+    prompt_lookup_max: Positive | None = None
+    prompt_lookup_min: Positive | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.shortest_match > self.longest_match:
+            raise ConfigError(
+                f"speculative_config: prompt_lookup_min={self.prompt_lookup_min} is greater than "
+                f"prompt_lookup_max={self.prompt_lookup_max}"
+            )
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> SpeculativeConfig:
+        """The settings in a dict, which may have those of vLLM's names that change nothing.
+
+        Raises:
+            ConfigError: a name is unknown, or a value cannot be.
+        """
+        where = "speculative_config"
+        settings = translated(where, given, SPECULATIVE, cls.__dataclass_fields__)
+        settings = {name: value for name, value in settings.items() if value is not None}
+        if "method" not in settings and given.get("model") is None:
+            raise ConfigError(f'{where}: method is missing; expected "ngram"')
+        if "num_speculative_tokens" not in settings:
+            raise ConfigError(f"{where}: num_speculative_tokens is missing; expected a number, such as 8")
+        try:
+            return cls(**settings)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {str(error).removeprefix(where + ': ')}") from None
+
+    @property
+    def longest_match(self) -> int:
+        """Tokens compared at most."""
+        return self.prompt_lookup_max or max(4, self.prompt_lookup_min or 0)
+
+    @property
+    def shortest_match(self) -> int:
+        """Tokens compared at least."""
+        return self.prompt_lookup_min or min(2, self.longest_match)
+
+
 _TASKS = {"auto": None, "generate": "generate", "embed": "embed", "embedding": "embed"}
 _RUNNERS = {"auto": None, "generate": "generate", "pooling": "embed"}
 _DTYPES = {"float": "float32", "half": "float16"}
+
+QUANTIZATIONS = (
+    *("auto", "int8", "int4", "none"),
+    *("awq", "gptq", "auto-round", "compressed-tensors", "bitsandbytes", "fp8"),
+)
+"""What ``quantization`` may be. After the first four come methods of checkpoints, in vLLM's spelling."""
+
+_QUANTIZATIONS = {None: "auto", "awq_marlin": "awq", "gptq_marlin": "gptq"}
+"""vLLM's other names: of kernels, which are the device's matter here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +168,13 @@ class EngineConfig(MediaLimits):
         device: where the model runs: ``auto``, NAME or NAME:INDEX. ``opsin doctor`` lists them.
         dtype: type to compute in. ``auto`` is what the device prefers for the checkpoint's type; ``float`` is
             float32, ``half`` is float16.
+        quantization: bits of weights. ``auto`` takes them as they are stored. ``int8`` and ``int4`` round
+            floats while they are loaded (``int4``: the decoder; all else to 8 bits) and let activations be
+            rounded to 8 bits. ``none`` computes with floats even where integers are stored. The name of a
+            method (``awq``, ``gptq``, ``auto-round``, ``compressed-tensors``, ``bitsandbytes``, ``fp8``) is
+            ``auto`` for a checkpoint that must be stored so.
+        quantization_group_size: inputs that share a scale where the decoder is rounded. Default: 32 for
+            ``int4``, all of a row for ``int8``.
         max_model_len: most tokens of prompt and answer together. Default: what the model allows and memory
             holds.
         load_format: accepted for compatibility. Only safetensors are ever read.
@@ -133,6 +203,9 @@ class EngineConfig(MediaLimits):
         enable_prefix_caching: whether equal beginnings of prompts are computed once.
         scheduling_policy: whose turn it is: ``fcfs``, first come, first served; or ``priority``, by the
             priority of requests, with which clients can push each other back.
+        speculative_config: how answers are guessed ahead, such as method=ngram,num_speculative_tokens=8. It
+            changes no answer. ``prompt_lookup_max`` and ``prompt_lookup_min`` say how many tokens must have
+            stood together before. Default: not at all.
         kv_cache_memory: bytes of the KV cache. Default: a share of the device's free memory.
         encoder_cache_memory: bytes of encoded media kept for reuse.
         media_cache_memory: bytes of preprocessed media kept for reuse, in host memory.
@@ -152,6 +225,8 @@ class EngineConfig(MediaLimits):
     tokenizer: str | None = None
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float", "half"] = "auto"
+    quantization: str | None = "auto"
+    quantization_group_size: Literal[32, 64, 128] | None = None
     max_model_len: Positive | None = None
     load_format: Literal["auto", "safetensors"] = "auto"
     trust_remote_code: bool = False
@@ -169,6 +244,7 @@ class EngineConfig(MediaLimits):
     max_encoder_tokens: Positive = 8192
     enable_prefix_caching: bool = True
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    speculative_config: Mapping[str, Any] | None = None
     kv_cache_memory: Positive | None = None
     encoder_cache_memory: NonNegative = 512 * 2**20
     media_cache_memory: NonNegative = 512 * 2**20
@@ -179,6 +255,8 @@ class EngineConfig(MediaLimits):
     def __post_init__(self) -> None:
         dtype = str(self.dtype).removeprefix("torch.")
         self._put("dtype", _DTYPES.get(dtype, dtype))
+        if self.quantization is None or isinstance(self.quantization, str):
+            self._put("quantization", _QUANTIZATIONS.get(self.quantization, self.quantization))
         self._put("mm_processor_kwargs", self.mm_processor_kwargs or {})
         if isinstance(self.limit_mm_per_prompt, Mapping):
             limits = {modality: _count(limit) for modality, limit in self.limit_mm_per_prompt.items()}
@@ -191,7 +269,29 @@ class EngineConfig(MediaLimits):
         if task and by_runner and task != by_runner:
             raise ConfigError(f"task={self.task!r} and runner={self.runner!r} contradict each other; set one")
         self._put("task", task or by_runner or "generate")
+        if self.quantization not in QUANTIZATIONS:
+            raise ConfigError(
+                f"quantization={self.quantization!r}: expected one of {', '.join(QUANTIZATIONS)}"
+                f"{did_you_mean(str(self.quantization), QUANTIZATIONS)}"
+            )
+        if self.quantization_group_size is not None and self.quantization not in ("int8", "int4"):
+            raise ConfigError(
+                f"quantization_group_size={self.quantization_group_size} is for rounding, and quantization "
+                f'is {self.quantization!r}; pass quantization="int4" or "int8"'
+            )
         self._put("mm_processor_kwargs", dict(self.mm_processor_kwargs))
+        self._put("speculative_config", dict(self.speculative_config) if self.speculative_config else None)
+        _ = self.speculative
+
+    @property
+    def speculative(self) -> SpeculativeConfig | None:
+        """``speculative_config`` in its own type, None if nothing is guessed.
+
+        Raises:
+            ConfigError: it has an unknown name or a value that cannot be.
+        """
+        given = self.speculative_config
+        return None if given is None else SpeculativeConfig.from_dict(given)
 
     def _put(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

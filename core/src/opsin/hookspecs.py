@@ -1,4 +1,4 @@
-"""The five hooks of opsin.
+"""The six hooks of opsin.
 
 pluggy runs at start-up only: each hook is called once per `load_plugins`, returns specs, and is never on
 the path of a request. Every hook is optional; a plugin implements those it has something for.
@@ -10,7 +10,14 @@ from collections.abc import Sequence
 
 import pluggy
 
-from opsin.api import DeviceSpec, InputMapperSpec, KernelSpec, ModelSpec, PlaceholderSpec
+from opsin.api import (
+    DeviceSpec,
+    InputMapperSpec,
+    KernelSpec,
+    ModelSpec,
+    PlaceholderSpec,
+    WeightFormatSpec,
+)
 
 PROJECT = "opsin"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -48,4 +55,10 @@ def opsin_register_devices() -> Sequence[DeviceSpec]:
 @hookspec
 def opsin_register_kernels() -> Sequence[KernelSpec]:
     """Ops this plugin implements for a device, its own or another plugin's. Since 1.0."""
+    raise AssertionError("a hook specification is never called")
+
+
+@hookspec
+def opsin_register_weight_formats() -> Sequence[WeightFormatSpec]:
+    """How methods of quantisation store weights, one spec per method. Since 1.2."""
     raise AssertionError("a hook specification is never called")

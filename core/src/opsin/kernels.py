@@ -114,6 +114,26 @@ def paged_attention(q: Tensor, layer: api.KVLayer, plan: ReferencePlan, scale: f
     return torch.cat(outputs).to(q.dtype)
 
 
+def in_a_row(rotate: api.Rotary, write: api.WriteKV, attend: api.PagedAttention) -> api.RotaryPagedAttention:
+    """`RotaryPagedAttention` of three ops; of their references it is its reference."""
+
+    def attention(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        layer: api.KVLayer,
+        plan: Any,
+        scale: float,
+    ) -> Tensor:
+        q, k = rotate(q, k, cos, sin)
+        write(k, v, layer, plan)
+        return attend(q, layer, plan, scale)
+
+    return attention
+
+
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, q_lens: Sequence[int], k_lens: Sequence[int] | None, scale: float
 ) -> Tensor:
@@ -138,7 +158,25 @@ def prepare_linear(
     act = None if activation is None else ACTIVATIONS[activation]
 
     def linear(x: Tensor) -> Tensor:
-        y = F.linear(x, weight, bias)
+        y = F.linear(x, weight.to(x.dtype), bias)
+        return y if act is None else act(y)
+
+    return linear
+
+
+def prepare_quantized_linear(
+    weight: api.QuantizedWeight,
+    bias: Tensor | None,
+    activation: api.Activation | None,
+    *,
+    keep_weight: bool,  # noqa: ARG001 (the op's signature)
+    few_rows: bool = False,  # noqa: ARG001 (the op's signature)
+) -> api.LinearFn:
+    """Reference of `opsin.api.PrepareQuantizedLinear`: dequantizes at every call, rounds no activations."""
+    act = None if activation is None else ACTIVATIONS[activation]
+
+    def linear(x: Tensor) -> Tensor:
+        y = F.linear(x, weight.dequantize(x.dtype), bias)
         return y if act is None else act(y)
 
     return linear
@@ -161,6 +199,8 @@ REFERENCES: Mapping[api.OpName, Callable[..., Any]] = {
     "dense_attention": dense_attention,
     "prepare_linear": prepare_linear,
     "top_k": top_k,
+    "prepare_quantized_linear": prepare_quantized_linear,
+    "rotary_paged_attention": in_a_row(rotary, write_kv, paged_attention),
 }
 
 _KV_OPS: tuple[api.OpName, ...] = ("plan_attention", "write_kv", "paged_attention")
@@ -197,6 +237,14 @@ class Choice:
     provider: str
 
 
+@dataclass(frozen=True)
+class WeightUse:
+    """The form in which a linear layer's weight came, and the one it is used in; of floats, their dtype."""
+
+    stored: str
+    used: str
+
+
 class Kernels:
     """Binds ops for one device. Layers bind at construction; nothing is looked up while running.
 
@@ -207,10 +255,12 @@ class Kernels:
     def __init__(self, device: str = "reference", specs: Sequence[api.KernelSpec] = ()) -> None:
         self._device = device
         self._specs = {spec.op: spec for spec in specs if spec.device == device}
-        self._loaded: dict[api.OpName, Callable[..., Any]] = {}
+        self._loaded: dict[tuple[api.OpName, bool], Callable[..., Any]] = {}
         self._plan: api.PlanAttention | None = None
         self.choices: Counter[Choice] = Counter()
         """How often each (op, provider) was bound: shown at start-up and by ``opsin doctor``."""
+        self.weights: Counter[WeightUse] = Counter()
+        """How many linear layers have weights in which form: shown at start-up and in the statistics."""
 
     def rms_norm(self, query: api.KernelQuery) -> api.RMSNorm:
         """Bind `RMSNorm`."""
@@ -236,6 +286,24 @@ class Kernels:
         """Bind `PrepareLinear`."""
         return self._bind(query)
 
+    def prepare_quantized_linear(self, query: api.KernelQuery) -> api.PrepareQuantizedLinear:
+        """Bind `PrepareQuantizedLinear`."""
+        return self._bind(query)
+
+    def supports(self, query: api.KernelQuery) -> bool:
+        """Whether the device itself serves a query; if not, the reference would."""
+        spec = self._specs.get(query.op)
+        if spec is None:
+            return False
+        narrow = query.weight if query.op == "prepare_linear" else None
+        if narrow is not None and narrow.kind not in spec.weights:
+            return False  # a kernel made before there were such weights would not look at this one's
+        return spec.supports(query)
+
+    def count_weight(self, stored: str, used: str) -> None:
+        """Note the form in which a linear layer's weight came, and the one it is used in."""
+        self.weights[WeightUse(stored, used)] += 1
+
     def top_k(self, query: api.KernelQuery) -> api.TopK:
         """Bind `TopK`."""
         return self._bind(query)
@@ -252,6 +320,15 @@ class Kernels:
         self._plan = plan
         return write, attend
 
+    def rotary_paged(self, query: api.KernelQuery) -> api.RotaryPagedAttention:
+        """Bind `RotaryPagedAttention`: the device's, if its KV ops are, or `rotary` and `paged` in a row."""
+        fused = replace(query, op="rotary_paged_attention")
+        if self.supports(fused) and all(self.supports(replace(query, op=op)) for op in _KV_OPS):
+            self.paged(replace(query, op="paged_attention"))
+            return self._bind(fused)
+        rotate = self.rotary(replace(query, op="rotary"))
+        return in_a_row(rotate, *self.paged(replace(query, op="paged_attention")))
+
     @property
     def plan_attention(self) -> api.PlanAttention:
         """The planning op that belongs to the attention the model's layers have bound."""
@@ -265,15 +342,26 @@ class Kernels:
         names = f"{', '.join(own) or 'none'}; reference: {', '.join(fallback) or 'none'}"
         return f"kernels of {self._device}: {names}"
 
+    def report_weights(self) -> str:
+        """One line: how many linear layers have weights in which form, and how those were stored."""
+        uses = sorted(self.weights.items(), key=lambda item: (-item[1], item[0].used, item[0].stored))
+        told = [
+            f"{count} {use.used}" + (f" (from {use.stored})" if use.stored != use.used else "")
+            for use, count in uses
+        ]
+        return f"linear layers: {'; '.join(told) or 'none'}"
+
     def _bind(self, query: api.KernelQuery) -> Callable[..., Any]:
         assert query.op not in _KV_OPS, "bind the KV ops together, with paged()"
-        spec = self._specs.get(query.op)
-        return self._take(query.op, spec is not None and spec.supports(query))
+        narrow = query.op == "prepare_linear" and query.weight is not None
+        return self._take(query.op, self.supports(query), narrow=narrow)
 
-    def _take(self, op: api.OpName, own: bool) -> Callable[..., Any]:
+    def _take(self, op: api.OpName, own: bool, *, narrow: bool = False) -> Callable[..., Any]:
         self.choices[Choice(op, self._device if own else "reference")] += 1
         if not own:
             return REFERENCES[op]
-        if op not in self._loaded:
-            self._loaded[op] = self._specs[op].load()
-        return self._loaded[op]
+        if (op, narrow) not in self._loaded:
+            spec = self._specs[op]
+            load = spec.load_narrow if narrow and spec.load_narrow is not None else spec.load
+            self._loaded[op, narrow] = load()
+        return self._loaded[op, narrow]

@@ -33,6 +33,7 @@ from opsin.results import (
     RequestOutput,
     ScoringOutput,
     ScoringRequestOutput,
+    Vector,
 )
 from opsin.vllm_names import CALL, METHODS, translated
 
@@ -341,8 +342,20 @@ class LLM:
         return self.engine.info.default_params()
 
     def get_metrics(self) -> list[Metric]:
-        """The engine's counters and gauges at this moment; see `opsin.results.EngineStats`."""
-        return [Metric(f"opsin:{name}", value) for name, value in asdict(self.engine.stats()).items()]
+        """The engine's counters and gauges at this moment; see `opsin.results.EngineStats`.
+
+        With ``speculative_config`` one of them is a `opsin.results.Vector`.
+        """
+        stats = asdict(self.engine.stats())
+        forms = stats.pop("weight_forms")
+        return [
+            *(
+                Vector(f"opsin:{name}", value) if isinstance(value, tuple) else Metric(f"opsin:{name}", value)
+                for name, value in stats.items()
+                if value != ()
+            ),
+            *(Metric(f'opsin:weight_forms{{form="{form}"}}', count) for form, count in forms.items()),
+        ]
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes. False, and nothing is forgotten, while requests are in progress."""

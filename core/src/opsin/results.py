@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
 from opsin.errors import RequestError
@@ -237,6 +237,12 @@ class EngineStats:
         num_encoded: media items run through the encoder.
         num_preemptions: sequences preempted for want of blocks, so far.
         num_restarts: sequences computed again because they outgrew a length of `Positions.switch_lengths`.
+        spec_decode_num_drafts: guesses at a sequence's next tokens that were verified, so far.
+        spec_decode_num_draft_tokens: their tokens.
+        spec_decode_num_accepted_tokens: of these, tokens that were right.
+        spec_decode_num_accepted_tokens_per_pos: the latter by their place in the guess; empty without
+            ``speculative_config``.
+        weight_forms: form of weights -> linear layers that use it, e.g. ``{"int8": 96, "float32": 2}``.
     """
 
     num_running: int
@@ -254,6 +260,11 @@ class EngineStats:
     num_encoded: int
     num_preemptions: int
     num_restarts: int
+    spec_decode_num_drafts: int = 0
+    spec_decode_num_draft_tokens: int = 0
+    spec_decode_num_accepted_tokens: int = 0
+    spec_decode_num_accepted_tokens_per_pos: tuple[int, ...] = ()
+    weight_forms: Mapping[str, int] = field(default_factory=dict)
 
 
 class Metric(NamedTuple):
@@ -261,3 +272,14 @@ class Metric(NamedTuple):
 
     name: str
     value: int
+
+
+class Vector(Metric):
+    """Several counts of `EngineStats` under one name, by their place in a guess. ``value`` is their sum."""
+
+    values: tuple[int, ...]
+
+    def __new__(cls, name: str, values: tuple[int, ...]) -> Vector:
+        self = super().__new__(cls, name, sum(values))
+        self.values = values
+        return self

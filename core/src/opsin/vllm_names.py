@@ -95,7 +95,8 @@ def _each(entry: NoEffect | Refused, names: str) -> Names:
 
 _ONE_DEVICE = "opsin runs a model on one device, in one process; start one for each device"
 _NO_LORA = "opsin has no LoRA; merge the adapter into the checkpoint"
-_NO_DRAFT = "opsin has no speculative decoding; leave it out"
+_SPECULATIVE = 'pass speculative_config={"method": "ngram", "num_speculative_tokens": 8}'
+_NO_DRAFT_MODEL = "drafts come from the prompt and the answer (ngram), not from a model"
 _NOT_HERE = "opsin has nothing of the kind; leave it out"
 _OWN_CONFIG = "a checkpoint is taken as its config.json says; change that file in a copy of the folder"
 _CLASSIFIES = "opsin's models make answers and embeddings, no classes"
@@ -161,7 +162,6 @@ ENGINE: Names = {
     **_each(
         Refused(_ONE_DEVICE, (False,)), "enable_expert_parallel enable_eplb enable_dbo enable_elastic_ep"
     ),
-    "quantization": Refused("opsin computes in float32, bfloat16 or float16; take such a checkpoint"),
     "kv_cache_dtype": Refused("the KV cache has the model's dtype", ("auto",)),
     "calculate_kv_scales": Refused("the KV cache has the model's dtype", (False,)),
     "cpu_offload_gb": Refused("weights stay on the device; take a smaller dtype", (0, 0.0)),
@@ -193,8 +193,8 @@ ENGINE: Names = {
     "language_model_only": Refused("leave out the media instead", (False,)),
     "mm_encoder_only": Refused(_NOT_HERE, (False,)),
     **_each(
-        Refused(_NO_DRAFT, (0,)),
-        "speculative_config speculative_model num_speculative_tokens spec_method spec_model spec_tokens "
+        Refused(_SPECULATIVE, (0,)),
+        "speculative_model num_speculative_tokens spec_method spec_model spec_tokens "
         "ngram_prompt_lookup_max ngram_prompt_lookup_min",
     ),
     "reasoning_parser": Refused("thoughts are part of the answer's text", ("",)),
@@ -210,6 +210,27 @@ ENGINE: Names = {
     ),
 }
 """Arguments of ``LLM`` and ``EngineArgs``, from vLLM 0.6.4 on."""
+
+SPECULATIVE: Names = {
+    "model": Refused(_NO_DRAFT_MODEL, ("ngram", "[ngram]")),
+    **_each(
+        NoEffect("drafts are shortened by themselves where they do not pay"),
+        "disable_by_batch_size speculative_disable_by_batch_size disable_padded_drafter_batch",
+    ),
+    **_each(NoEffect("log-probabilities are as without drafts"), "disable_logprobs"),
+    **_each(
+        NoEffect("a token is kept by rejection sampling, so that the distribution stays"),
+        "rejection_sample_method acceptance_method",
+    ),
+    **_each(NoEffect("compilation and graphs: the device's plugin decides"), "enforce_eager"),
+    **_each(Refused(_NO_DRAFT_MODEL, (1,)), "draft_tensor_parallel_size"),
+    **_each(
+        Refused(_NO_DRAFT_MODEL),
+        "quantization max_model_len revision code_revision speculative_token_tree draft_model_config "
+        "draft_parallel_config target_model_config target_parallel_config",
+    ),
+}
+"""Keys of ``speculative_config``."""
 
 SAMPLING: Names = {
     "structured_outputs": Renamed("structured"),

@@ -31,7 +31,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from opsin import LLM, SamplingParams
-from tests.models.golden import recorded_logits
+from opsin.testing.models import encode, process, recorded_logits, weight_report
 
 GOLDEN = Path(__file__).parents[3] / "tests" / "golden"
 IMAGE_TOKEN = 600
@@ -195,7 +195,7 @@ def test_prompts_logits_and_tokens_are_transformers(tmp_path: Path, layout: Layo
     ]
     params = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
     with LLM(str(tmp_path), dtype="float32", kv_cache_memory=2**23) as llm:
-        assert not llm.engine.executor.weights.unexpected
+        assert not weight_report(llm).unexpected
         for text, given in questions:
             with recorded_logits(llm) as logits:
                 prompt = {"prompt": text, "multi_modal_data": {"image": given}}
@@ -221,9 +221,8 @@ def test_image_features_are_transformers(tmp_path: Path, layout: Layout) -> None
         expected = theirs.model.model.get_image_features(inputs["pixel_values"], **sizes).pooler_output
     with LLM(str(tmp_path), dtype="float32", kv_cache_memory=2**23) as llm:
         prompt = {"prompt": "<image><image>", "multi_modal_data": {"image": images}}
-        mapped = [item.mapped for item in llm.engine.frontend.processor.process(prompt).media]
-        with torch.inference_mode():
-            given = llm.engine.executor.model.encode("image", mapped)
+        mapped = [item.mapped for item in process(llm, prompt).media]
+        given = encode(llm, "image", mapped)
     for ours, reference in zip(given, expected, strict=True):
         assert ours.shape == reference.shape
         assert float((ours - reference).abs().max()) < 1e-4

@@ -15,11 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from opsin import LLM, SamplingParams
-from opsin.checkpoint.tokenizer import load_tokenizer
 from opsin.errors import CheckpointError, ConfigError, RequestError
-from opsin.inputs.template import ChatTemplate
+from opsin.testing.models import loaded_model, recorded_logits, render_template
+from opsin_models_llava.model import Llava
 from opsin_models_llava.plugin import MISTRAL_TEMPLATE, VICUNA_TEMPLATE, chat_template
-from tests.models.golden import recorded_logits
 
 GOLDEN = Path(__file__).parents[3] / "tests" / "golden"
 FAMILIES = ["llava15", "llava_next"]
@@ -80,20 +79,10 @@ CONVERSATIONS: list[list[dict[str, Any]]] = [
 @pytest.mark.parametrize("family", FAMILIES)
 def test_default_templates_are_the_hubs(family: str, number: int) -> None:
     folder = GOLDEN / family / "model"
-    tokenizer = load_tokenizer(folder)
     hub = json.loads((folder / "chat_template.json").read_text())["chat_template"]
     own = chat_template(json.loads((folder / "config.json").read_text()))
     assert own is not None
-    rendered = [
-        ChatTemplate(source, tokenizer).render(
-            CONVERSATIONS[number],
-            add_generation_prompt=True,
-            continue_final_message=False,
-            tools=None,
-            variables={},
-        )
-        for source in (own, hub)
-    ]
+    rendered = [render_template(source, folder, CONVERSATIONS[number]) for source in (own, hub)]
     assert rendered[0] == rendered[1]
     assert "What is it?" in rendered[0]
     assert ("{% generation %}" in hub) == (family == "llava15"), "the tag must be rendered somewhere"
@@ -236,7 +225,9 @@ def test_pictures_of_one_step_are_encoded_in_one_pass(family: str) -> None:
         {"prompt": "<image> and <image>", "multi_modal_data": {"image": [picture(n) for n in names[1:]]}},
     ]
     with load(GOLDEN / family / "model") as fresh:
-        tower, passes = fresh.engine.executor.model.vision_tower, []
+        model = loaded_model(fresh)
+        assert isinstance(model, Llava)
+        tower, passes = model.vision_tower, []
         handle = tower.register_forward_hook(lambda module, args, output: passes.append(len(args[1])))
         fresh.generate(prompts, GREEDY, use_tqdm=False)
         handle.remove()

@@ -11,9 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from opsin.api import BuildContext
-from opsin.checkpoint.weights import load_weights, model_slots
-from opsin.kernels import Kernels
+from opsin.testing.models import build_unloaded, fill, weight_shapes
 from opsin_models_llava.model import Llava, LlavaNext
 from opsin_models_llava.text import max_len
 
@@ -69,7 +67,7 @@ PUBLISHED: dict[str, tuple[type[Llava], dict[str, Any], int, int, int]] = {
 
 
 def build(kind: type[Llava], config: dict[str, Any]) -> Llava:
-    return kind(BuildContext(config=config, kernels=Kernels(), dtype=torch.float32))
+    return build_unloaded(kind, config)
 
 
 def hub_tensors(config: dict[str, Any], *, newline: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -126,11 +124,11 @@ def test_published_models_have_the_published_tensors(name: str) -> None:
     assert len(stored) == num_tensors
     assert sum(map(prod, stored.values())) == num_parameters
     model = build(kind, config)
-    slots = model_slots(model)
+    slots = weight_shapes(model)
     names = {key: model.weight_name(key) for key in stored}
     taken = {key: name for key, name in names.items() if name is not None}
     assert sorted(taken.values()) == sorted(slots)
-    assert all(stored[key] == slots[name].shape for key, name in taken.items())
+    assert all(stored[key] == slots[name] for key, name in taken.items())
     tower = "vision_tower.vision_model"
     dropped = {key for key, name in names.items() if name is None}
     assert len(dropped) == 18
@@ -143,7 +141,7 @@ def test_recorded_keys_are_all_of_the_model(family: str, kind: type[Llava]) -> N
     keys = json.loads((GOLDEN / family / "weight_keys.json").read_text())
     model = build(kind, json.loads((GOLDEN / family / "model" / "config.json").read_text()))
     names = {key: model.weight_name(key) for key in keys}
-    assert sorted(filter(None, names.values())) == sorted(model_slots(model))
+    assert sorted(filter(None, names.values())) == sorted(weight_shapes(model))
     dropped = [key for key, name in names.items() if name is None]
     assert len(dropped) == 18, "one layer of the tower, and the norm after the last"
 
@@ -186,16 +184,16 @@ def test_names_of_the_hub_and_of_transformers(stored: str, here: str | None) -> 
 def test_the_tower_is_as_deep_as_it_is_read(layers: tuple[list[int], int]) -> None:
     asked, depth = layers
     model = build(Llava, {**COMMON, "text_config": VICUNA, "vision_feature_layer": asked})
-    slots = model_slots(model)
+    slots = weight_shapes(model)
     numbers = {int(name.split(".")[3]) for name in slots if name.startswith("vision_tower.encoder.layers.")}
     assert numbers == set(range(depth))
-    assert slots["multi_modal_projector.linear_1.weight"].shape == (4096, 1024 * len(asked))
+    assert slots["multi_modal_projector.linear_1.weight"] == (4096, 1024 * len(asked))
 
 
 def test_weights_that_do_not_belong_are_reported() -> None:
     model = build(Llava, {**COMMON, "text_config": VICUNA})
     stray = ["vision_tower.vision_model.encoder.layers.24.mlp.fc1.bias", "image_newline", "model.vision.proj"]
-    report = load_weights(model, [(key, torch.ones(1)) for key in stray])
+    report = fill(model, [(key, torch.ones(1)) for key in stray])
     assert report.unexpected == stray
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,25 +14,24 @@ from PIL import Image
 from torch import Tensor
 
 from opsin.api import InputContext, MappedMedia, MediaItem
-from opsin.checkpoint.tokenizer import load_tokenizer
+from opsin.testing.models import RecordedCase, input_context, recorded_cases
 from opsin_models_minicpmv.inputs import ImageMapper, Slices, VideoMapper, placeholder
 from opsin_models_minicpmv.plugin import opsin_register_input_mappers, opsin_register_placeholders
-from tests.models.golden import GOLDEN, Case, cases, picture
 
+GOLDEN = Path(__file__).parents[3] / "tests" / "golden"
 FAMILIES = ["minicpmv20", "minicpmv25", "minicpmv26"]
+
+
+def cases(family: str, *, runs_model: bool = True) -> Sequence[RecordedCase]:
+    return recorded_cases(GOLDEN / family, GOLDEN / "images", runs_model=runs_model)
+
+
+picture = cases(FAMILIES[0])[0].picture
 
 
 def context(family: str, *, options: dict[str, Any] | None = None, **changes: Any) -> InputContext:
     """Of the recorded checkpoint; ``options`` of the engine, ``changes`` to its preprocessor settings."""
-    folder = GOLDEN / family / "model"
-    config = json.loads((folder / "config.json").read_text())
-    preprocessor = json.loads((folder / "preprocessor_config.json").read_text())
-    return InputContext(
-        config=config,
-        preprocessor={**preprocessor, **changes},
-        tokenizer=load_tokenizer(folder),
-        options=options or {},
-    )
+    return input_context(GOLDEN / family / "model", options=options, **changes)
 
 
 def image(value: Image.Image) -> MediaItem:
@@ -50,7 +51,7 @@ def recorded_layout(mapped: MappedMedia, family: str) -> Tensor:
     return torch.cat(parts)
 
 
-def pixels_differ(case: Case, mapped: list[MappedMedia]) -> float:
+def pixels_differ(case: RecordedCase, mapped: list[MappedMedia]) -> float:
     shapes = [list(shape) for item in mapped for shape in item.geometry.patches]
     assert shapes == case.tensors["tgt_sizes"].tolist()
     return case.differs("pixel_values_concat", torch.cat([recorded_layout(m, case.family) for m in mapped]))
@@ -68,7 +69,7 @@ def test_pixels_of_the_real_settings(family: str) -> None:
 @pytest.mark.parametrize(
     "case", [case for family in FAMILIES for case in cases(family) if case.data["images"]], ids=str
 )
-def test_pixels_and_marks_of_the_recorded_cases(case: Case) -> None:
+def test_pixels_and_marks_of_the_recorded_cases(case: RecordedCase) -> None:
     given = context(case.family)
     mapper = ImageMapper(given)
     made = placeholder(given, "(<image>./</image>)")
@@ -94,7 +95,7 @@ def test_pixels_and_marks_of_the_recorded_cases(case: Case) -> None:
 
 
 def test_the_recorded_tokenizer_gives_the_slow_ones_ids() -> None:
-    tokenizer = load_tokenizer(GOLDEN / "minicpmv20" / "model")
+    tokenizer = context("minicpmv20").tokenizer
     for row in json.loads((GOLDEN / "minicpmv20" / "tokenizer_slow_vs_fast.json").read_text()):
         assert tokenizer.encode(row["text"]) == row["slow"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +15,38 @@ from safetensors import safe_open
 from torch import nn
 
 from opsin import LLM, SamplingParams
-from opsin.api import BuildContext
-from opsin.checkpoint.weights import load_weights, model_slots
 from opsin.errors import CheckpointError, MediaError, RequestError
-from opsin.inputs.chat import ChatOptions
-from opsin.inputs.prompt import Prompt
-from opsin.kernels import Kernels
+from opsin.testing.models import (
+    RecordedCase,
+    build_unloaded,
+    encode,
+    fill,
+    loaded_model,
+    process,
+    recorded_cases,
+    recorded_logits,
+    render,
+    weight_shapes,
+)
 from opsin_models_minicpmv.model import MiniCPMV
 from opsin_models_minicpmv.resampler import positions_2d
 from opsin_models_minicpmv.versions import default_chat_template, version_of
 from opsin_models_minicpmv.vision import bucketised, position_rows
-from tests.models.golden import GOLDEN, cases, largest_difference, picture, recorded_logits
 
-
-def rendered(llm: LLM, messages: Any) -> Prompt:
-    frontend = llm.engine.frontend
-    return frontend.renderer.render(frontend.conversation(messages), ChatOptions())
-
-
+GOLDEN = Path(__file__).parents[3] / "tests" / "golden"
 FAMILIES = ["minicpmv20", "minicpmv25", "minicpmv26"]
 IMAGE = "(<image>./</image>)"
+
+
+def cases(family: str) -> Sequence[RecordedCase]:
+    return recorded_cases(GOLDEN / family, GOLDEN / "images")
+
+
+def largest_difference(left: torch.Tensor, right: torch.Tensor) -> float:
+    return float((left - right).abs().max())
+
+
+picture = cases(FAMILIES[0])[0].picture
 
 VISION = {
     "hidden_size": 1152,
@@ -101,7 +114,7 @@ def config_of(family: str) -> dict[str, Any]:
 
 def build(config: dict[str, Any]) -> MiniCPMV:
     """A model of this shape, without weights."""
-    return MiniCPMV(BuildContext(config=config, kernels=Kernels("cpu", []), dtype=torch.float32))
+    return build_unloaded(MiniCPMV, config)
 
 
 # ---- weights ----------------------------------------------------------------------------------------
@@ -110,17 +123,17 @@ def build(config: dict[str, Any]) -> MiniCPMV:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_slots_are_exactly_the_recorded_keys(family: str) -> None:
     model = build(config_of(family))
-    slots = model_slots(model)
+    slots = weight_shapes(model)
     keys = json.loads((GOLDEN / family / "weight_keys.json").read_text())
     assert sorted(str(model.weight_name(key)) for key in keys) == sorted(slots)
     with safe_open(GOLDEN / family / "model" / "model.safetensors", framework="pt") as file:
         for key in keys:
-            assert tuple(file.get_slice(key).get_shape()) == slots[str(model.weight_name(key))].shape
+            assert tuple(file.get_slice(key).get_shape()) == slots[str(model.weight_name(key))]
 
 
 def test_a_tied_head_is_not_waited_for() -> None:
     model = build({**config_of("minicpmv26"), "tie_word_embeddings": True})
-    report = load_weights(model, [])
+    report = fill(model, [])
     assert "model.embed_tokens.weight" in report.missing
     assert "lm_head.weight" not in report.missing
 
@@ -137,16 +150,16 @@ def test_a_tied_head_is_not_waited_for() -> None:
 )
 def test_published_shapes_build_without_memory(name: str, tensors: int, parameters: float) -> None:
     model = build(PUBLISHED[name])
-    slots = model_slots(model)
+    slots = weight_shapes(model)
     assert len(slots) == tensors
-    total = sum(math.prod(slot.shape) for slot in slots.values())
+    total = sum(math.prod(shape) for shape in slots.values())
     assert abs(total - parameters) < 0.005e9
     assert not list(model.parameters())
     assert not list(model.buffers())
     query = PUBLISHED[name]["query_num"], PUBLISHED[name]["hidden_size"]
-    assert slots["resampler.query"].shape == query
+    assert slots["resampler.query"] == query
     positions = slots.get("vpm.pos_embed") or slots["vpm.tower.embeddings.position_embedding.weight"]
-    assert positions.shape == ((1, 27 * 27, 1152) if name == "MiniCPM-V-2" else (70 * 70, 1152))
+    assert positions == ((1, 27 * 27, 1152) if name == "MiniCPM-V-2" else (70 * 70, 1152))
 
 
 # ---- versions ---------------------------------------------------------------------------------------
@@ -211,13 +224,13 @@ def test_chats_without_a_template_of_the_checkpoints(family: str, expected: str)
     ]
     template = default_chat_template(config_of(family))
     with load(family, chat_template=template) as llm:
-        assert rendered(llm, messages).text == expected
+        assert render(llm, messages) == expected
         if family == "minicpmv20":  # the one whose checkpoint has none
             case = next(case for case in cases(family) if case.name == "multi_turn")
             assert case.data["prompt"] == expected
         else:
             own = load(family)
-            assert rendered(own, messages).text == expected
+            assert render(own, messages) == expected
             own.close()
 
 
@@ -280,8 +293,8 @@ def test_slices_do_not_depend_on_their_company(family: str) -> None:
     names = ["coffee_320x213.png", "cat_150x240.png", "rocket_400x80.png", "astronaut_96x96.png"]
     with load(family) as llm, torch.inference_mode():
         prompt = {"prompt": IMAGE * 4, "multi_modal_data": {"image": [picture(name) for name in names]}}
-        items = [placed.mapped for placed in llm.engine.frontend.processor.process(prompt).media]
-        model = llm.engine.executor.model
+        items = [placed.mapped for placed in process(llm, prompt).media]
+        model = loaded_model(llm)
         together = model.encode("image", items)
         for item, embeds in zip(items, together, strict=True):
             assert embeds.shape == (item.num_embeds, model.hidden_size)
@@ -296,12 +309,12 @@ def test_all_slices_of_a_step_pass_the_tower_at_once(family: str) -> None:
         for name in [*names, names[0]]
     ]
     with load(family) as llm:
-        model = llm.engine.executor.model
+        model = loaded_model(llm)
         assert isinstance(model, nn.Module)
         seen: list[int] = []
         model.vpm.register_forward_hook(lambda module, args, output: seen.append(len(args[1])))
         for number, prompt in enumerate(prompts):
-            processed = llm.engine.frontend.processor.process(prompt)
+            processed = process(llm, prompt)
             llm.engine.add(str(number), processed, SamplingParams(temperature=0, max_tokens=2))
         while llm.engine.has_unfinished():
             llm.engine.step()
@@ -333,9 +346,8 @@ def test_frames_as_a_video_are_the_recorded_frames_as_images() -> None:
         [chatted] = llm.chat([{"role": "user", "content": content}], params, use_tqdm=False)
         assert chatted.prompt_token_ids == output.prompt_token_ids
         # The same as embeddings, made here.
-        [placed] = llm.engine.frontend.processor.process(prompt).media
-        with torch.inference_mode():
-            [made] = llm.engine.executor.model.encode("video", [placed.mapped])
+        [placed] = process(llm, prompt).media
+        [made] = encode(llm, "video", [placed.mapped])
         ready = {"video_embeds": made.clone().unflatten(0, (-1, 16)), "video_image_sizes": [(112, 84)] * 4}
         embedded = {**prompt, "multi_modal_data": {"video": ready}}
         [again] = llm.generate(embedded, params, use_tqdm=False)

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opsin.api import InputContext, MappedMedia, MediaItem
-from opsin.inputs.placeholders import Marker, PlaceholderFinder
+from opsin.testing.models import find_placeholders, recorded_cases
 from opsin_models_phi3v.inputs import (
     CROP,
     MAX_CROPS,
@@ -27,9 +27,9 @@ from opsin_models_phi3v.inputs import (
     is_possible,
     num_embeds,
 )
-from tests.models.golden import cases, picture
 
 GOLDEN = Path(__file__).parents[3] / "tests" / "golden" / "phi3v"
+PICTURES = GOLDEN.parent / "images"
 IMAGE_ID = 32044
 
 
@@ -113,7 +113,10 @@ def test_padding_is_white_and_the_odd_line_below() -> None:
 
 # --- pixels ---------------------------------------------------------------------------------------
 
-RECORDED = [*cases("phi3v", runs_model=False), *(c for c in cases("phi3v") if c.data["images"])]
+RECORDED = [
+    *recorded_cases(GOLDEN, PICTURES, runs_model=False),
+    *(c for c in recorded_cases(GOLDEN, PICTURES) if c.data["images"]),
+]
 
 
 @pytest.mark.parametrize("case", RECORDED, ids=str)
@@ -121,9 +124,7 @@ def test_pixels_are_the_recorded_ones(case: Any) -> None:
     real = case.data["model_dir"] is None
     mapper = ImageMapper(context(num_crops=16 if real else 4))
     mapped = [
-        mapper.map(
-            image(np.asarray(picture(name).convert("RGB"))), case.data.get("mm_processor_kwargs") or {}
-        )
+        mapper.map(image(np.asarray(case.picture(name))), case.data.get("mm_processor_kwargs") or {})
         for name in case.data["images"]
     ]
     assert [[side * CROP for side in item.geometry] for item in mapped] == case.data["image_sizes"]
@@ -211,33 +212,37 @@ TAG_IDS = {
 }
 
 
+def found(text: str, known: Mapping[str, Sequence[int]], count: int, **options: Any) -> list[Any]:
+    """The ids of a prompt, with (modality, number) in place of the items."""
+    placeholders = {"image": image_placeholder(context(known))}
+    return find_placeholders(text, placeholders, RecordedTokenizer(known), {"image": count}, options)
+
+
 @pytest.mark.parametrize("case", REAL, ids=lambda case: case["prompt"][:24])
 def test_real_prompts_are_tokenized_as_the_hub_does(case: dict[str, Any]) -> None:
     texts = TAG.split(case["prompt"])[::2]
     known = dict(zip(texts, case["chunk_ids"], strict=True))
-    finder = PlaceholderFinder(RecordedTokenizer(known), {"image": image_placeholder(context(known))})
     count = len(texts) - 1
-    expected = list(case["chunk_ids"][0])
+    expected: list[Any] = list(case["chunk_ids"][0])
     for number, ids in enumerate(case["chunk_ids"][1:], 1):
-        expected += [Marker("image", number), *ids]
-    assert finder.in_text(case["prompt"], {"image": count}) == expected
+        expected += [("image", number), *ids]
+    assert found(case["prompt"], known, count) == expected
 
 
 @pytest.mark.parametrize("case", REAL, ids=lambda case: case["prompt"][:24])
 def test_real_prompts_can_be_tokenized_as_a_whole(case: dict[str, Any]) -> None:
     known = {**TAG_IDS, case["prompt"]: case["whole_prompt_ids"]}
-    finder = PlaceholderFinder(RecordedTokenizer(known), {"image": image_placeholder(context(known))})
     count = len(TAG.findall(case["prompt"]))
-    given = finder.in_text(case["prompt"], {"image": count}, {"tokenize_whole_prompt": True})
-    written = []
+    given = found(case["prompt"], known, count, tokenize_whole_prompt=True)
+    written: list[int] = []
     for part in given:
         if isinstance(part, int):
             written.append(part)
         else:
             before = "\n" if written[-1] == 13 else ""
-            written += TAG_IDS[f"{before}<|image_{part.number}|>"][3 if before else 1 :]
+            written += TAG_IDS[f"{before}<|image_{part[1]}|>"][3 if before else 1 :]
     assert written == case["whole_prompt_ids"]
-    assert [part.number for part in given if isinstance(part, Marker)] == list(range(1, count + 1))
+    assert [part[1] for part in given if isinstance(part, tuple)] == list(range(1, count + 1))
 
 
 def test_a_placeholder_becomes_image_tokens() -> None:

@@ -20,10 +20,11 @@ from torch import Tensor
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from opsin import LLM, BeamSearchParams, SamplingParams
-from tests.models.families import encoded
-from tests.models.golden import largest_difference, picture, recorded_logits
+from opsin.testing.models import encode, process, recorded_cases, recorded_logits
 
-MODEL = Path(__file__).parents[3] / "tests" / "golden" / "phi3v" / "model"
+GOLDEN = Path(__file__).parents[3] / "tests" / "golden"
+MODEL = GOLDEN / "phi3v" / "model"
+picture = recorded_cases(GOLDEN / "phi3v", GOLDEN / "images")[0].picture
 SWITCH = 1024
 WORDS = np.random.default_rng(0).integers(3, 590, 1500).tolist()
 """Token ids of a long text."""
@@ -97,7 +98,7 @@ def test_logits_are_those_of_the_whole_sequence_computed_anew(
         crosses = length <= SWITCH < length + 9
         assert llm.engine.stats().num_restarts == crosses
     embeds = theirs.get_input_embeddings()(torch.tensor(WORDS[:length]))
-    assert largest_difference(torch.cat(logits), their_logits(theirs, embeds, tokens)) < 1e-4
+    assert float((torch.cat(logits) - their_logits(theirs, embeds, tokens)).abs().max()) < 1e-4
 
 
 def test_a_picture_is_computed_anew_with_its_sequence(theirs: Phi3ForCausalLM) -> None:
@@ -107,10 +108,10 @@ def test_a_picture_is_computed_anew_with_its_sequence(theirs: Phi3ForCausalLM) -
             "prompt": f"<|image_1|>\n{words}",
             "multi_modal_data": {"image": picture("coffee_320x213.png")},
         }
-        processed = llm.engine.frontend.processor.process(prompt)
+        processed = process(llm, prompt)
         short = SWITCH - 4 - len(processed.token_ids)
         prompt["prompt"] += " a" * short
-        processed = llm.engine.frontend.processor.process(prompt)
+        processed = process(llm, prompt)
         assert SWITCH - 6 < len(processed.token_ids) < SWITCH
         with recorded_logits(llm) as logits:
             [output] = llm.generate(prompt, greedy(10), use_tqdm=False)
@@ -118,9 +119,9 @@ def test_a_picture_is_computed_anew_with_its_sequence(theirs: Phi3ForCausalLM) -
         assert llm.engine.stats().num_encoded == 1, "what the encoder gave is still there"
         embeds = theirs.get_input_embeddings()(torch.tensor(processed.token_ids)).detach()
         [item] = processed.media
-        embeds[item.start : item.end] = encoded(llm, processed)[0]
+        embeds[item.start : item.end] = encode(llm, "image", [item.mapped])[0]
     expected = their_logits(theirs, embeds, output.outputs[0].token_ids)
-    assert largest_difference(torch.cat(logits), expected) < 1e-4
+    assert float((torch.cat(logits) - expected).abs().max()) < 1e-4
 
 
 def test_cached_prefixes_of_the_two_kinds_are_never_mixed(plain: LLM) -> None:

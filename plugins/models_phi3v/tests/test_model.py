@@ -13,23 +13,21 @@ import pytest
 import torch
 
 from opsin import LLM, SamplingParams
-from opsin.api import BuildContext
-from opsin.checkpoint.weights import load_weights, model_slots
 from opsin.errors import CheckpointError, MediaError, RequestError
-from opsin.inputs.chat import ChatOptions
-from opsin.inputs.prompt import Prompt
-from opsin.kernels import Kernels
+from opsin.testing.models import (
+    build_unloaded,
+    fill,
+    loaded_model,
+    process,
+    recorded_cases,
+    render,
+    weight_shapes,
+)
 from opsin_models_phi3v.model import Phi3V
 from opsin_models_phi3v.plugin import CHAT_TEMPLATE
-from tests.models.golden import picture
-
-
-def rendered(llm: LLM, messages: Any) -> Prompt:
-    frontend = llm.engine.frontend
-    return frontend.renderer.render(frontend.conversation(messages), ChatOptions())
-
 
 GOLDEN = Path(__file__).parents[3] / "tests" / "golden" / "phi3v"
+picture = recorded_cases(GOLDEN, GOLDEN.parent / "images")[0].picture
 PICTURES = ["coffee_320x213.png", "rocket_400x80.png"]
 ONE_TOKEN = SamplingParams(temperature=0, max_tokens=1)
 
@@ -69,7 +67,7 @@ NUM_PARAMETERS = 4_146_621_440
 
 
 def build(config: dict[str, Any]) -> Phi3V:
-    return Phi3V(BuildContext(config=config, kernels=Kernels(), dtype=torch.bfloat16))
+    return build_unloaded(Phi3V, config, torch.bfloat16)
 
 
 def recorded_config() -> dict[str, Any]:
@@ -93,7 +91,7 @@ def test_every_recorded_key_has_its_place_or_is_known_to_be_unused() -> None:
     model = build(recorded_config())
     names = {key: model.weight_name(key) for key in json.loads((GOLDEN / "weight_keys.json").read_text())}
     used = [name for name in names.values() if name is not None]
-    assert sorted(used) == sorted(model_slots(model))
+    assert sorted(used) == sorted(weight_shapes(model))
     unused = {key for key, name in names.items() if name is None}
     tower = "model.vision_embed_tokens.img_processor.vision_model"
     assert len(unused) == 18
@@ -102,17 +100,17 @@ def test_every_recorded_key_has_its_place_or_is_known_to_be_unused() -> None:
 
 def test_the_published_model_has_its_keys_and_sizes() -> None:
     model = build(PUBLISHED)
-    slots = model_slots(model)
+    slots = weight_shapes(model)
     keys = published_keys()
     assert len(keys) == 32 * 6 + 24 * 16 + 3 + 7 + 6
     names = {key: model.weight_name(key) for key in keys}
     assert {name for name in names.values() if name is not None} == set(slots)
-    assert slots["model.layers.31.self_attn.qkv_proj.weight"].shape == (9216, 3072)
-    assert slots["model.layers.31.mlp.gate_up_proj.weight"].shape == (16384, 3072)
-    assert slots["vision_embed_tokens.img_projection.0.weight"].shape == (3072, 4096)
+    assert slots["model.layers.31.self_attn.qkv_proj.weight"] == (9216, 3072)
+    assert slots["model.layers.31.mlp.gate_up_proj.weight"] == (16384, 3072)
+    assert slots["vision_embed_tokens.img_projection.0.weight"] == (3072, 4096)
     width = 1024
     unused_layer = 4 * (width**2 + width) + 2 * width * 4096 + 4096 + width + 4 * width
-    held = sum(prod(slot.shape) for slot in slots.values())
+    held = sum(prod(shape) for shape in slots.values())
     assert held + unused_layer + 2 * width == NUM_PARAMETERS
     geometry = model.kv_geometry
     assert (geometry.num_layers, geometry.num_kv_heads, geometry.head_size) == (32, 32, 96)
@@ -122,9 +120,9 @@ def test_second_names_of_a_tensor_are_passed_over() -> None:
     model = build(recorded_config())
     assert model.weight_name("model.vision_embed_tokens.wte.weight") is None
     key = "model.vision_embed_tokens.img_processor.vision_model.embeddings.position_ids"
-    assert load_weights(model, [(key, torch.zeros(1))]).ignored == [key]
+    assert fill(model, [(key, torch.zeros(1))]).ignored == [key]
     tied = build({**recorded_config(), "tie_word_embeddings": True})
-    assert "lm_head.weight" not in load_weights(tied, []).missing
+    assert "lm_head.weight" not in fill(tied, []).missing
 
 
 @pytest.mark.parametrize(
@@ -147,9 +145,9 @@ def test_arrangements_that_are_not_this_familys_are_refused(changes: dict[str, A
 
 
 def test_the_tower_is_read_where_the_config_says() -> None:
-    count = len(model_slots(build(PUBLISHED)))
-    assert len(model_slots(build({**PUBLISHED, "img_processor": {"layer_idx": -1}}))) == count + 16
-    assert len(model_slots(build({**PUBLISHED, "img_processor": {"layer_idx": 20}}))) == count - 3 * 16
+    count = len(weight_shapes(build(PUBLISHED)))
+    assert len(weight_shapes(build({**PUBLISHED, "img_processor": {"layer_idx": -1}}))) == count + 16
+    assert len(weight_shapes(build({**PUBLISHED, "img_processor": {"layer_idx": 20}}))) == count - 3 * 16
 
 
 # --- through LLM ----------------------------------------------------------------------------------
@@ -167,9 +165,9 @@ def ask(*names: str, text: str = " which?", **more: Any) -> dict[str, Any]:
 
 
 def test_pictures_of_one_step_are_encoded_in_one_pass(llm: LLM) -> None:
-    model = llm.engine.executor.model
+    model = loaded_model(llm)
     assert isinstance(model, Phi3V)
-    media = llm.engine.frontend.processor.process(ask(*PICTURES)).media
+    media = process(llm, ask(*PICTURES)).media
     together, calls = [item.mapped for item in media], []
     tower = model.vision_embed_tokens.tower
     handle = tower.register_forward_hook(lambda *call: calls.append(call))
@@ -186,8 +184,8 @@ def test_pictures_of_one_step_are_encoded_in_one_pass(llm: LLM) -> None:
 def test_tags_may_come_in_any_order(llm: LLM) -> None:
     swapped = ask(*PICTURES)
     swapped["prompt"] = "<|image_2|>\n<|image_1|>\n which?"
-    reversed_order = llm.engine.frontend.processor.process(ask(*reversed(PICTURES)))
-    processed = llm.engine.frontend.processor.process(swapped)
+    reversed_order = process(llm, ask(*reversed(PICTURES)))
+    processed = process(llm, swapped)
     assert [item.key for item in processed.media] == [item.key for item in reversed_order.media]
     assert processed.token_ids == reversed_order.token_ids
 
@@ -245,9 +243,9 @@ def test_wrong_embeddings_are_refused(llm: LLM, embeds: Any, words: str) -> None
 
 def test_embeddings_of_pictures_of_different_sizes(llm: LLM) -> None:
     prompt = ask(*PICTURES, mm_processor_kwargs={"num_crops": 6})
-    processed = llm.engine.frontend.processor.process(prompt)
+    processed = process(llm, prompt)
     with torch.inference_mode():
-        model = llm.engine.executor.model
+        model = loaded_model(llm)
         embeds = [model.encode("image", [item.mapped])[0].clone() for item in processed.media]
     assert len({len(part) for part in embeds}) == 2
     ready = {**prompt, "multi_modal_data": {"image": embeds}}
@@ -277,8 +275,8 @@ def test_a_checkpoint_without_a_template_has_the_familys(llm: LLM, tmp_path: Pat
     ]
     with LLM(str(folder), kv_cache_memory=2**24) as bare:
         for messages in conversations:
-            expected = rendered(llm, messages).text
-            assert rendered(bare, messages).text == expected
+            expected = render(llm, messages)
+            assert render(bare, messages) == expected
         assert "<|user|>\nAnd this?\n<|image_2|><|end|>\n<|assistant|>\n" in expected
 
 

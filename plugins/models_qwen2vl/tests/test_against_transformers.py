@@ -15,7 +15,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from opsin import LLM, BeamSearchParams, SamplingParams
-from tests.models.golden import recorded_logits
+from opsin.testing.models import process, recorded_logits
 
 GOLDEN = Path(__file__).parents[3] / "tests" / "golden"
 IMAGE, VIDEO = "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"
@@ -173,7 +173,7 @@ def test_beam_search_is_transformers(tmp_path: Path) -> None:
     theirs = Theirs(folder)
     with LLM(str(folder), dtype="float32", kv_cache_memory=2**23) as llm:
         prompt = "Hello, what a day"
-        ids = list(llm.engine.frontend.processor.process(prompt).token_ids)
+        ids = list(process(llm, prompt).token_ids)
         [found] = llm.beam_search(prompt, BeamSearchParams(beam_width=3, max_tokens=6, ignore_eos=True))
         generated = theirs.model.generate(
             torch.tensor([ids]),

@@ -30,10 +30,14 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     Phi3Config,
     Phi3ForCausalLM,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     SiglipVisionConfig,
     SiglipVisionModel,
     SmolVLMConfig,
@@ -100,10 +104,23 @@ _LLAVA_PREFIXES = {
 
 
 def _qwen2_vl(config: Mapping[str, Any]) -> Shapes:
-    shapes = _renamed(
-        _shapes(lambda: Qwen2VLForConditionalGeneration(Qwen2VLConfig(**config))),
-        {"model.language_model.": "model.", "model.visual.": "visual."},
-    )
+    shapes = _shapes(lambda: Qwen2VLForConditionalGeneration(Qwen2VLConfig(**config)))
+    return _headless(config, _renamed(shapes, _QWEN_PREFIXES))
+
+
+def _qwen25_vl(config: Mapping[str, Any]) -> Shapes:
+    shapes = _shapes(lambda: Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config)))
+    return _headless(config, _renamed(shapes, _QWEN_PREFIXES))
+
+
+def _qwen3_vl(config: Mapping[str, Any]) -> Shapes:
+    return _headless(config, _shapes(lambda: Qwen3VLForConditionalGeneration(Qwen3VLConfig(**config))))
+
+
+_QWEN_PREFIXES = {"model.language_model.": "model.", "model.visual.": "visual."}
+
+
+def _headless(config: Mapping[str, Any], shapes: Shapes) -> Shapes:
     if config["tie_word_embeddings"]:
         del shapes["lm_head.weight"]  # the files hold a shared table once
     return shapes
@@ -214,6 +231,8 @@ _LAYOUTS: Mapping[str, Callable[[Mapping[str, Any]], Shapes]] = {
     "Idefics3ForConditionalGeneration": _idefics3,
     "InternVLForConditionalGeneration": _internvl,
     "Qwen2VLForConditionalGeneration": _qwen2_vl,
+    "Qwen2_5_VLForConditionalGeneration": _qwen25_vl,
+    "Qwen3VLForConditionalGeneration": _qwen3_vl,
     "SmolVLMForConditionalGeneration": _smolvlm,
     "Phi3VForCausalLM": _phi3_v,
     "MiniCPMV": _minicpm_v,

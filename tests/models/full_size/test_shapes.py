@@ -61,6 +61,24 @@ PUBLISHED = {
     "Qwen2-VL-7B-Instruct": Published(
         "qwen2vl", 8_291_375_616, 0, 32768, (28, 4, 128), beside=("lm_head.weight",)
     ),
+    "Qwen2.5-VL-3B-Instruct": Published("qwen25vl", 3_754_622_976, 0, 128000, (36, 2, 128)),
+    "Qwen2.5-VL-7B-Instruct": Published(
+        "qwen25vl", 8_292_166_656, 0, 128000, (28, 4, 128), beside=("lm_head.weight",)
+    ),
+    "Qwen2.5-VL-32B-Instruct": Published(
+        "qwen25vl", 33_452_718_336, 0, 128000, (64, 8, 128), beside=("lm_head.weight",)
+    ),
+    "Qwen2.5-VL-72B-Instruct": Published(
+        "qwen25vl", 73_410_777_344, 0, 128000, (80, 8, 128), beside=("lm_head.weight",)
+    ),
+    "Qwen3-VL-2B-Instruct": Published("qwen3vl", 2_127_532_032, 0, 262144, (28, 8, 128)),
+    "Qwen3-VL-4B-Instruct": Published("qwen3vl", 4_437_815_808, 0, 262144, (36, 8, 128)),
+    "Qwen3-VL-8B-Instruct": Published(
+        "qwen3vl", 8_767_123_696, 0, 262144, (36, 8, 128), beside=("lm_head.weight",)
+    ),
+    "Qwen3-VL-32B-Instruct": Published(
+        "qwen3vl", 33_357_390_064, 0, 262144, (64, 8, 128), beside=("lm_head.weight",)
+    ),
     "InternVL2_5-8B-MPO-hf": Published(
         "internvl", 8_075_365_376, 0, 32768, (32, 8, 128), beside=(_HEAD,), without=_BIASES
     ),

@@ -29,8 +29,10 @@ from opsin.api.kernels import (
     PagedAttention,
     PlanAttention,
     PrepareLinear,
+    PrepareQuantizedLinear,
     RMSNorm,
     Rotary,
+    RotaryPagedAttention,
     TopK,
     WriteKV,
 )
@@ -70,8 +72,11 @@ from opsin.api.specs import (
     KernelSpec,
     ModelSpec,
     PlaceholderSpec,
+    StoredModule,
+    WeightFormatSpec,
 )
 from opsin.api.tools import ToolCallPiece, ToolFormat, ToolParser, ToolPieces
+from opsin.api.weights import QuantizedWeight, Rounding, WeightForm, WeightKind
 
 __all__ = [
     "API_MAJOR",
@@ -117,16 +122,24 @@ __all__ = [
     "PoolingType",
     "Positions",
     "PrepareLinear",
+    "PrepareQuantizedLinear",
     "Probe",
     "ProcessedPrompt",
+    "QuantizedWeight",
     "RMSNorm",
     "Rotary",
+    "RotaryPagedAttention",
+    "Rounding",
+    "StoredModule",
     "Tokenizer",
     "ToolCallPiece",
     "ToolFormat",
     "ToolParser",
     "ToolPieces",
     "TopK",
+    "WeightForm",
+    "WeightFormatSpec",
+    "WeightKind",
     "WideMedia",
     "WriteKV",
     "expand_by_text",

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from opsin.api.weights import QuantizedWeight, WeightForm
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -20,6 +22,8 @@ OpName = Literal[
     "dense_attention",
     "prepare_linear",
     "top_k",
+    "prepare_quantized_linear",
+    "rotary_paged_attention",
 ]
 """The op table. Every op has a reference in `opsin.kernels`; a device may bring its own."""
 
@@ -36,10 +40,14 @@ class KernelQuery:
         op: the op.
         dtype: element type of activations, e.g. ``"float32"``.
         size: normalised or feature width (norms, gated_act), row length (top_k).
-        in_features, out_features: prepare_linear.
+        in_features, out_features: prepare_linear, prepare_quantized_linear.
         num_heads, num_kv_heads, head_size: attention and rotary.
         activation: gated_act, or fused after a linear layer.
         bias: whether the linear layer has a bias.
+        weight: how the linear layer's weight is stored; None: in ``dtype``. For prepare_linear it is a kind
+            of 16 bits, asked for only of a kernel whose `KernelSpec.weights` has it: the weight comes and is
+            read as it is stored, products and sums are those of ``dtype``. For prepare_quantized_linear it
+            is always set. Since 1.2.
     """
 
     op: OpName
@@ -52,6 +60,7 @@ class KernelQuery:
     head_size: int | None = None
     activation: Activation | None = None
     bias: bool = False
+    weight: WeightForm | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +167,26 @@ class PagedAttention(Protocol):
     def __call__(self, q: Tensor, layer: KVLayer, plan: Any, scale: float) -> Tensor: ...
 
 
+class RotaryPagedAttention(Protocol):
+    """`Rotary` of q and k, `WriteKV` of k and v, and `PagedAttention` of q, in one: (T, N, D).
+
+    Optional, since 1.2: without it the three are called one after another. It shares the plan and the cache
+    of the device's other KV ops. May overwrite q and k.
+    """
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        layer: KVLayer,
+        plan: Any,
+        scale: float,
+    ) -> Tensor: ...
+
+
 class DenseAttention(Protocol):
     """Full (not causal) attention within each of several segments of a flat batch.
 
@@ -200,6 +229,26 @@ class PrepareLinear(Protocol):
     ) -> LinearFn: ...
 
 
+class PrepareQuantizedLinear(Protocol):
+    """A `QuantizedWeight` on the device, bias (out) in the run dtype -> a callable as of `PrepareLinear`.
+
+    It computes act(x @ W.T + bias), W the weight that ``weight.dequantize`` gives: to the precision of the
+    run dtype, where the form does not allow rounding the activations. Where it does, each row of x may first
+    be rounded to 8 bits: ``s = max(abs(row)) / 127``, codes ``round(row / s)``. A row's result never depends
+    on the rows beside it. ``keep_weight`` and ``few_rows`` are those of `PrepareLinear`. Since 1.2.
+    """
+
+    def __call__(
+        self,
+        weight: QuantizedWeight,
+        bias: Tensor | None,
+        activation: Activation | None,
+        *,
+        keep_weight: bool,
+        few_rows: bool = False,
+    ) -> LinearFn: ...
+
+
 class TopK(Protocol):
     """The k largest values of each row, in descending order, and where they are.
 
@@ -225,8 +274,22 @@ class Kernels(Protocol):
 
     def prepare_linear(self, query: KernelQuery) -> PrepareLinear: ...
 
+    def prepare_quantized_linear(self, query: KernelQuery) -> PrepareQuantizedLinear: ...
+
+    def supports(self, query: KernelQuery) -> bool:
+        """Whether the device itself serves a query; if not, the reference would. Since 1.2."""
+        ...
+
+    def count_weight(self, stored: str, used: str) -> None:
+        """Note the form in which a linear layer's weight came, and the one it is used in. Since 1.2."""
+        ...
+
     def top_k(self, query: KernelQuery) -> TopK: ...
 
     def paged(self, query: KernelQuery) -> tuple[WriteKV, PagedAttention]:
         """Bind the ops around the KV cache, which share a plan."""
+        ...
+
+    def rotary_paged(self, query: KernelQuery) -> RotaryPagedAttention:
+        """Bind rotary and the ops around the KV cache as one call. Since 1.2."""
         ...

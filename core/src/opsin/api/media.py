@@ -155,6 +155,10 @@ class Tokenizer(Protocol):
     def convert_tokens_to_ids(self, tokens: str) -> int: ...
 
 
+def _no_image_processor() -> Any:
+    raise ValueError("there is no checkpoint here whose image processor could be loaded")
+
+
 @dataclass(frozen=True, kw_only=True)
 class InputContext:
     """What an input mapper or a placeholder is built from.
@@ -168,6 +172,8 @@ class InputContext:
         video_preprocessor: its settings for videos: of processor_config.json, or
             video_preprocessor_config.json, or those for images. Since 1.1.
         read_json: name -> another JSON file of its folder; empty if there is no such file. Since 1.1.
+        load_image_processor: loads transformers' image processor of the checkpoint, in its form without
+            torchvision; raises ValueError where there is none. For `opsin.layers.ProcessorMapper`. Since 1.2.
     """
 
     config: Mapping[str, Any]
@@ -176,6 +182,7 @@ class InputContext:
     options: Mapping[str, Any] = field(default_factory=dict)
     video_preprocessor: Mapping[str, Any] = field(default_factory=dict)
     read_json: Callable[[str], Mapping[str, Any]] = lambda name: {}  # noqa: ARG005 (its name is the protocol's)
+    load_image_processor: Callable[[], Any] = _no_image_processor
 
 
 class InputMapper(Protocol):

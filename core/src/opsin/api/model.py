@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from opsin.api.kernels import Kernels, KVGeometry, KVLayer
 from opsin.api.media import MappedMedia, Modality
+from opsin.api.weights import Rounding
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,7 @@ class BuildContext:
         dtype: run dtype of parameters and activations.
         device: torch device of weights and activations.
         parallel: tensor-parallel place.
+        rounding: what may become of weights while they are loaded. Since 1.2.
     """
 
     config: Mapping[str, Any]
@@ -39,6 +41,7 @@ class BuildContext:
     dtype: torch.dtype
     device: str = "cpu"
     parallel: Parallel = field(default_factory=Parallel)
+    rounding: Rounding = field(default_factory=Rounding)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,12 @@ from opsin.api.kernels import KernelQuery, OpName
 from opsin.api.media import InputContext, InputMapper, Modality, PlacedMedia, Placeholder, Positions
 from opsin.api.model import BuildContext, Model, Pooling
 from opsin.api.tools import ToolFormat
+from opsin.api.weights import QuantizedWeight, WeightKind
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from torch import Tensor
 
 API_MAJOR = 1
 """Plugins for another major live in another entry-point group and are reported, never imported."""
@@ -113,9 +116,49 @@ class KernelSpec:
         op: a name of the op table.
         load: imports and returns the kernel; its signature is the op's protocol in this module.
         supports: declines queries it cannot serve; they run on the reference, counted and shown.
+        weights: of prepare_linear: the kinds of `WeightForm` besides the run dtype that ``supports`` knows
+            about; it is never asked about others. Since 1.2.
+        load_narrow: of prepare_linear: like ``load``, for weights of those kinds. Default: ``load``.
+            Since 1.2.
     """
 
     device: str
     op: OpName
     load: Callable[[], Callable[..., Any]]
     supports: Callable[[KernelQuery], bool] = lambda query: True  # noqa: ARG005 (its name is the protocol's)
+    weights: tuple[WeightKind, ...] = ()
+    load_narrow: Callable[[], Callable[..., Any]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredModule:
+    """What a quantised checkpoint holds for one module, e.g. one linear layer. Since 1.2.
+
+    Attributes:
+        name: of the module, as in the checkpoint's keys.
+        tensors: what stands in the key after the module's name -> tensor, in host memory, as it is stored.
+        settings: ``quantization_config`` of config.json.
+    """
+
+    name: str
+    tensors: Mapping[str, Tensor]
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFormatSpec:
+    """How one method of quantisation stores weights. Key: method. Since 1.2.
+
+    Attributes:
+        method: ``quant_method`` of config.json's ``quantization_config``.
+        suffixes: names of the tensors that it keeps for a module, besides what it leaves alone (a bias).
+        marks: those of them by which a module is recognised as stored so; the rest is as in any checkpoint.
+        decode: the tensors of one module -> its weight: what any layer takes as (N, K), or floats where
+            integers cannot stand for it. Raises ValueError, with what is wrong, for tensors or settings it
+            cannot follow.
+    """
+
+    method: str
+    suffixes: tuple[str, ...]
+    marks: tuple[str, ...]
+    decode: Callable[[StoredModule], QuantizedWeight | Tensor]

@@ -21,6 +21,7 @@ from opsin.plugins.claims import reason_of
 
 _UNSAFE_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt")
 _INDEX = "model.safetensors.index.json"
+_ORIGINAL = "take the original checkpoint, with config.json and safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,16 +106,29 @@ class Checkpoint:
         """
         return read_json(self.path / PurePosixPath(name).name, needed=False)
 
-    def check_not_quantised(self) -> None:
-        """Raise `CheckpointError` where config.json says that the weights are quantised."""
+    def quantization(self) -> dict[str, Any] | None:
+        """How the weights are quantised: ``quantization_config``, its ``quant_method`` always set; or None.
+
+        Raises:
+            CheckpointError: it names no method, or one that is not read.
+        """
         for source in (self.config, self.config.get("text_config") or {}):
-            quantised = source.get("quantization_config") or source.get("compression_config")
-            if quantised:
-                method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-                raise CheckpointError(
-                    f"{self.path} is quantised (quantization_config, quant_method {method!r}), which is not "
-                    "supported; take the checkpoint it was made from"
-                )
+            for name in ("quantization_config", "compression_config"):
+                settings = source.get(name)
+                if not settings:
+                    continue
+                if not isinstance(settings, dict):
+                    raise CheckpointError(f"{self.path}: {name} is {settings!r:.80}; expected an object")
+                default = "compressed-tensors" if name == "compression_config" else None
+                method = settings.get("quant_method", default)
+                if not isinstance(method, str) or not method:
+                    raise CheckpointError(
+                        f"{self.path}: {name} has quant_method {method!r:.80}; expected the name of one"
+                    )
+                if method == "gguf":
+                    raise CheckpointError(f"{self.path} is quantised as GGUF, which is not read; {_ORIGINAL}")
+                return {**settings, "quant_method": method}
+        return None
 
 
 def load(model: str, revision: str | None = None) -> Checkpoint:
@@ -187,10 +201,7 @@ def _check_kind(path: Path) -> None:
             "model (peft: merge_and_unload, save_pretrained), or remove adapter_config.json from a merged one"
         )
     if not (path / "config.json").is_file() and (found := sorted(path.glob("*.gguf"))):
-        raise CheckpointError(
-            f"{path} holds GGUF files ({found[0].name}), which are not read; take the original checkpoint, "
-            "with config.json and safetensors"
-        )
+        raise CheckpointError(f"{path} holds GGUF files ({found[0].name}), which are not read; {_ORIGINAL}")
 
 
 def _processor_settings(path: Path, section: str, *names: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from opsin.api import Model
+from opsin.api import Model, QuantizedWeight
 from opsin.errors import CheckpointError
 from opsin.layers import Layer, Linear, Slot
 from opsin.layers.decoder import OutputHead
@@ -89,13 +89,13 @@ def model_slots(model: nn.Module) -> dict[str, Slot]:
 
 
 def load_weights(
-    model: Model, tensors: Iterable[tuple[str, Tensor]], *, needs_head: bool = True
+    model: Model, tensors: Iterable[tuple[str, Tensor | QuantizedWeight]], *, needs_head: bool = True
 ) -> LoadReport:
     """Put (key, tensor) pairs into the model, in whatever order they come.
 
     Args:
         model: to fill.
-        tensors: (key, tensor) of each.
+        tensors: (key, tensor) of each; a tensor may be a weight in integers.
         needs_head: whether the model is to give logits; a model of embeddings may lack its output head.
 
     Raises:
@@ -118,23 +118,13 @@ def load_weights(
             raise CheckpointError(f"tensors {taken[name]} and {key} are both for the layer's {name}")
         if slot is None:
             unused = name is None or name in tied or _CONSTANTS.search(key)
-            if unused or (key.endswith("bias") and not tensor.any()):
+            if unused or (key.endswith("bias") and isinstance(tensor, Tensor) and not tensor.any()):
                 ignored.append(key)
             else:
                 unexpected.append(key)
             continue
         assert name is not None
-        if tensor.dtype not in _FLOATS:
-            raise CheckpointError(
-                f"tensor {key} is {str(tensor.dtype).removeprefix('torch.')}, its layer expects floating "
-                "point: quantised weights, without the quantization_config that says how to read them"
-            )
-        if tuple(tensor.shape) != slot.shape:
-            raise CheckpointError(
-                f"tensor {key} has shape {tuple(tensor.shape)}, its layer expects {slot.shape}; "
-                "config.json and weights disagree"
-            )
-        slot.put(tensor)
+        _put(slot, key, tensor)
         taken[name] = key
     heads = {f"{path}.weight" for path, layer in layers.items() if isinstance(layer, OutputHead)}
     return LoadReport(
@@ -146,6 +136,45 @@ def load_weights(
         ignored=ignored,
         renamed=renamed,
     )
+
+
+def _put(slot: Slot, key: str, tensor: Tensor | QuantizedWeight) -> None:
+    if isinstance(tensor, QuantizedWeight) and (slot.put_quantized is None or tensor.shape != slot.shape):
+        tensor = tensor.dequantize(torch.float32)
+    if isinstance(tensor, Tensor) and tensor.dtype not in _FLOATS:
+        raise CheckpointError(
+            f"tensor {key} is {str(tensor.dtype).removeprefix('torch.')}, its layer expects floating "
+            "point: quantised weights, without the quantization_config or the tensors beside them (scales) "
+            "that say how to read them"
+        )
+    if tuple(tensor.shape) != slot.shape:
+        raise CheckpointError(
+            f"tensor {key} has shape {tuple(tensor.shape)}, its layer expects {slot.shape}; "
+            "config.json and weights disagree"
+        )
+    if isinstance(tensor, Tensor):
+        slot.put(tensor)
+    else:
+        assert slot.put_quantized is not None
+        slot.put_quantized(tensor)
+
+
+def safetensors_keys(files: Sequence[Path]) -> set[str]:
+    """The names of all tensors in some files.
+
+    Raises:
+        CheckpointError: a file is not readable.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    keys: set[str] = set()
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as handle:
+                keys.update(handle.keys())
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file.name} is not a readable safetensors file: {error}") from error
+    return keys
 
 
 def read_safetensors(

@@ -1,4 +1,4 @@
-"""The command line: ``opsin`` ``serve``, ``generate``, ``bench``, ``plugins`` and ``doctor``.
+"""The command line: ``opsin`` ``serve``, ``generate``, ``bench``, ``plugins``, ``doctor``, ``new-plugin``.
 
 Each command is a module with an `app`, imported when it is used; whatever is heavy is imported inside of its
 function, so that help comes at once.
@@ -40,9 +40,10 @@ _COMMANDS = {
     "bench": "Measure how fast a model or a server is.",
     "plugins": "Show the installed plugins, and who provides what.",
     "doctor": "Say what works on this machine, and what to do about the rest.",
+    "new-plugin": "Write the package of a new model or device plugin.",
 }
 for position, (name, text) in enumerate(_COMMANDS.items()):
-    app.command(f"opsin.cli.{name}:app", name=name, help=text, sort_key=position)
+    app.command(f"opsin.cli.{name.replace('-', '_')}:app", name=name, help=text, sort_key=position)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -20,6 +20,9 @@ T = TypeVar("T")
 PYTHON_ONLY = "Attributes"
 """Section of a docstring whose fields are for Python only."""
 
+SHORT = {"quantization": "-q"}
+"""Short names of flags, which are vLLM's."""
+
 _topic = cache(Group.create_ordered)
 
 
@@ -97,6 +100,8 @@ def _flag(parameter: inspect.Parameter, topic: str, text: str) -> inspect.Parame
     elif bool in members and parameter.default is not False:
         more["negative"] = f"--no-{parameter.name.replace('_', '-')}"
     named = parameter.kind is parameter.KEYWORD_ONLY
+    if parameter.name in SHORT:
+        more["alias"] = SHORT[parameter.name]
     if named:
         more |= {"group": _topic(topic), "allow_leading_hyphen": bool not in members}
     flag = Parameter(help=text[:1].upper() + text[1:], **more)

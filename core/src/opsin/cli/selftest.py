@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from opsin.api import Device, KernelSpec
-from opsin.testing.kernels import check_kernel, kernel_cases
+from opsin.testing.kernels import WEIGHT_FORMS, check_kernel, kernel_cases
 
 
 @dataclass
@@ -37,7 +37,7 @@ class OpResult:
 def selftest(device: Device, specs: Sequence[KernelSpec]) -> list[dict[str, Any]]:
     """Run all kernel cases for the device's dtypes. Shows progress on a terminal; never raises for a case."""
     results: dict[tuple[str, str], OpResult] = {}
-    cases = kernel_cases(device.capabilities.dtypes, later_ops=True)
+    cases = kernel_cases(device.capabilities.dtypes, later_ops=True, weights=WEIGHT_FORMS)
     for case in tqdm(cases, desc="self-test", unit="case", disable=None):
         op, dtype = case.query.op, case.query.dtype
         result = results.setdefault((op, dtype), OpResult(op, dtype))

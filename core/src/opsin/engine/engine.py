@@ -21,6 +21,7 @@ from opsin.engine.sampler import make_generator
 from opsin.engine.scheduler import Scheduler, Step
 from opsin.engine.sequence import Sequence
 from opsin.engine.sizing import Resolved
+from opsin.engine.speculation import Drafter
 from opsin.errors import ConfigError, RequestError
 from opsin.inputs.frontend import build_frontend
 from opsin.inputs.processor import PromptProcessor
@@ -97,6 +98,8 @@ class Engine:
             hidden_size=self.executor.model.hidden_size,
             generation_config=self.checkpoint.generation_config,
         )
+        speculative = config.speculative
+        self.drafter = None if speculative is None else Drafter(speculative, self.resolved.max_model_len)
         self.scheduler = Scheduler(
             blocks=BlockPool(self.resolved.num_blocks),
             encoder_cache=self.executor.encoder_cache,
@@ -106,7 +109,10 @@ class Engine:
             max_encoder_tokens=config.max_encoder_tokens,
             embed_bytes=self.executor.embed_bytes,
             prefix_caching=config.enable_prefix_caching,
-            root_key=f"{self.checkpoint.revision_key}|{self.resolved.dtype}".encode(),
+            root_key="|".join(
+                (self.checkpoint.revision_key, self.resolved.dtype, str(self.executor.weight_forms))
+            ).encode(),
+            drafter=self.drafter,
         )
         self._requests: dict[str, RequestState | PoolingState] = {}
         self._num_sequences = 0
@@ -255,7 +261,9 @@ class Engine:
         step = self.scheduler.schedule()
         tokens = self.executor.run(step)
         failed = self._fail(step, tokens.errors)
-        self.scheduler.commit(step, {seq_id: token.token_id for seq_id, token in tokens.sampled.items()})
+        self.scheduler.commit(
+            step, {seq_id: [token.token_id for token in run] for seq_id, run in tokens.sampled.items()}
+        )
         return failed + self._deliver(step, tokens, started)
 
     def _fail(self, step: Step, errors: Mapping[int, RequestError]) -> list[Output]:
@@ -282,11 +290,11 @@ class Engine:
             described = tokens.prompt_logprobs.get(sequence.seq_id)
             if described is not None:
                 request.describe_prompt(*described)
-            token = tokens.sampled.get(sequence.seq_id)
-            if token is not None:
+            for token in tokens.sampled.get(sequence.seq_id, ()):
                 changed[sequence.request_id] = None
                 if request.append(sequence.index, token) is not None:
                     self._drop(request, sequence.index)
+                    break
         return [self._output(request_id) for request_id in changed]
 
     def _output(self, request_id: str) -> Output:
@@ -304,7 +312,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """Counters and gauges of this moment."""
         blocks, encoder = self.scheduler.blocks, self.scheduler.encoder_cache
-        media = self.frontend.processor.mapped_media
+        media, drafter = self.frontend.processor.mapped_media, self.drafter
         return EngineStats(
             num_running=len(self.scheduler.running),
             num_waiting=self.num_waiting,
@@ -321,6 +329,11 @@ class Engine:
             num_encoded=self.executor.num_encoded,
             num_preemptions=self.scheduler.num_preemptions,
             num_restarts=self.scheduler.num_restarts,
+            spec_decode_num_drafts=0 if drafter is None else drafter.num_drafts,
+            spec_decode_num_draft_tokens=0 if drafter is None else drafter.num_draft_tokens,
+            spec_decode_num_accepted_tokens=0 if drafter is None else drafter.num_accepted,
+            spec_decode_num_accepted_tokens_per_pos=tuple(drafter.num_accepted_per_pos) if drafter else (),
+            weight_forms=self.executor.weight_forms,
         )
 
     def reset_prefix_cache(self) -> bool:

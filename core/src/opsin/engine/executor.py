@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,12 +16,13 @@ import torch
 
 from opsin.api import BuildContext, Device, KernelQuery, ModelSpec
 from opsin.checkpoint.files import Checkpoint, settings_explained
-from opsin.checkpoint.weights import load_weights, read_safetensors, torch_dtype
+from opsin.checkpoint.quantized import QuantizedTensors
+from opsin.checkpoint.weights import load_weights, read_safetensors, safetensors_keys, torch_dtype
 from opsin.config import EngineConfig
 from opsin.engine.cache import EncoderCache
 from opsin.engine.runner import Runner, StepTokens, media_width
 from opsin.engine.scheduler import Step
-from opsin.engine.sizing import resolve, resolve_dtype
+from opsin.engine.sizing import resolve, resolve_dtype, resolve_rounding
 from opsin.errors import ConfigError, PluginError
 from opsin.kernels import Kernels, allocate_kv
 from opsin.plugins import Plugins
@@ -29,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 _MODEL = ("kv_geometry", "hidden_size", "vocab_size", "weight_name", "embed", "forward", "logits")
 """What every `opsin.api.Model` has."""
+
+
+_FLOATS = frozenset({"float32", "float16", "bfloat16"})
 
 
 class LocalExecutor:
@@ -49,11 +54,17 @@ class LocalExecutor:
         name = resolve_dtype(config.dtype, checkpoint.dtype, self.device.capabilities)
         dtype = torch_dtype(name)
         self.kernels = Kernels(device_spec.name, plugins.kernel_specs(device_spec.name))
+        # A container of a plugin's own is read by the plugin, whatever config.json says.
+        stored = checkpoint.quantization() if model_spec.load_checkpoint is None else None
+        method = None if stored is None else stored["quant_method"]
         context = BuildContext(
-            config=checkpoint.config, kernels=self.kernels, dtype=dtype, device=self.device.torch_device
+            config=checkpoint.config,
+            kernels=self.kernels,
+            dtype=dtype,
+            device=self.device.torch_device,
+            rounding=resolve_rounding(config, method),
         )
-        if model_spec.load_checkpoint is None:
-            checkpoint.check_not_quantised()
+        weight_format = None if method is None else plugins.weight_format(method)
         with settings_explained(checkpoint.path, model_spec.build):
             self.model = model_spec.build(context)
         lacking = [name for name in _MODEL if not hasattr(self.model, name)]
@@ -65,11 +76,12 @@ class LocalExecutor:
             )
         with _out_of_memory_explained(self.device, "weights", 'pass a smaller checkpoint or dtype="float16"'):
             load = model_spec.load_checkpoint
-            tensors = (
-                load(checkpoint.path)
-                if load
-                else read_safetensors(checkpoint.weight_files(), checkpoint.weight_map())
-            )
+            files = [] if load else checkpoint.weight_files()
+            tensors = load(checkpoint.path) if load else read_safetensors(files, checkpoint.weight_map())
+            quantized = None
+            if weight_format is not None and stored is not None:
+                quantized = QuantizedTensors(weight_format, stored, safetensors_keys(files))
+                tensors = quantized.decoded(tensors)
             self.weights = load_weights(self.model, tensors, needs_head=config.task != "embed")
         self.weights.check()
         geometry = self.model.kv_geometry
@@ -113,6 +125,23 @@ class LocalExecutor:
         )
         logger.info("%s", self.resolved.explanation)
         logger.info("%s", self.kernels.report())
+        if quantized is not None:
+            logger.info("%s", quantized.report())
+        logger.info("%s", self.kernels.report_weights())
+        if config.quantization in ("int8", "int4") and not set(self.weight_forms) - _FLOATS:
+            logger.warning(
+                "quantization=%r has no effect here: %s reads no weights of fewer bits; they stay floats",
+                config.quantization,
+                device_spec.name,
+            )
+
+    @property
+    def weight_forms(self) -> dict[str, int]:
+        """Form of weights -> linear layers that use it; of floats, their dtype."""
+        forms: Counter[str] = Counter()
+        for use, count in self.kernels.weights.items():
+            forms[use.used] += count
+        return dict(sorted(forms.items()))
 
     @property
     def num_encoded(self) -> int:

@@ -29,9 +29,10 @@ from opsin.api import (
 )
 from opsin.engine.cache import EncoderCache
 from opsin.engine.pooling import pool
-from opsin.engine.sampler import prompt_logprobs, sample
+from opsin.engine.sampler import prompt_logprobs
 from opsin.engine.scheduler import Chunk, Step
 from opsin.engine.sequence import SampledToken
+from opsin.engine.speculation import sample_runs
 from opsin.errors import DeviceLostError, RequestError
 
 T = TypeVar("T")
@@ -44,13 +45,13 @@ class StepTokens:
     """What a step gave.
 
     Attributes:
-        sampled: sequence id -> its new token.
+        sampled: sequence id -> its new tokens: those of its draft that were right, and one more.
         prompt_logprobs: sequence id -> (index of the first prompt token described, one per token).
         embeddings: sequence id -> its embedding, for embedding requests that are complete.
         errors: sequence id -> why this sequence, and only this one, could not be computed.
     """
 
-    sampled: dict[int, SampledToken] = field(default_factory=dict)
+    sampled: dict[int, list[SampledToken]] = field(default_factory=dict)
     prompt_logprobs: dict[int, tuple[int, list[SampledToken]]] = field(default_factory=dict)
     embeddings: dict[int, Tensor] = field(default_factory=dict)
     errors: dict[int, RequestError] = field(default_factory=dict)
@@ -163,7 +164,7 @@ class Runner:
 
     def _embeds(self, placed: SequenceOf[tuple[int, Chunk]]) -> tuple[Tensor, MediaFeatures | None]:
         """(T, H): token embeddings, with media embeddings in their places; and what else media say."""
-        ids = [token for _, chunk in placed for token in chunk.sequence.token_ids[chunk.start : chunk.end]]
+        ids = [token for _, chunk in placed for token in chunk.token_ids]
         target = self.device.torch_device
         embeds = self.model.embed(torch.tensor(ids, dtype=torch.int64, device=target))
         width = embeds.shape[1]
@@ -198,19 +199,22 @@ class Runner:
         return slots
 
     def _sample(self, placed: SequenceOf[tuple[int, Chunk]], hidden: Tensor, result: StepTokens) -> None:
-        rows, sequences = [], []
+        rows: list[int] = []
+        asked: list[Chunk] = []
         for first_row, chunk in placed:
             if chunk.samples and chunk.sequence.pooling is None:
-                rows.append(first_row + chunk.length - 1)
-                sequences.append(chunk.sequence)
+                end = first_row + chunk.length
+                rows += range(end - len(chunk.draft) - 1, end)
+                asked.append(chunk)
         if not rows:
             return
         last = hidden.index_select(0, torch.tensor(rows, device=hidden.device))
-        for sequence, token in zip(sequences, sample(self._logits(last), sequences, self.top_k)):
-            if isinstance(token, RequestError):
-                result.errors[sequence.seq_id] = token
+        sequences, drafts = [chunk.sequence for chunk in asked], [chunk.draft for chunk in asked]
+        for sequence, run in zip(sequences, sample_runs(self._logits(last), sequences, drafts, self.top_k)):
+            if isinstance(run, RequestError):
+                result.errors[sequence.seq_id] = run
             else:
-                result.sampled[sequence.seq_id] = token
+                result.sampled[sequence.seq_id] = run
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits = self.model.logits(hidden)

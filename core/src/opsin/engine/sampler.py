@@ -46,6 +46,12 @@ def make_generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed((low + high * 0x9E3779B9) % 2**32)
 
 
+def is_plain_greedy(seq: Sequence) -> bool:
+    """Whether a token of this sequence, which was sampled before, is its row's best whatever came before."""
+    rules = seq.sampler_state
+    return isinstance(rules, _Rules) and rules.fixed
+
+
 def sample(
     logits: Tensor, sequences: SequenceOf[Sequence], top_k: TopK = reference_top_k
 ) -> list[SampledToken | RequestError]:
@@ -159,7 +165,8 @@ class _Rules:
     """One sequence's sampling settings, prepared at its first token and kept in `Sequence.sampler_state`.
 
     Attributes:
-        plain: greedy with nothing else asked: the row's best token is the answer.
+        fixed: greedy, and logits change in no step: the row's best token is the answer.
+        plain: fixed, and no log-probabilities are asked for.
         bias: (token ids, values to add), or None.
         allowed: ids that alone may be chosen, or None.
         ending: ids that may not be chosen before ``min_tokens``, or None.
@@ -181,7 +188,7 @@ class _Rules:
             outside = [token for token in getattr(params, name) or () if not 0 <= token < vocab]
             if outside:
                 self.error = RequestError(f"{name} has token id {outside[0]}: expected 0 to {vocab - 1}")
-                self.plain = False
+                self.plain = self.fixed = False
                 return
         if params.logit_bias:
             values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
@@ -201,7 +208,8 @@ class _Rules:
             self.counts = _TokenCounts(())
         self.restricts = bool(self.allowed is not None or self.processors or seq.bad_words)
         self.always = self.restricts or bool(seq.grammar or self.bias or self.counts)
-        self.plain = params.greedy and not self.always and self.ending is None and params.logprobs is None
+        self.fixed = params.greedy and not self.always and self.ending is None
+        self.plain = self.fixed and params.logprobs is None
 
     def adjusts(self, seq: Sequence) -> bool:
         """Whether logits change in this step before temperature and cuts."""
@@ -350,11 +358,10 @@ def _draw(
         else:
             wider.append(index)
     if racing:
-        noise = torch.empty(len(racing), width + 1, dtype=torch.float64)
-        for row, index in zip(noise, racing):
-            row.exponential_(generator=_generator(sequences[index]))
+        entered = np.concatenate((ids[racing], np.full((len(racing), 1), -1)), axis=1)
+        noise = _exponential([_generator(sequences[index]) for index in racing], entered)
         runners = np.concatenate((weights[racing], rest[racing]), axis=1)
-        for index, place in zip(racing, (runners / noise.numpy()).argmax(-1).tolist()):
+        for index, place in zip(racing, (runners / noise).argmax(-1).tolist()):
             if place < width:
                 drawn[index] = int(ids[index, place])
             else:
@@ -364,6 +371,24 @@ def _draw(
         for index, token in zip(wider, again):
             drawn[index] = token
     return drawn
+
+
+def _exponential(generators: SequenceOf[torch.Generator], ids: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Exp(1) noise of each token id, (R, n): one number of a row's generator decides it, whatever its place.
+
+    So two tokens whose logits are all but equal may change places among the candidates, as rounding differs
+    between batches, and the winner stays. The mixing is splitmix64's (Steele, Lea and Flood 2014).
+    """
+    seeds = [int(torch.randint(-(2**63), 2**63 - 1, (1,), generator=g)) % 2**64 for g in generators]
+    mixed = np.array(seeds, np.uint64)[:, None] + (ids.astype(np.uint64) + np.uint64(2)) * np.uint64(_GOLDEN)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    mixed ^= mixed >> np.uint64(31)
+    uniform = ((mixed >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return -np.log(uniform)
+
+
+_GOLDEN = 0x9E3779B97F4A7C15
 
 
 def _column(settings: list[float]) -> NDArray[np.float64]:

@@ -1,19 +1,22 @@
 """Waiting and running sequences + budgets -> the next step; and the step's results -> their state.
 
 There is no prefill and no decode phase: every sequence has tokens that are not computed yet, one in steady
-decoding, many after arrival or preemption, and a step computes some of them.
+decoding, many after arrival or preemption, and a step computes some of them. What is left of a step's budgets
+may go to drafts, which are computed as if they were tokens of their sequence.
 """
 
 from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
 from opsin.api import PlacedMedia
 from opsin.engine.cache import BlockPool, EncoderCache, extend_block_keys
 from opsin.engine.sequence import Sequence, Status
+from opsin.engine.speculation import MAX_STEP_DRAFTS, Drafter
 
 MIN_SHARED_TOKENS = 64
 """Tokens that a request must save to wait for a prefix that another one is computing. To compute fewer again
@@ -22,11 +25,16 @@ alongside the others costs less than the wait."""
 
 @dataclass(frozen=True)
 class Chunk:
-    """The tokens ``start .. start + length`` of one sequence, computed in one step."""
+    """The tokens ``start .. start + length`` of one sequence, computed in one step.
+
+    Attributes:
+        draft: guesses at the tokens after the sequence's last one; they are the chunk's last tokens.
+    """
 
     sequence: Sequence
     start: int
     length: int
+    draft: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:
@@ -35,8 +43,13 @@ class Chunk:
 
     @property
     def samples(self) -> bool:
-        """Whether the chunk reaches the sequence's last token, so that a new one is sampled."""
-        return self.end == self.sequence.num_tokens
+        """Whether the chunk reaches the sequence's last token, so that new ones are sampled."""
+        return self.end - len(self.draft) == self.sequence.num_tokens
+
+    @property
+    def token_ids(self) -> list[int]:
+        """What is computed."""
+        return [*self.sequence.token_ids[self.start : self.end], *self.draft]
 
     def media(self) -> list[PlacedMedia]:
         """Media whose tokens are (partly) in the chunk."""
@@ -72,6 +85,7 @@ class Scheduler:
     Attributes:
         embed_bytes: size of one media embedding.
         root_key: identifies the model.
+        drafter: makes drafts; None: there are none.
         waiting: the next one first: by priority, then by arrival.
         running: by priority, then by admission: the last one is the first to be preempted.
         num_preemptions: sequences preempted for want of blocks, so far.
@@ -87,6 +101,7 @@ class Scheduler:
     embed_bytes: int
     prefix_caching: bool = True
     root_key: bytes = b""
+    drafter: Drafter | None = None
     waiting: list[Sequence] = field(default_factory=list, init=False)
     running: list[Sequence] = field(default_factory=list, init=False)
     num_preemptions: int = field(default=0, init=False)
@@ -117,25 +132,35 @@ class Scheduler:
         chunks, preempted = self._continue_running(budget)
         if not preempted:
             chunks += self._admit_waiting(budget)
+            chunks = self._with_drafts(chunks, budget)
         return Step(chunks=tuple(chunks), encode=tuple(budget.encode.values()))
 
-    def commit(self, step: Step, sampled: Mapping[int, int]) -> None:
-        """Record that a step is done. ``sampled`` maps sequence ids to new tokens.
+    def commit(self, step: Step, sampled: Mapping[int, SequenceOf[int]]) -> None:
+        """Record that a step is done.
 
         Sequences that were removed in the meantime are skipped.
+
+        Args:
+            step: the last one.
+            sampled: sequence id -> its new tokens. All but the last are the beginning of its draft.
         """
         for chunk in step.chunks:
             sequence = chunk.sequence
             if sequence.status is not Status.RUNNING:
                 continue
-            sequence.num_computed = chunk.end
-            self._publish_blocks(sequence, chunk)
-            passed = [item.key for item in sequence.media if item.end <= chunk.end]
+            tokens = sampled.get(sequence.seq_id, ())
+            if chunk.draft and self.drafter is not None:
+                self.drafter.learn(sequence, chunk.draft, tokens)
+            sequence.token_ids += tokens[:-1]
+            # What was computed beyond is a wrong guess; its place is written again.
+            sequence.num_computed = min(chunk.end, sequence.num_tokens)
+            self._publish_blocks(sequence, chunk.start)
+            self._trim(sequence)
+            passed = [item.key for item in sequence.media if item.end <= sequence.num_computed]
             self.encoder_cache.release(sequence.seq_id, passed)
-            token = sampled.get(sequence.seq_id)
-            if token is not None:
+            if tokens:
                 variant = sequence.variant
-                sequence.token_ids.append(token)
+                sequence.token_ids.append(tokens[-1])
                 if sequence.variant != variant:  # none of its keys and values hold any longer
                     self._send_back(sequence)
                     sequence.block_keys.clear()
@@ -194,6 +219,25 @@ class Scheduler:
             self._announce(sequence)
             chunks.append(self._chunk(sequence, length, budget))
         return chunks
+
+    def _with_drafts(self, chunks: list[Chunk], budget: _Budget) -> list[Chunk]:
+        """The chunks with drafts, as far as there is room left: no other work gives way to a guess."""
+        if self.drafter is None:
+            return chunks
+        num_rows = sum(chunk.samples for chunk in chunks)
+        tokens = min(budget.tokens, MAX_STEP_DRAFTS)
+        drafted: list[Chunk] = []
+        for chunk in chunks:
+            sequence = chunk.sequence
+            blocks = len(sequence.block_ids) + self.blocks.num_free
+            room = min(tokens, blocks * self.block_size - chunk.end)
+            draft = self.drafter.draft(sequence, num_rows, room) if chunk.samples else ()
+            if draft:
+                chunk = replace(chunk, length=chunk.length + len(draft), draft=draft)
+                self._grow(sequence, chunk.end)
+                tokens -= len(draft)
+            drafted.append(chunk)
+        return drafted
 
     def _chunk(self, sequence: Sequence, length: int, budget: _Budget) -> Chunk:
         chunk = Chunk(sequence, sequence.num_computed, length)
@@ -257,8 +301,14 @@ class Scheduler:
         for key in self._keys(sequence)[sequence.num_computed // self.block_size :]:
             self._in_flight.setdefault(key, sequence.seq_id)
 
-    def _publish_blocks(self, sequence: Sequence, chunk: Chunk) -> None:
-        first, last = chunk.start // self.block_size, chunk.end // self.block_size
+    def _trim(self, sequence: Sequence) -> None:
+        """Give back the blocks of wrong guesses."""
+        kept = self._blocks_for(sequence.num_computed)
+        self.blocks.release(sequence.block_ids[kept:])
+        del sequence.block_ids[kept:]
+
+    def _publish_blocks(self, sequence: Sequence, start: int) -> None:
+        first, last = start // self.block_size, sequence.num_computed // self.block_size
         if first < last:
             for block, key in zip(sequence.block_ids[first:last], self._keys(sequence)[first:last]):
                 self.blocks.register(block, key)

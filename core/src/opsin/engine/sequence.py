@@ -60,6 +60,7 @@ class Sequence:
         grammar: constraint on its tokens, None if there is none.
         bad_words: token ids of texts, which are never generated one after the other.
         sampler_state: what the sampler has prepared for it.
+        drafter_state: what the drafter has prepared for it.
     """
 
     seq_id: int
@@ -82,6 +83,7 @@ class Sequence:
     grammar: Grammar | None = None
     bad_words: SequenceOf[SequenceOf[int]] = ()
     sampler_state: Any = None
+    drafter_state: Any = None
 
     def __post_init__(self) -> None:
         if not self.token_ids:
@@ -127,3 +129,10 @@ class Sequence:
         """How a sequence of this length is computed, see `Positions.switch_lengths`."""
         positions = self.prompt.positions
         return 0 if positions is None else bisect_left(positions.switch_lengths, len(self.token_ids))
+
+    @property
+    def switch_length(self) -> int | None:
+        """Longest length that is computed as this one is; None: any longer one is. See `variant`."""
+        positions = self.prompt.positions
+        lengths = () if positions is None else positions.switch_lengths
+        return lengths[self.variant] if self.variant < len(lengths) else None

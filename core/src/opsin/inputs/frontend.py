@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from opsin.api import InputContext, ModelSpec, ProcessedPrompt, ToolFormat
 from opsin.api.hermes import HermesTools
 from opsin.checkpoint.files import Checkpoint, settings_explained
 from opsin.checkpoint.hub import locate
+from opsin.checkpoint.processor import load_image_processor
 from opsin.checkpoint.tokenizer import ChatTokenizer, load_tokenizer
 from opsin.config import EngineConfig
 from opsin.errors import CheckpointError
@@ -90,6 +92,7 @@ def build_frontend(
         options=config.mm_processor_kwargs,
         video_preprocessor=checkpoint.video_preprocessor,
         read_json=checkpoint.read_json,
+        load_image_processor=partial(load_image_processor, checkpoint.path),
     )
     mappers = _built(mapper_specs, context, checkpoint)
     placeholders = _built(placeholder_specs, context, checkpoint)

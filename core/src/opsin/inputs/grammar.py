@@ -46,12 +46,25 @@ class Grammar:
         Raises:
             RequestError: the constraint cannot be followed any further.
         """
-        self._matcher.consume_tokens(list(output_ids[self._num_taken :]))
-        self._num_taken = len(output_ids)
+        self._go_to(output_ids)
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         if self._matcher.is_error():
             raise RequestError(f"the output constraint failed: {_first_line(self._matcher.get_error())}")
         return torch.from_numpy(np.unpackbits(bits, count=vocab_size, bitorder="little").view(np.bool_))
+
+    def num_valid(self, output_ids: Sequence[int], draft: Sequence[int]) -> int:
+        """How many tokens of ``draft`` may follow ``output_ids``, one after the other."""
+        self._go_to(output_ids)
+        # In an error state none may; `allowed` says why.
+        return 0 if self._matcher.is_error() else int(self._matcher.validate_tokens(list(draft)))
+
+    def _go_to(self, output_ids: Sequence[int]) -> None:
+        """Take new tokens, or give back those that are no longer there: a step may be tried again."""
+        if len(output_ids) < self._num_taken:
+            self._matcher.rollback(self._num_taken - len(output_ids))
+        else:
+            self._matcher.consume_tokens(list(output_ids[self._num_taken :]))
+        self._num_taken = len(output_ids)
 
 
 class GrammarCompiler:

@@ -18,7 +18,7 @@ from opsin.layers.decoder import (
     kv_geometry,
     output_head,
 )
-from opsin.layers.embeds import split_embeds, split_image_embeds
+from opsin.layers.embeds import ProcessorMapper, split_embeds, split_image_embeds
 from opsin.layers.grids import (
     PatchMerger,
     frame_angles,
@@ -29,7 +29,6 @@ from opsin.layers.grids import (
 )
 from opsin.layers.linear import Embedding, Linear, activation, dtype_name
 from opsin.layers.module import Layer, Module, Slot
-from opsin.layers.mrope import PositionBlock, embed_runs, mrope_positions
 from opsin.layers.norm import LayerNorm, RMSNorm
 from opsin.layers.patches import (
     Grid,
@@ -42,7 +41,14 @@ from opsin.layers.patches import (
     token_placeholder,
 )
 from opsin.layers.pixels import CLIP_MEAN, CLIP_STD, pixel_levels, pixel_values, resampling
-from opsin.layers.rotary import RotaryTable, inverse_frequencies
+from opsin.layers.rotary import (
+    PositionBlock,
+    RotaryTable,
+    embed_runs,
+    inverse_frequencies,
+    mrope_positions,
+)
+from opsin.layers.rounding import round_weight
 from opsin.layers.text import context_length, fields, sequential_positions, switch_lengths, text_config
 from opsin.layers.tiling import (
     cut_tiles,
@@ -86,6 +92,7 @@ __all__ = [
     "PatchMerger",
     "Patching",
     "PositionBlock",
+    "ProcessorMapper",
     "RMSNorm",
     "RotaryTable",
     "Slot",
@@ -119,6 +126,7 @@ __all__ = [
     "pixel_values",
     "resampling",
     "resized",
+    "round_weight",
     "sequential_positions",
     "size_by_longest_edge",
     "split_embeds",

@@ -21,9 +21,11 @@ from opsin.api import (
     MappedMedia,
     MediaFeatures,
     Modality,
+    QuantizedWeight,
+    WeightForm,
 )
 from opsin.layers.linear import Embedding, Linear, activation, dtype_name
-from opsin.layers.module import Module, Slot, owned
+from opsin.layers.module import Module, Slot
 from opsin.layers.norm import RMSNorm
 from opsin.layers.text import fields
 
@@ -116,7 +118,7 @@ class Attention(Module):
         super().__init__()
         world = context.parallel.world_size
         size = config.head_size
-        self._sizes = [config.num_heads // world * size] + [config.num_kv_heads // world * size] * 2
+        self._heads = [config.num_heads // world] + [config.num_kv_heads // world] * 2
         self._head_size, self._scale = size, 1 / math.sqrt(size)
         heads, kv_heads = config.num_heads * size, config.num_kv_heads * size
         parts = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
@@ -138,19 +140,14 @@ class Attention(Module):
             num_kv_heads=config.num_kv_heads // world,
             head_size=size,
         )
-        self._rotary = context.kernels.rotary(query)
-        self._write_kv, self._attend = context.kernels.paged(query)
+        self._attend = context.kernels.rotary_paged(query)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv: KVLayer, plan: Any) -> Tensor:
         """x (T, H) -> (T, H); writes this step's keys and values."""
-        q, k, v = (
-            part.unflatten(-1, (-1, self._head_size)) for part in self.qkv_proj(x).split(self._sizes, -1)
-        )
+        q, k, v = self.qkv_proj(x).view(len(x), -1, self._head_size).split(self._heads, 1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = _heads_normed(self.q_norm, q), _heads_normed(self.k_norm, k)
-        q, k = self._rotary(q, k, cos, sin)
-        self._write_kv(k, v, kv, plan)
-        return self.o_proj(self._attend(q, kv, plan, self._scale).flatten(1))
+        return self.o_proj(self._attend(q, k, v, cos, sin, kv, plan, self._scale).flatten(1))
 
 
 def _heads_normed(norm: RMSNorm, x: Tensor) -> Tensor:
@@ -268,12 +265,18 @@ class OutputHead(Linear):
     def __init__(self, context: BuildContext, config: DecoderConfig) -> None:
         super().__init__(context, config.hidden_size, config.vocab_size, bias=False, few_rows=True)
         self._scale = config.logit_scale
-        self._stored: Tensor | None = None
+        self._own: Tensor | None = None
         self._table: Tensor | None = None
 
     def slots(self) -> Iterator[Slot]:
         """The weight (V, H), optional for a tied head."""
-        yield Slot("weight", (self.out_features, self.in_features), self._put, optional=self.tied)
+        yield Slot(
+            "weight",
+            (self.out_features, self.in_features),
+            self._put,
+            optional=self.tied,
+            put_quantized=self._put_quantized,
+        )
 
     def adopt(self, weight: Tensor) -> None:
         """See `Linear.adopt`."""
@@ -281,18 +284,25 @@ class OutputHead(Linear):
         self._settle()
 
     def _put(self, weight: Tensor) -> None:
-        self._stored = weight
+        self._own = weight
         if not self.tied or self._table is not None:
             self._settle()
 
+    def _put_quantized(self, weight: QuantizedWeight) -> None:
+        self._take_quantized(0, lambda: (0, 0, self.out_features), weight)
+
+    def rounded_to(self) -> WeightForm | None:
+        """See `Linear.rounded_to`."""
+        return self._rounding.head
+
     def _settle(self) -> None:
-        stored, table = self._stored, self._table
-        self._stored = None
+        stored, table = self._own, self._table
+        self._own = None
         if stored is not None and table is not None and torch.equal(stored.to(table), table):
             stored = None
         if stored is not None:
-            self._weight = owned(stored, self._device, self._dtype)
-            self._finish(keep_weight=False)
+            self._to_come = 1
+            self._take(0, lambda: (0, 0, self.out_features), self.out_features, stored)
         elif table is not None and self._run is None:
             super().adopt(table)
 
@@ -332,6 +342,11 @@ class LanguageModel(Module):
         deep_layers: int = 0,
     ) -> None:
         super().__init__()
+        if config.fused and context.parallel.world_size > 1:
+            raise ValueError(
+                "the checkpoint stores q, k and v (and gate and up) as one tensor each, which is not divided "
+                f"among {context.parallel.world_size} ranks; run it on one"
+            )
         if not 0 <= deep_layers <= config.num_layers:
             raise ValueError(
                 f"media add features after {deep_layers} layers; the decoder has {config.num_layers}"

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from opsin.api import Activation, BuildContext, KernelQuery, LinearFn, PrepareLinear
+from opsin.api import (
+    Activation,
+    BuildContext,
+    KernelQuery,
+    LinearFn,
+    PrepareLinear,
+    QuantizedWeight,
+    WeightForm,
+)
 from opsin.layers.module import Layer, Slot, owned
+from opsin.layers.rounding import in_form, round_weight, usable_forms
 
 Split = Literal["column", "row"]
+
+Piece = Tensor | QuantizedWeight
+"""The weight of one of the tensors that a layer is fused from."""
 
 
 _ACTIVATIONS: Mapping[str, Activation] = {
@@ -89,21 +103,20 @@ class Linear(Layer):
         out = sum(self._parts.values())
         self.in_features = in_features // (self._world if split == "row" else 1)
         self.out_features = out // (self._world if split == "column" else 1)
-        self._prepare = context.kernels.prepare_linear(
-            KernelQuery(
-                op="prepare_linear",
-                dtype=dtype_name(context.dtype),
-                in_features=self.in_features,
-                out_features=self.out_features,
-                activation=activation,
-                bias=bias,
-            )
+        self._kernels, self._rounding = context.kernels, context.rounding
+        self._query = KernelQuery(
+            op="prepare_linear",
+            dtype=dtype_name(context.dtype),
+            in_features=self.in_features,
+            out_features=self.out_features,
+            activation=activation,
+            bias=bias,
         )
-        if num_sums > 1 and context.dtype == torch.float32:  # in other dtypes rounding each sum costs more
-            assert activation is None, "an activation applies to the whole sum"
-            self._prepare = in_shorter_sums(self._prepare, num_sums)
-        self._weight: Tensor | None = None
+        self._num_sums = num_sums
+        self._whole: Tensor | None = None
+        self._pieces: list[Piece | None] = [None] * len(self._parts)
         self._bias: Tensor | None = None
+        self._stored: dict[str, None] = {}
         self._to_come = len(self._parts) * (2 if bias else 1)
         self._run: LinearFn | None = None
 
@@ -112,52 +125,177 @@ class Linear(Layer):
         if self.tied:
             return
         first = 0
-        for name, rows in self._parts.items():
+        for index, (name, rows) in enumerate(self._parts.items()):
             prefix = f"{name}." if name else ""
-            shape = self._stored_shape or (rows, self._in)
-            yield Slot(f"{prefix}weight", shape, self._putter("_weight", first, rows), beside=bool(name))
+            place = partial(self._place, first, rows)
+            yield Slot(
+                f"{prefix}weight",
+                self._stored_shape or (rows, self._in),
+                partial(self._take, index, place, rows),
+                beside=bool(name),
+                put_quantized=None if self._stored_shape else partial(self._take_quantized, index, place),
+            )
             if self._has_bias:
-                yield Slot(f"{prefix}bias", (rows,), self._putter("_bias", first, rows), beside=bool(name))
+                put = partial(self._take_bias, place)
+                yield Slot(f"{prefix}bias", (rows,), put, beside=bool(name))
             first += rows
 
-    def _putter(self, target: str, first: int, rows: int) -> Callable[[Tensor], None]:
-        def put(tensor: Tensor) -> None:
-            flat = tensor.reshape(rows, self._in) if target == "_weight" else tensor
-            at, count = first, rows
-            if self._split == "column" and self._world > 1:
-                at, count = first // self._world, rows // self._world
-                flat = flat.narrow(0, self._rank * count, count)
-            if self._split == "row" and self._world > 1 and target == "_weight":
-                flat = flat.narrow(1, self._rank * self.in_features, self.in_features)
-            if len(self._parts) == 1:
-                setattr(self, target, owned(flat, self._device, self._dtype))
-            else:
-                whole = getattr(self, target)
-                if whole is None:
-                    shape = (self.out_features, *flat.shape[1:])
-                    whole = torch.empty(shape, dtype=self._dtype, device=self._device)
-                    setattr(self, target, whole)
-                whole.narrow(0, at, count).copy_(flat)
-            self._to_come -= 1
-            if self._to_come == 0:
-                self._finish(keep_weight=False)
+    def _place(self, first: int, rows: int) -> tuple[int, int, int]:
+        """Of a part's rows: where this rank's begin in the part and in the layer, and how many they are."""
+        if self._split == "column" and self._world > 1:
+            count = rows // self._world
+            return self._rank * count, first // self._world, count
+        return 0, first, rows
 
-        return put
+    def _take(self, index: int, place: Callable[[], tuple[int, int, int]], rows: int, tensor: Tensor) -> None:
+        start, at, count = place()
+        flat = tensor.reshape(rows, self._in).narrow(0, start, count)
+        if self._split == "row" and self._world > 1:
+            flat = flat.narrow(1, self._rank * self.in_features, self.in_features)
+        form = self._target()
+        self._note(tensor.dtype, form)
+        if form is not None:
+            self._pieces[index] = round_weight(flat, form)
+        else:
+            self._keep_floats(index, flat, at)
+        self._arrived()
+
+    def _keep_floats(self, index: int, flat: Tensor, at: int) -> None:
+        dtype = self.storage(flat.dtype)
+        if len(self._parts) == 1:
+            self._pieces[index] = owned(flat, self._device, dtype)
+            return
+        self._pieces[index] = flat[:0]  # its rows are in the whole
+        if self._whole is None:
+            shape = (self.out_features, self.in_features)
+            self._whole = torch.empty(shape, dtype=dtype, device=self._device)
+        elif self._whole.dtype != dtype:  # parts of several dtypes
+            self._whole = self._whole.to(self._dtype)
+        self._whole.narrow(0, at, len(flat)).copy_(flat)
+
+    def _take_quantized(
+        self, index: int, place: Callable[[], tuple[int, int, int]], weight: QuantizedWeight
+    ) -> None:
+        start, at, count = place()
+        self._stored[str(weight.form)] = None
+        piece = weight.narrow(0, start, count)
+        if self._split == "row" and self._world > 1:
+            first, width = self._rank * self.in_features, self.in_features
+            if weight.order is not None or (first % 2 and weight.form.kind != "int8"):
+                self._keep_floats(index, piece.dequantize(torch.float32).narrow(1, first, width), at)
+                self._arrived()
+                return
+            piece = piece.narrow(1, first, width)
+        self._pieces[index] = piece
+        self._arrived()
+
+    def _take_bias(self, place: Callable[[], tuple[int, int, int]], tensor: Tensor) -> None:
+        start, at, count = place()
+        if self._bias is None:
+            self._bias = torch.empty(self.out_features, dtype=self._dtype, device=self._device)
+        self._bias.narrow(0, at, count).copy_(tensor.narrow(0, start, count))
+        self._arrived()
+
+    def _arrived(self) -> None:
+        self._to_come -= 1
+        if self._to_come == 0:
+            self._finish(keep_weight=False)
 
     def adopt(self, weight: Tensor) -> None:
         """Use a weight that another layer keeps (a tied output head)."""
-        self._weight = weight
+        form = self._target()
+        self._note(weight.dtype, form)
+        self._pieces = [weight if form is None else round_weight(weight, form)]
         self._finish(keep_weight=True)
 
+    def rounded_to(self) -> WeightForm | None:
+        """The form that weights of floats are rounded to in this layer; None: they are not."""
+        if self._num_sums > 1:
+            return None  # whoever wants shorter sums has numbers that rounding would spoil
+        return self._rounding.decoder if self._few_rows else self._rounding.other
+
+    def _note(self, dtype: torch.dtype, form: WeightForm | None) -> None:
+        rounded = "" if form is None else f" rounded to {replace(form, round_activations=False)}"
+        self._stored[f"{dtype_name(dtype)}{rounded}"] = None
+
+    def _target(self) -> WeightForm | None:
+        """The form that floats are rounded to: the one asked for, or the next best that the device reads.
+
+        None: they stay floats, as none was asked for or the device reads none.
+        """
+        form = self.rounded_to()
+        if form is None:
+            return None
+        usable = usable_forms(form, self._rounding)
+        return next((form for form in usable if self._fits(form) and self._reads(form)), None)
+
+    def _fits(self, form: WeightForm) -> bool:
+        return self.in_features % (form.group_size or 1) == 0
+
+    def _reads(self, form: WeightForm) -> bool:
+        query = replace(self._query, op="prepare_quantized_linear", weight=form)
+        return self._kernels.supports(query)
+
+    def storage(self, stored: torch.dtype) -> torch.dtype:
+        """What a weight of floats is kept in: as it is stored, where the device reads that losslessly."""
+        if self._dtype != torch.float32 or stored not in (torch.float16, torch.bfloat16):
+            return self._dtype
+        taken = self._kernels.supports(replace(self._query, weight=_narrow_form(stored)))
+        return stored if taken else self._dtype
+
     def _finish(self, *, keep_weight: bool) -> None:
-        assert self._weight is not None
         bias = self._bias
         if self._split == "row" and self._rank > 0:
             bias = None  # the sum over ranks must hold it once
-        self._run = self._prepare(
-            self._weight, bias, self._activation, keep_weight=keep_weight, few_rows=self._few_rows
+        self._run = self._ready(bias, keep_weight=keep_weight)
+        self._pieces = [None] * len(self._parts)
+        self._whole = self._bias = None
+
+    def _ready(self, bias: Tensor | None, *, keep_weight: bool) -> LinearFn:
+        pieces = [piece for piece in self._pieces if piece is not None]
+        quantized = [piece for piece in pieces if isinstance(piece, QuantizedWeight)]
+        if not quantized:
+            [weight] = pieces if self._whole is None else [self._whole]
+            assert isinstance(weight, Tensor)
+            return self._over_floats(weight, bias, keep_weight=keep_weight)
+        if len(quantized) == len(pieces) and all(quantized[0].stacks_with(other) for other in quantized):
+            return self._over_quantized(QuantizedWeight.stack(quantized), bias)
+        runs, at = [], 0
+        for piece, rows in zip(pieces, self._parts.values(), strict=True):
+            count = self._place(0, rows)[2]
+            part = None if bias is None else bias.narrow(0, at, count).clone()
+            if isinstance(piece, QuantizedWeight):
+                runs.append(self._over_quantized(piece, part))
+            else:
+                assert self._whole is not None, "several parts of floats stand in the whole"
+                own = self._whole.narrow(0, at, count).clone()
+                runs.append(self._over_floats(own, part, keep_weight=False))
+            at += count
+        return lambda x: torch.cat([run(x) for run in runs], dim=-1)
+
+    def _over_floats(self, weight: Tensor, bias: Tensor | None, *, keep_weight: bool) -> LinearFn:
+        form = None if weight.dtype == self._dtype else _narrow_form(weight.dtype)
+        query = replace(self._query, out_features=len(weight), bias=bias is not None, weight=form)
+        prepare = self._kernels.prepare_linear(query)
+        if self._num_sums > 1 and self._dtype == torch.float32:  # in others, rounding each sum costs more
+            assert self._activation is None, "an activation applies to the whole sum"
+            prepare = in_shorter_sums(prepare, self._num_sums)
+        self._kernels.count_weight(", ".join(self._stored), dtype_name(weight.dtype))
+        return prepare(weight, bias, self._activation, keep_weight=keep_weight, few_rows=self._few_rows)
+
+    def _over_quantized(self, weight: QuantizedWeight, bias: Tensor | None) -> LinearFn:
+        query = replace(
+            self._query, op="prepare_quantized_linear", out_features=weight.shape[0], bias=bias is not None
         )
-        self._weight = self._bias = None
+        for form in usable_forms(weight.form, self._rounding):
+            formed = replace(query, weight=form)
+            if self._kernels.supports(formed):
+                prepare = self._kernels.prepare_quantized_linear(formed)
+                self._kernels.count_weight(", ".join(self._stored), str(form))
+                put = in_form(weight, form).to(self._device)
+                return prepare(put, bias, self._activation, keep_weight=False, few_rows=self._few_rows)
+        floats = weight.dequantize(torch.float32).to(self._device, self._dtype)
+        return self._over_floats(floats, bias, keep_weight=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
@@ -166,6 +304,10 @@ class Linear(Layer):
         if self._split == "row" and self._world > 1:
             torch.distributed.all_reduce(y)
         return y
+
+
+def _narrow_form(dtype: torch.dtype) -> WeightForm:
+    return WeightForm(kind="float16" if dtype == torch.float16 else "bfloat16")
 
 
 def in_shorter_sums(prepare: PrepareLinear, num_sums: int) -> PrepareLinear:
@@ -206,9 +348,10 @@ class Embedding(Layer):
         self._shape, self._scale = (rows, width), scale
         self._dtype, self._device = context.dtype, context.device
         self._share: Callable[[Tensor], None] | None = None
+        self._storage: Callable[[torch.dtype], torch.dtype] | None = None
         if tied is not None:
             tied.tied = True
-            self._share = tied.adopt
+            self._share, self._storage = tied.adopt, tied.storage
         self.weight: Tensor | None = None
 
     def slots(self) -> Iterator[Slot]:
@@ -216,12 +359,13 @@ class Embedding(Layer):
         yield Slot("weight", self._shape, self._put)
 
     def _put(self, tensor: Tensor) -> None:
-        self.weight = owned(tensor, self._device, self._dtype)
+        dtype = self._dtype if self._storage is None else self._storage(tensor.dtype)
+        self.weight = owned(tensor, self._device, dtype)
         if self._share is not None:
             self._share(self.weight)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """int64 (T,) -> (T, H)."""
         assert self.weight is not None, "weights are not loaded"
-        rows = self.weight.index_select(0, token_ids)
+        rows = self.weight.index_select(0, token_ids).to(self._dtype)
         return rows if self._scale == 1 else rows * self._scale

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from opsin.api import QuantizedWeight
+
 P = ParamSpec("P")
 R = TypeVar("R", covariant=True)
 
@@ -35,6 +37,8 @@ class Slot:
         put: takes the tensor (any dtype, host memory); called once.
         beside: whether the name is relative to the layer's parent.
         optional: whether a checkpoint may go without.
+        put_quantized: takes a weight in integers instead, called once in place of ``put``; None: the slot
+            takes floats only, and gets those that the integers stand for. Since 1.2.
     """
 
     name: str
@@ -42,6 +46,7 @@ class Slot:
     put: Callable[[Tensor], None]
     beside: bool = False
     optional: bool = False
+    put_quantized: Callable[[QuantizedWeight], None] | None = None
 
 
 class Layer(Module):

@@ -10,7 +10,15 @@ from typing import Any, get_args
 
 import pluggy
 
-from opsin.api import DeviceSpec, InputMapperSpec, KernelSpec, ModelSpec, OpName, PlaceholderSpec
+from opsin.api import (
+    DeviceSpec,
+    InputMapperSpec,
+    KernelSpec,
+    ModelSpec,
+    OpName,
+    PlaceholderSpec,
+    WeightFormatSpec,
+)
 from opsin.errors import PluginError, did_you_mean
 from opsin.plugins.claims import Claim, Plugin, reason_of
 
@@ -41,6 +49,7 @@ HOOKS: Mapping[str, Hook] = {
     "opsin_register_placeholders": Hook("placeholder", PlaceholderSpec, ("architecture", "modality")),
     "opsin_register_devices": Hook("device", DeviceSpec, ("name",)),
     "opsin_register_kernels": Hook("kernel", KernelSpec, ("device", "op")),
+    "opsin_register_weight_formats": Hook("weight_format", WeightFormatSpec, ("method",)),
 }
 KINDS = tuple(hook.kind for hook in HOOKS.values())
 

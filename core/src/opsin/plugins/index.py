@@ -8,7 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opsin.api import Device, DeviceSpec, InputMapperSpec, KernelSpec, ModelSpec, PlaceholderSpec, Probe
+from opsin.api import (
+    Device,
+    DeviceSpec,
+    InputMapperSpec,
+    KernelSpec,
+    ModelSpec,
+    PlaceholderSpec,
+    Probe,
+    WeightFormatSpec,
+)
 from opsin.errors import ConfigError, MissingPluginError, did_you_mean
 from opsin.plugins.claims import Claim, Failure, Plugin, reason_of
 from opsin.plugins.contract import DENY_VARIABLE
@@ -44,6 +53,16 @@ class Plugins:
             MissingPluginError: no plugin has it; the message says which package does.
         """
         spec: ModelSpec = self._one("model", architecture, "architecture", known_packages().architectures)
+        return spec
+
+    def weight_format(self, method: str) -> WeightFormatSpec:
+        """How a method of quantisation stores weights.
+
+        Raises:
+            MissingPluginError: no plugin reads it; the message says which package does.
+        """
+        known = known_packages().weight_formats
+        spec: WeightFormatSpec = self._one("weight_format", method, "quantisation method", known)
         return spec
 
     def input_mappers(self, architecture: str) -> Mapping[str, InputMapperSpec]:

@@ -27,6 +27,7 @@ class KnownPackages:
 
     architectures: Mapping[str, str]
     devices: Mapping[str, str]
+    weight_formats: Mapping[str, str]
     checkpoints: Mapping[str, KnownCheckpoint]
 
 
@@ -36,7 +37,9 @@ def pip_install(*packages: str) -> str:
     for package in packages:
         name = package.removeprefix("opsin-").replace("-", "_")
         paths.append(
-            f"plugins/{name}" if name.startswith(("device_", "models_")) else f"demo/checkpoints/{name}"
+            f"plugins/{name}"
+            if name.startswith(("device_", "models_", "weight_"))
+            else f"demo/checkpoints/{name}"
         )
     root = Path(__file__).resolve().parents[4]
     if not all((root / path).is_dir() for path in paths):

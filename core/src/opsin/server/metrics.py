@@ -145,6 +145,27 @@ class Metrics(Collector):
         yield counter("mm_cache_queries", "Media needed preprocessed.", stats.media_queries)
         yield counter("mm_cache_hits", "Media found preprocessed.", stats.media_hits)
         yield counter("num_preemptions", "Sequences pushed out.", stats.num_preemptions)
+        yield counter("spec_decode_num_drafts", "Guesses verified.", stats.spec_decode_num_drafts)
+        yield counter(
+            "spec_decode_num_draft_tokens", "Tokens of these guesses.", stats.spec_decode_num_draft_tokens
+        )
+        yield counter(
+            "spec_decode_num_accepted_tokens",
+            "Of these, tokens that were right.",
+            stats.spec_decode_num_accepted_tokens,
+        )
+        by_position = CounterMetricFamily(
+            "opsin:spec_decode_num_accepted_tokens_per_pos",
+            "The same by their place in the guess, from 0.",
+            labels=["model_name", "position"],
+        )
+        for position, count in enumerate(stats.spec_decode_num_accepted_tokens_per_pos):
+            by_position.add_metric([self._model_name, str(position)], count)
+        yield by_position
+        forms = GaugeMetricFamily("opsin:weight_forms", "Linear layers.", labels=["model_name", "form"])
+        for form, count in stats.weight_forms.items():
+            forms.add_metric([self._model_name, form], count)
+        yield forms
 
 
 class _Histogram(Collector):

@@ -34,9 +34,13 @@ from opsin.api import (
     KernelSpec,
     KVGeometry,
     KVLayer,
+    LinearFn,
     OpName,
+    QuantizedWeight,
+    WeightForm,
 )
 from opsin.kernels import Choice, Kernels, allocate_kv
+from opsin.layers.rounding import pack_halves, round_weight
 
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """Largest error, relative to the largest magnitude of the expected result."""
@@ -121,18 +125,45 @@ class Bench:
             self.worst = max(self.worst, (given - expected).abs().max().item() / limit)
 
 
+WEIGHT_FORMS: Sequence[WeightForm] = (
+    WeightForm(kind="bfloat16"),
+    WeightForm(kind="float16"),
+    WeightForm(kind="int8"),
+    WeightForm(kind="int8", round_activations=True),
+    WeightForm(kind="int8", group_size=64),
+    WeightForm(kind="int8", group_size=64, round_activations=True),
+    WeightForm(kind="int8", group_size=32, zero_points=True),
+    WeightForm(kind="int4", group_size=32),
+    WeightForm(kind="int4", group_size=32, round_activations=True),
+    WeightForm(kind="int4", group_size=128, zero_points=True),
+    WeightForm(kind="int4", group_size=128, zero_points=True, round_activations=True),
+    WeightForm(kind="int4"),
+    WeightForm(kind="table4", group_size=64),
+)
+"""The forms of weights in which linear layers are examined."""
+
+ROUNDED_ACTIVATIONS_ERROR = 0.02
+"""Largest error of a row where activations may be rounded to 8 bits: its norm, relative to the result's."""
+
+
 def kernel_cases(
-    dtypes: Sequence[str] = ("float32", "bfloat16"), *, later_ops: bool = False
+    dtypes: Sequence[str] = ("float32", "bfloat16"),
+    *,
+    later_ops: bool = False,
+    weights: Sequence[WeightForm] = (),
 ) -> list[KernelCase]:
     """All cases, for each of a device's dtypes.
 
     Args:
         dtypes: of the device.
-        later_ops: with the ops added since API 1.0 (top_k), which plugins of that time do not have.
+        later_ops: with the ops added since API 1.0 (top_k, rotary_paged_attention), which plugins of that
+            time do not have.
+        weights: also linear layers over weights in these forms, of `WEIGHT_FORMS` or others. Since 1.2.
     """
     makers = [_norms, _gated_acts, _rotaries, _linears, _paged_attentions, _dense_attentions]
     if later_ops:
-        makers.append(_top_ks)
+        makers += [_top_ks, _rotary_paged_attentions]
+    makers += [partial(formed_linears, form) for form in weights]
     return [case for dtype in dtypes for maker in makers for case in maker(dtype)]
 
 
@@ -158,7 +189,8 @@ def check_kernel(case: KernelCase, device: Device, specs: Sequence[KernelSpec]) 
         if device.synchronize is not None:
             device.synchronize()
     providers = {choice.provider for choice in kernels.choices}
-    assert kernels.choices[Choice(case.query.op, next(iter(providers)))], case
+    in_a_row = case.query.op == "rotary_paged_attention"  # a device without it has bound the three ops
+    assert in_a_row or kernels.choices[Choice(case.query.op, next(iter(providers)))], case
     return KernelOutcome(providers.pop(), bench.worst)
 
 
@@ -304,6 +336,110 @@ def _check_linear(
         bench.compare(put_x, x, "the input, which is also used elsewhere")
 
 
+def formed_linears(form: WeightForm, dtype: str) -> Iterator[KernelCase]:
+    """Linear layers over a weight in a form; one of 16 bits is for layers that run in float32."""
+    narrow = form.kind in ("float16", "bfloat16")
+    if narrow and dtype != "float32":
+        return
+    for (wide, out), decodes in product(((128, 40), (640, 896), (896, 133)), (False, True)):
+        shapes: list[tuple[int, ...]] = [(rows, wide) for rows in (0, 1, 2, 3, 4, 7, 16, 33, 70, 300)]
+        for shape in [*shapes, (2, 5, wide), (wide,)]:
+            rows = math.prod(shape[:-1])
+            activation = ACTIVATIONS[rows % len(ACTIVATIONS)] if rows in (1, 16) else None
+            query = KernelQuery(
+                op="prepare_linear" if narrow else "prepare_quantized_linear",
+                dtype=dtype,
+                in_features=wide,
+                out_features=out,
+                activation=activation,
+                bias=rows % 2 == 1,
+                weight=form,
+            )
+            marks = [str(form).replace(" ", "_"), *["decodes"] * decodes, *filter(None, [activation])]
+            name = "-".join(["linear", dtype, f"{_by(shape)}-to-{out}", *marks])
+            yield KernelCase(name, query, partial(_check_formed, shape=shape, decodes=decodes))
+
+
+def _check_formed(bench: Bench, *, shape: Sequence[int], decodes: bool) -> None:
+    query = bench.query
+    assert query.weight is not None
+    assert query.in_features is not None
+    assert query.out_features is not None
+    drawn = bench.draw(query.out_features, query.in_features, scale=query.in_features**-0.5)
+    bias = bench.draw(query.out_features) if query.bias else None
+    put_bias = None if bias is None else bench.put(bias)
+    linear, weight = _prepared(bench, drawn, put_bias, decodes)
+    expected = reference.prepare_linear(weight, bias, query.activation, keep_weight=True)
+    for turn in ("first", "second"):
+        x = bench.draw(*shape)
+        put_x = bench.put(x)
+        got = linear(put_x)
+        if query.weight.round_activations:
+            _compare_rounded(bench, got, expected(x), f"{turn} call")
+        else:
+            bench.compare(got, expected(x), f"{turn} call")
+        bench.compare(put_x, x, "the input, which is also used elsewhere")
+    if len(shape) == 2 and shape[0] > 1:
+        _check_neighbours(bench, linear, bench.draw(*shape))
+
+
+def _prepared(bench: Bench, drawn: Tensor, bias: Tensor | None, decodes: bool) -> tuple[LinearFn, Tensor]:
+    """The layer under test, and the weight it stands for, in float32 on the host."""
+    query, target = bench.query, bench.device.torch_device
+    assert query.weight is not None
+    if query.op == "prepare_linear":
+        stored = drawn.to(getattr(torch, query.weight.kind))
+        prepare = bench.kernels.prepare_linear(query)
+        run = prepare(stored.to(target), bias, query.activation, keep_weight=False, few_rows=decodes)
+        return run, stored.float()
+    weight = some_weight(drawn, query.weight)
+    prepare_quantized = bench.kernels.prepare_quantized_linear(query)
+    put = weight.to(target)
+    run = prepare_quantized(put, bias, query.activation, keep_weight=False, few_rows=decodes)
+    return run, weight.dequantize(torch.float32)
+
+
+def some_weight(drawn: Tensor, form: WeightForm) -> QuantizedWeight:
+    """A weight in a form: ``drawn`` (N, K) rounded, or made up of every code and zero point there is."""
+    if not form.zero_points and form.kind in ("int8", "int4"):
+        return round_weight(drawn, form)
+    rows, wide = drawn.shape
+    groups = 1 if form.group_size is None else wide // form.group_size
+    spread = torch.arange(rows * wide).view(rows, wide) * 7 + (drawn * 1000).long()
+    if form.kind == "int8":
+        codes = (spread % 256 - 128).to(torch.int8)
+    else:
+        codes = pack_halves((spread % 16).to(torch.uint8))
+    places = torch.arange(rows * groups).view(rows, groups)
+    lowest, highest = (-128, 128) if form.kind == "int8" else (0, 16)
+    zeros = (lowest + places * 5 % (highest - lowest + 1)).short() if form.zero_points else None
+    table = torch.linspace(-1, 1, 16) ** 3 if form.kind == "table4" else None
+    levels = {"int8": 128, "int4": 8}.get(form.kind, 1)
+    scales = (1 + places % 3) / (2 * levels * wide**0.5)
+    return QuantizedWeight(form=form, codes=codes, scales=scales, in_features=wide, zeros=zeros, table=table)
+
+
+def _compare_rounded(bench: Bench, got: Tensor, expected: Tensor, what: str) -> None:
+    """Each row's error, relative to its norm; the run dtype's own rounding comes on top."""
+    assert got.dtype == bench.dtype, f"{what}: got {got.dtype}, expected {bench.dtype}"
+    assert got.shape == expected.shape, f"{what}: got {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    error = (got.to("cpu").float() - expected).norm(dim=-1)
+    limit = (ROUNDED_ACTIVATIONS_ERROR + TOLERANCE[bench.dtype]) * expected.norm(dim=-1)
+    worst = (error / limit).max().item() if error.numel() else 0.0
+    assert worst <= 1, f"{what}: a row differs by {worst:.2f} of what rounding activations may cost"
+    bench.worst = max(bench.worst, worst)
+
+
+def _check_neighbours(bench: Bench, linear: LinearFn, x: Tensor) -> None:
+    """A row's result stays what it is when the rows beside it grow."""
+    before = linear(bench.put(x))[0].to("cpu").float()
+    x[1:] *= 50
+    after = linear(bench.put(x))[0].to("cpu").float()
+    torch.testing.assert_close(
+        after, before, rtol=1e-6, atol=1e-6, msg=lambda text: f"a row beside others 50 times larger: {text}"
+    )
+
+
 # ---- Attention -----------------------------------------------------------------------------------
 
 # (query, key/value heads, head size)
@@ -375,6 +511,59 @@ def _check_paged(
             stored, getattr(expected_layer, name), rtol=0, atol=0, equal_nan=True, msg=f"cache of {name}"
         )
         assert getattr(layers[0], name).isnan().all(), f"the {name} of another layer was written"
+
+
+def _rotary_paged_attentions(dtype: str) -> Iterator[KernelCase]:
+    for step, geometry, partial_width in product(_STEPS, _GEOMETRIES, (False, True)):
+        query = _attention_query("rotary_paged_attention", dtype, *geometry)
+        heads, kv_heads, size = geometry
+        width = size // 2 if partial_width else size
+        name = f"rotary_paged_attention-{dtype}-{heads}:{kv_heads}x{size}-of-{width}-{step}"
+        check = partial(_check_rotary_paged, geometry=geometry, width=width, lens=_STEPS[step])
+        yield KernelCase(name, query, check)
+
+
+def _check_rotary_paged(
+    bench: Bench, *, geometry: Sequence[int], width: int, lens: Sequence[tuple[int, int]]
+) -> None:
+    """As `_check_paged`, in one op; and what it stored serves the ops that it stands for."""
+    heads, kv_heads, head_size = geometry
+    size = bench.device.capabilities.kv_block_size
+    tables, num_blocks = _block_tables(bench, [length for _, length in lens], size, True)
+    fused = bench.kernels.rotary_paged(bench.query)
+    _, attend = bench.kernels.paged(replace(bench.query, op="paged_attention"))
+    kv = KVGeometry(num_layers=1, num_kv_heads=kv_heads, head_size=head_size)
+    (layer,) = allocate_kv(bench.device, num_blocks, size, kv, bench.dtype)
+    layer.k.fill_(math.nan)
+    layer.v.fill_(math.nan)
+    shape = (num_blocks, size, kv_heads, head_size)
+    expected_layer = KVLayer(k=torch.full(shape, math.nan), v=torch.full(shape, math.nan))
+    scale = head_size**-0.5
+
+    before = [(length - query_len, length - query_len) for query_len, length in lens]
+    for step in (before, lens):
+        present = [(table, *pair) for table, pair in zip(tables, step) if pair[0] > 0]
+        if not present:
+            continue
+        batch = _batch(present, size)
+        tokens = len(batch.slots)
+        q, k, v = (bench.draw(tokens, n, head_size) for n in (heads, kv_heads, kv_heads))
+        angles = torch.rand(tokens, width // 2, generator=torch.Generator().manual_seed(tokens)) * 100
+        cos, sin = torch.cat((angles, angles), -1).cos(), torch.cat((angles, angles), -1).sin()
+        expected_plan = reference.plan_attention(batch)
+        turned_q, turned_k = reference.rotary(q, k, cos, sin)
+        # The cache holds the run dtype, so that what is read back is what the device has.
+        turned_k = turned_k.to(bench.dtype).float()
+        reference.write_kv(turned_k, v, expected_layer, expected_plan)
+        expected = reference.paged_attention(turned_q, expected_layer, expected_plan, scale)
+        put_q, put_k, put_v = bench.fused(q, k, v)
+        plan = bench.kernels.plan_attention(replace(batch, device=bench.device.torch_device))
+        put_cos, put_sin = (table.to(bench.device.torch_device) for table in (cos, sin))
+        got = fused(put_q, put_k, put_v, put_cos, put_sin, layer, plan, scale)
+        bench.compare(got, expected, "attention")
+        bench.compare(put_v, v, "v, which is next to q and k in memory")
+        again = attend(bench.put(turned_q), layer, plan, scale)
+        bench.compare(again, expected, "attention over what was stored")
 
 
 def _block_tables(

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import psutil
 import torch
 
-from opsin.api import Capabilities, Device, MemoryInfo, Probe
-from opsin_device_cpu import limits
+from opsin.api import Capabilities, Device, KVGeometry, KVLayer, MemoryInfo, Probe
+from opsin_device_cpu import limits, native
 from opsin_device_cpu.allocator import keep_freed_memory
-from opsin_device_cpu.attention import allocate_kv
+
+logger = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16")
 
@@ -84,6 +86,7 @@ def _details() -> Mapping[str, Any]:
         "threads": f"{count} ({reason})",
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "bfloat16 instructions": has_bfloat16_instructions(),
+        "native kernels": native.loaded().reason,
         "oneDNN": torch.backends.mkldnn.is_available(),
         "memory": f"{known.free_bytes / 2**30:.1f} GiB free of {known.total_bytes / 2**30:.1f} GiB",
         "torch": torch.__version__,
@@ -99,6 +102,17 @@ def probe() -> Probe:
     return Probe(score=1, reason=f"{details['processor']}, {details['threads']} threads", details=details)
 
 
+def _allocator_of_kv() -> Callable[[int, int, KVGeometry, torch.dtype], Sequence[KVLayer]]:
+    """The layout of those kernels that will read it."""
+    if native.library() is None:
+        from opsin_device_cpu import attention
+
+        return attention.allocate_kv
+    from opsin_device_cpu.compiled import attention as compiled
+
+    return compiled.allocate_kv
+
+
 def open_device(index: int) -> Device:
     """Set torch's thread count and the allocator's habits, and describe the device.
 
@@ -108,12 +122,14 @@ def open_device(index: int) -> Device:
     if index != 0:
         raise ValueError(f'device "cpu:{index}": there is one CPU device; pass device="cpu"')
     torch.set_num_threads(threads()[0])
+    native.set_threads(threads()[0])
+    logger.info("native kernels: %s", native.loaded().reason)
     kept = keep_freed_memory()
     return Device(
         name="cpu",
         torch_device="cpu",
         capabilities=capabilities(),
         memory=memory,
-        allocate_kv=allocate_kv,
+        allocate_kv=_allocator_of_kv(),
         details={**_details(), "allocator keeps freed memory": kept},
     )

@@ -98,8 +98,8 @@ class LinearPreparer:
         """Over a float16 copy, if there is one."""
         copy, dtype = self.copies.linear(weight, bias), weight.dtype  # holds no reference to the weight
         if copy is None or dtype == torch.float32:
-            return copy and _then(copy, activation)
-        return _then(lambda x: copy(x.float()).to(dtype), activation)
+            return copy and then(copy, activation)
+        return then(lambda x: copy(x.float()).to(dtype), activation)
 
 
 def _by_rows(few: LinearFn, max_few: int, many: LinearFn, in_features: int) -> LinearFn:
@@ -107,7 +107,8 @@ def _by_rows(few: LinearFn, max_few: int, many: LinearFn, in_features: int) -> L
     return lambda x: few(x) if x.numel() <= limit else many(x)
 
 
-def _then(linear: LinearFn, activation: Activation | None) -> LinearFn:
+def then(linear: LinearFn, activation: Activation | None) -> LinearFn:
+    """A layer and the activation behind it, which may work in place on its result."""
     if activation is None:
         return linear
     act = _ON_RESULT[activation]
@@ -115,7 +116,7 @@ def _then(linear: LinearFn, activation: Activation | None) -> LinearFn:
 
 
 def _torch(weight: Tensor, bias: Tensor | None, activation: Activation | None) -> LinearFn:
-    return _then(lambda x: F.linear(x, weight, bias), activation)
+    return then(lambda x: F.linear(x, weight, bias), activation)
 
 
 def _pack(weight: Tensor) -> Tensor:
@@ -134,7 +135,7 @@ def _onednn(weight: Tensor, bias: Tensor | None, activation: Activation | None) 
         y: Tensor = call(x, weight, bias, name, [], algorithm)
         return y
 
-    return linear if fused else _then(linear, activation)
+    return linear if fused else then(linear, activation)
 
 
 def _widened(weight: Tensor, bias: Tensor | None, activation: Activation | None) -> LinearFn:
@@ -151,4 +152,4 @@ def _widened(weight: Tensor, bias: Tensor | None, activation: Activation | None)
             target.copy_(F.linear(rows, wide[: part.shape[0]].copy_(part), part_bias))
         return y.view(*x.shape[:-1], out_features)
 
-    return _then(linear, activation)
+    return then(linear, activation)

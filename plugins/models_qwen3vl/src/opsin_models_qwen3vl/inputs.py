@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from opsin.api import Expansion, InputContext, MappedMedia, MediaItem, Placeholder
+from opsin.api import InputContext, MappedMedia, MediaItem, Placeholder, expand_by_text
 from opsin.layers import (
     Grid,
     GridMapper,
@@ -103,23 +103,18 @@ def image_placeholder(context: InputContext) -> Placeholder:
 
 def video_placeholder(context: InputContext) -> Placeholder:
     """The pad token and its marks become, for each step, its time in words and its embeddings in marks."""
-    tokenizer = context.tokenizer
-    names = {"vision_start_token_id": START, "video_token_id": PAD, "vision_end_token_id": END}
-    given = fields(context.config, dict.fromkeys(names, int | None))
-    start, pad, end = (
-        tokenizer.convert_tokens_to_ids(token) if given[name] is None else given[name]
-        for name, token in names.items()
-    )
+    given: int | None = fields(context.config, {"video_token_id": int | None})["video_token_id"]
+    pad = context.tokenizer.convert_tokens_to_ids(PAD) if given is None else given
 
-    def expand(mapped: MappedMedia, number: int) -> Expansion:
+    def expand_text(mapped: MappedMedia, _number: int) -> str:
         video: VideoGrid = mapped.geometry
-        count = video.grid[1] * video.grid[2] // video.merge**2
-        ids: list[int] = [start] * video.wrapped
-        is_embed = [False] * video.wrapped
-        for seconds in video.times:
-            words = tokenizer.encode(f"<{seconds:.1f} seconds>", add_special_tokens=False)
-            ids += [*words, start, *[pad] * count, end]
-            is_embed += [*[False] * (len(words) + 1), *[True] * count, False]
-        return Expansion(token_ids=ids + [end] * video.wrapped, is_embed=is_embed + [False] * video.wrapped)
+        step = START + PAD * (video.grid[1] * video.grid[2] // video.merge**2) + END
+        text = "".join(f"<{seconds:.1f} seconds>{step}" for seconds in video.times)
+        return f"{START}{text}{END}" if video.wrapped else text
 
-    return Placeholder(text=lambda number: f"{START}{PAD}{END}", expand=expand)
+    return Placeholder(
+        text=lambda number: f"{START}{PAD}{END}",
+        expand=expand_by_text(context.tokenizer, expand_text, pad),
+        expand_text=expand_text,
+        embed_token_id=pad,
+    )

@@ -1,0 +1,1 @@
+"""How quantised checkpoints store weights: GPTQ, AWQ, AutoRound, compressed-tensors, bitsandbytes, FP8."""
