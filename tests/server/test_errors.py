@@ -477,7 +477,8 @@ def test_full_queue(server: Running) -> None:
     with running(config, settings) as small:
         long = chat(max_tokens=1900, ignore_eos=True, stream=True)
         busy = requests.post(small.url + CHAT, json=long, stream=True, timeout=60)
-        with small.app.admission.admitted():
+        with small.app.admission.ticket() as held:
+            held.admit()
             response = small.post(CHAT, chat())
             check(response, 429, says="queue is full")
             assert int(response.headers["Retry-After"]) >= 1

@@ -20,7 +20,13 @@ from opsin.config import EngineConfig
 from opsin.errors import ConfigError
 from opsin.server.app import App
 from opsin.server.engine_host import EngineHost
-from opsin.server.http.connection import AcceptErrors, Connection, ConnectionLimits, abort_all, raise_file_limit
+from opsin.server.http.connection import (
+    AcceptErrors,
+    Connection,
+    ConnectionLimits,
+    abort_all,
+    raise_file_limit,
+)
 from opsin.server.settings import Listen, ServerSettings
 
 logger = logging.getLogger(__name__)

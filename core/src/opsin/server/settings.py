@@ -42,7 +42,7 @@ class RequestLimits:
     max_logprobs: Annotated[int, Range(0, MAX_LOGPROBS)] = MAX_LOGPROBS
     max_waiting: NonNegative = 512
     max_receiving_bytes: Positive = 512 * 2**20
-    max_connections: Positive = 2048
+    max_connections: Positive = 1024
     receive_timeout: Annotated[float, Range(0.01)] = 60
     send_timeout: Annotated[float, Range(0.01)] = 60
 

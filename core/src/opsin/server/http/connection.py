@@ -150,7 +150,7 @@ class Connection(H11Protocol):
         self._send_timer = self.loop.call_later(self._limits.send_timeout_s, self._check_sending)
 
     def _not_taken(self) -> int:
-        """Bytes that the client has not acknowledged; a slow one takes them from the kernel's buffer first."""
+        """Bytes that the client has not acknowledged; a slow one takes the kernel's first."""
         in_kernel = fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
         return self.transport.get_write_buffer_size() + int.from_bytes(in_kernel, sys.byteorder)
 
