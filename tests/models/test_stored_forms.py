@@ -103,6 +103,14 @@ def test_a_method_must_be_the_stored_one(tmp_path: Path) -> None:
         LLM(str(tmp_path / "floats"), quantization="awq_marlin", **SETTINGS)
 
 
+def test_a_checkpoint_of_floats_that_says_otherwise_is_no_quantised_one(tmp_path: Path) -> None:
+    write("qwen2vl", LAYOUTS["awq"], tmp_path / "stored", tmp_path / "floats")
+    (tmp_path / "floats" / "config.json").write_text((tmp_path / "stored" / "config.json").read_text())
+    with pytest.raises(CheckpointError, match='quantization="none"'):
+        LLM(str(tmp_path / "floats"), **SETTINGS)
+    answers(tmp_path / "floats", "qwen2vl", quantization="none")
+
+
 @pytest.mark.parametrize(
     ("layout", "name", "change", "message"),
     [

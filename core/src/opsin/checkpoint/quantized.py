@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -10,8 +9,6 @@ from torch import Tensor
 
 from opsin.api import QuantizedWeight, StoredModule, WeightFormatSpec
 from opsin.errors import CheckpointError
-
-logger = logging.getLogger(__name__)
 
 
 class QuantizedTensors:
@@ -24,13 +21,19 @@ class QuantizedTensors:
         spec: how the method stores weights.
         settings: ``quantization_config``.
         keys: of all tensors that will come.
+        needed: whether there has to be a quantised module.
 
     Attributes:
         modules: names of the quantised modules.
         as_floats: of them, those whose weights integers cannot stand for; they have become floats.
+
+    Raises:
+        CheckpointError: no tensor is one of the method's.
     """
 
-    def __init__(self, spec: WeightFormatSpec, settings: Mapping[str, Any], keys: Collection[str]) -> None:
+    def __init__(
+        self, spec: WeightFormatSpec, settings: Mapping[str, Any], keys: Collection[str], *, needed: bool
+    ) -> None:
         self._spec, self._settings = spec, settings
         found: dict[str, set[str]] = {}
         self._place_of: dict[str, tuple[str, str]] = {}
@@ -45,11 +48,11 @@ class QuantizedTensors:
         self._awaited = {module: names for module, names in found.items() if names & marks}
         self.modules = sorted(self._awaited)
         self.as_floats: list[str] = []
-        if not self.modules:
-            logger.warning(
-                "config.json says that the weights are quantised by %s, and none of them is: expected %s",
-                spec.method,
-                " or ".join(f"NAME.{mark}" for mark in spec.marks),
+        if needed and not self.modules:
+            marks_named = " or ".join(f"NAME.{mark}" for mark in spec.marks)
+            raise CheckpointError(
+                f"config.json says that the weights are quantised by {spec.method}, and none of them is: "
+                f'expected {marks_named}. If they are floats, remove quantization_config or pass quantization="none"'
             )
 
     def decoded(

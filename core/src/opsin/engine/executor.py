@@ -80,7 +80,8 @@ class LocalExecutor:
             tensors = load(checkpoint.path) if load else read_safetensors(files, checkpoint.weight_map())
             quantized = None
             if weight_format is not None and stored is not None:
-                quantized = QuantizedTensors(weight_format, stored, safetensors_keys(files))
+                keys, needed = safetensors_keys(files), config.quantization != "none"
+                quantized = QuantizedTensors(weight_format, stored, keys, needed=needed)
                 tensors = quantized.decoded(tensors)
             self.weights = load_weights(self.model, tensors, needs_head=config.task != "embed")
         self.weights.check()
