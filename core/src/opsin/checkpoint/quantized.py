@@ -52,7 +52,8 @@ class QuantizedTensors:
             marks_named = " or ".join(f"NAME.{mark}" for mark in spec.marks)
             raise CheckpointError(
                 f"config.json says that the weights are quantised by {spec.method}, and none of them is: "
-                f'expected {marks_named}. If they are floats, remove quantization_config or pass quantization="none"'
+                f"expected {marks_named}. If they are floats, remove quantization_config, or pass "
+                'quantization="none"'
             )
 
     def decoded(
