@@ -52,6 +52,9 @@ def main() -> int:
         "--family", choices=list(MODELS), default="qwen2vl", help="whose demonstration model (%(default)s)"
     )
     parser.add_argument("--model", help="another checkpoint to ask the family's questions")
+    parser.add_argument(
+        "--quantization", "-q", default="auto", help="bits of weights, as of `opsin serve` (%(default)s)"
+    )
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), help="all that it answers unless given")
     parser.add_argument("--out", type=Path, help="where the table goes (demo-output/accuracy-FAMILY.md)")
     parser.add_argument("--mistakes", action="store_true", help="print every wrong answer")
@@ -63,7 +66,7 @@ def main() -> int:
 
     demo = MODELS[args.family]
     name, out = args.model or demo.id, args.out or Path(f"demo-output/accuracy-{args.family}.md")
-    llm, params = LLM(model=name), SamplingParams(temperature=0, max_tokens=48)
+    llm, params = LLM(model=name, quantization=args.quantization), SamplingParams(temperature=0, max_tokens=48)
     scores: dict[str, dict[str, list[bool]]] = {}
     start = time.perf_counter()
     for kind in args.kinds or demo.kinds:
