@@ -66,7 +66,10 @@ def main() -> int:
 
     demo = MODELS[args.family]
     name, out = args.model or demo.id, args.out or Path(f"demo-output/accuracy-{args.family}.md")
-    llm, params = LLM(model=name, quantization=args.quantization), SamplingParams(temperature=0, max_tokens=48)
+    llm, params = (
+        LLM(model=name, quantization=args.quantization),
+        SamplingParams(temperature=0, max_tokens=48),
+    )
     scores: dict[str, dict[str, list[bool]]] = {}
     start = time.perf_counter()
     for kind in args.kinds or demo.kinds:

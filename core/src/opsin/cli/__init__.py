@@ -1,4 +1,5 @@
-"""The command line: ``opsin`` ``serve``, ``generate``, ``bench``, ``plugins``, ``doctor``, ``new-plugin``.
+"""The command line: ``opsin`` ``serve``, ``generate``, ``bench``, ``plugins``, ``doctor``, ``quantize``,
+``new-plugin``.
 
 Each command is a module with an `app`, imported when it is used; whatever is heavy is imported inside of its
 function, so that help comes at once.
@@ -40,6 +41,7 @@ _COMMANDS = {
     "bench": "Measure how fast a model or a server is.",
     "plugins": "Show the installed plugins, and who provides what.",
     "doctor": "Say what works on this machine, and what to do about the rest.",
+    "quantize": "Round a checkpoint's weights once, to 8 or 4 bits.",
     "new-plugin": "Write the package of a new model or device plugin.",
 }
 for position, (name, text) in enumerate(_COMMANDS.items()):
