@@ -24,6 +24,7 @@ from opsin.hookspecs import hookimpl
 from opsin.params import SamplingParams
 from opsin.plugins import discovery
 from opsin.results import CompletionOutput, RequestOutput
+from tests.models.golden import GOLDEN
 
 
 class Result(SimpleNamespace):
@@ -462,3 +463,16 @@ def test_reader_that_goes_away() -> None:
         os.close(writer)
     assert result.stderr == ""
     assert result.returncode == 1
+
+
+def test_doctor_holds_a_checkpoint_against_the_contract(run: Run, tmp_path: Path) -> None:
+    folder = str(GOLDEN / "qwen2vl" / "model")
+    result = run("doctor", "--model", folder, "--json")
+    report = json.loads(result.out)
+    assert result.status == 0, report["advice"]
+    results = {check["check"]: check["result"] for check in report["model"]}
+    assert results["batched"] == results["encoder"] == "passed"
+    assert "failed" not in results.values()
+    empty = run("doctor", "--model", str(tmp_path), "--json")
+    assert empty.status == 1
+    assert "config.json" in json.loads(empty.out)["advice"][-1]

@@ -33,7 +33,7 @@ PACKAGES = (
 app = App(
     "doctor",
     help_epilogue="""The exit status is 1 when something needs attention: a plugin failed,
-there is no model or device, or the device asked for cannot be used.
+there is no model or device, the device asked for cannot be used, or a check failed.
 """,
 )
 
@@ -49,10 +49,14 @@ def run(
     selftest: Annotated[
         bool, Parameter(help="Compare every kernel of --device with the reference, on the device itself.")
     ] = False,
+    model: Annotated[
+        str | None,
+        Parameter(help="Load this checkpoint on --device, and check it against the contract of models."),
+    ] = None,
     debug: Debug = False,
 ) -> int:
     """Probe devices and plugins; say why something does not work and what to do next."""
-    report = examine(device, selftest=selftest)
+    report = examine(device, selftest=selftest, model=model)
     if as_json:
         print(json.dumps(report, indent=2, default=str))
     else:
@@ -60,7 +64,7 @@ def run(
     return 1 if report["advice"] else 0
 
 
-def examine(device: str | None, *, selftest: bool = False) -> dict[str, Any]:
+def examine(device: str | None, *, selftest: bool = False, model: str | None = None) -> dict[str, Any]:
     """Everything ``opsin doctor`` has to say, as plain data."""
     from opsin.errors import OpsinError, PluginError
     from opsin.plugins import load_plugins
@@ -94,6 +98,11 @@ def examine(device: str | None, *, selftest: bool = False) -> dict[str, Any]:
 
                     report["selftest"] = tests.selftest(opened, found.kernel_specs(chosen.name))
                     report["advice"] += tests.advice(report["selftest"])
+            if model is not None:
+                from opsin.cli import selftest as tests
+
+                report["model"] = tests.check_checkpoint(model, found, report["device"])
+                report["advice"] += tests.failed_checks(model, report["model"])
         except OpsinError as error:
             report["advice"].append(str(error))
     return report
@@ -164,6 +173,9 @@ def print_report(report: Mapping[str, Any]) -> None:
 
         columns = ("op", "dtype", "cases", "by the device", "by the reference", "failed", "worst error")
         print_table(f"Self-test of {report['device']}", columns, rows(report["selftest"]))
+    if "model" in report:
+        checks = [[c["check"], c["result"], c["detail"]] for c in report["model"]]
+        print_table("Checks of the model", ("check", "result", "detail"), checks)
     if "device" in report:
         print(f"device={report['device']} is what a model would run on.")
     print("Everything is in order." if not report["advice"] else "To do:")

@@ -1,4 +1,4 @@
-"""``opsin doctor --selftest``: every kernel of a device against the reference, on the device itself."""
+"""``opsin doctor --selftest`` and ``--model``: kernels and checkpoints against their contracts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from opsin.api import Device, KernelSpec
+from opsin.plugins import Plugins
 from opsin.testing.kernels import WEIGHT_FORMS, check_kernel, kernel_cases
 
 
@@ -78,3 +79,33 @@ def rows(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         ]
         for result in results
     ]
+
+
+def check_checkpoint(model: str, plugins: Plugins, device: str) -> list[dict[str, str]]:
+    """The quick part of the contract of models, on a user's checkpoint.
+
+    Ready-made embeddings are left out: families take them in layouts of their own.
+
+    Raises:
+        OpsinError: the checkpoint cannot be loaded on the device.
+    """
+    from opsin.testing.models import CheckFailed, ModelUnderTest, check_model, model_checks
+
+    results = []
+    under_test = ModelUnderTest(model, plugins=plugins, device=device, takes_embeds=False, num_requests=8)
+    with under_test as subject:
+        _ = subject.llm  # what keeps it from being loaded is no failed check
+        for check in tqdm(model_checks(quick=True), desc="checks", unit="check", disable=None):
+            try:
+                outcome = check_model(check, subject)
+            except CheckFailed as failure:
+                results.append({"check": check.name, "result": "failed", "detail": str(failure)})
+                continue
+            result = "passed" if outcome.applies else "does not apply"
+            results.append({"check": check.name, "result": result, "detail": outcome.detail})
+    return results
+
+
+def failed_checks(model: str, results: Sequence[Mapping[str, str]]) -> list[str]:
+    """One line for each check that failed."""
+    return [f"{model}: {r['check']}: {r['detail']}" for r in results if r["result"] == "failed"]
