@@ -300,9 +300,10 @@ def test_fetches_of_all_requests_are_bounded(assets: AssetServer) -> None:
 
 def test_the_first_failure_ends_the_others(assets: AssetServer) -> None:
     """And so does a client that goes away."""
-    gone = threading.Event()
+    begun, gone = threading.Event(), threading.Event()
 
     def endless(connection: Any, closing: threading.Event) -> None:
+        begun.set()
         connection.write(PICTURE)
         try:
             while not closing.wait(0.01):
@@ -310,13 +311,18 @@ def test_the_first_failure_ends_the_others(assets: AssetServer) -> None:
         except OSError:
             gone.set()
 
+    def no_picture(connection: Any, closing: threading.Event) -> None:
+        begun.wait(30)  # or there would be nothing to end
+        connection.write(b"no picture")
+
     assets.assets["/slow.png"] = Asset(stream=endless)
-    slow, bad = assets.url("/slow.png"), assets.url("/missing.png")
+    assets.assets["/bad.png"] = Asset(stream=no_picture)
+    slow, bad = assets.url("/slow.png"), assets.url("/bad.png")
     error = refusal(
         image(slow), image(bad), image_fetch_timeout=30, max_media_bytes=2**40, max_request_media_bytes=2**40
     )
-    assert str(error) == "messages[0].content[1]: '127.0.0.1' answered with status 404"
-    assert gone.wait(10), "the connection of the other fetch was closed"
+    assert str(error).startswith("messages[0].content[1]: ")
+    assert gone.wait(30), "the connection of the other fetch was closed"
 
     async def cancelled() -> None:
         fetcher = MediaFetcher(
