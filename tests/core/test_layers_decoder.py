@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from opsin.api import BuildContext, ForwardStep, KVGeometry, MappedMedia, Model
+from opsin.api import BuildContext, ForwardStep, KVGeometry, Model
 from opsin.checkpoint.weights import load_weights, model_slots
 from opsin.kernels import Kernels
 from opsin.layers import (
@@ -177,20 +175,3 @@ def test_a_step_goes_through_all_layers() -> None:
     model = language_model()
     with pytest.raises(ValueError, match="zip"):  # a cache layer for each of the two
         model(ForwardStep(embeds=torch.zeros(1, 8), positions=torch.zeros(1, 1).long(), kv=[], plan=None))
-
-
-def test_the_guides_model_encodes_pictures() -> None:
-    page = Path(__file__).parents[2] / "docs/write-a-model-plugin.md"
-    example = re.search(r"```python\n(.*?)```", page.read_text(), re.S)
-    assert example is not None
-    namespace: dict[str, Any] = {}
-    exec(example[1], namespace)
-    vision = {"model_type": "siglip_vision_model", "hidden_size": 8, "num_attention_heads": 2}
-    vision |= {"intermediate_size": 16, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
-    config = {"text_config": CONFIG, "vision_config": vision}
-    model = namespace["MyModel"](BuildContext(config=config, kernels=Kernels(), dtype=torch.float32))
-    load_weights(model, tensors(model).items()).check()
-    pictures = [MappedMedia(num_embeds=4, tensors={"patches": torch.randn(4, 588)}) for _ in range(2)]
-    both = model.encode("image", pictures)
-    assert [embeds.shape for embeds in both] == [(4, 8), (4, 8)]
-    torch.testing.assert_close(both[1], model.encode("image", pictures[1:])[0])

@@ -17,7 +17,7 @@ app = App(
     help_epilogue="""Examples:
 
   opsin quantize ./model ./model-int8 --to int8
-  opsin quantize Qwen/Qwen2-VL-2B-Instruct ./qwen-int4 --to int4 --group-size 64
+  opsin quantize owner/name ./model-int4 --to int4 --group-size 64
   opsin serve ./model-int8                    # needs opsin-weight-formats
 
 What is written is a compressed-tensors checkpoint with the weights that `--quantization` makes at each start.
