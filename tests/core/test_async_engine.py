@@ -137,7 +137,7 @@ def test_a_dead_engine_says_so_to_everyone(engine: AsyncEngine) -> None:
         raise OpsinError("the device is gone")
 
     async def main() -> None:
-        engine.engine.executor.run = broken  # type: ignore[method-assign, assignment]
+        engine.engine.runner.run = broken  # type: ignore[method-assign, assignment]
         with pytest.raises(OpsinError, match="gone"):
             await collect(engine, "Hello")
         with pytest.raises(OpsinError, match="stopped"):
@@ -161,7 +161,7 @@ def test_a_closed_engine_refuses_what_comes_later(engine: AsyncEngine) -> None:
 def test_what_was_asked_for_while_the_engine_ends_is_refused(engine: AsyncEngine, end: str) -> None:
     """Commands that stand in the queue when the thread ends are answered, too."""
     blocked, going_on = threading.Event(), threading.Event()
-    run = engine.engine.executor.run
+    run = engine.engine.runner.run
 
     def stuck(step: Any) -> Any:
         blocked.set()
@@ -170,7 +170,7 @@ def test_what_was_asked_for_while_the_engine_ends_is_refused(engine: AsyncEngine
             raise OpsinError("the device is gone")
         return run(step)
 
-    engine.engine.executor.run = stuck  # type: ignore[method-assign]
+    engine.engine.runner.run = stuck  # type: ignore[method-assign]
 
     async def main() -> None:
         first = asyncio.create_task(collect(engine, [1, 2, 3], 1500))

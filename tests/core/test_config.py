@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from opsin import GuidedDecodingParams, StructuredOutputsParams
 from opsin.api import Capabilities
 from opsin.config import EngineArgs, EngineConfig
-from opsin.engine.sizing import resolve, resolve_dtype
 from opsin.errors import ConfigError
 from opsin.params import BeamSearchParams, PoolingParams, SamplingParams, StructuredOutput
+from opsin.rank.sizing import resolve, resolve_dtype
 
 CPU = Capabilities(dtypes=("float32", "bfloat16"), dtype_for={"float16": "float32"})
 
@@ -261,7 +261,7 @@ def test_types_of_sampling_parameters_are_checked(wrong: dict[str, Any], expecte
             lambda: EngineConfig(model="m", limit_mm_per_prompt={"image": 1.5}),
             "['image']=1.5: expected an integer",
         ),  # type: ignore[dict-item]
-        (lambda: EngineArgs(model="m", tensor_parallel_size=2), "one device, in one process"),
+        (lambda: EngineArgs(model="m", pipeline_parallel_size=2), "one device, in one process"),
     ],
 )
 def test_types_of_other_settings_are_checked(make: Any, expected: str) -> None:

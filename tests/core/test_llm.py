@@ -27,6 +27,7 @@ from opsin import (
     SamplingParams,
 )
 from opsin.api import ProcessedPrompt
+from opsin.engine import runner
 from opsin.engine.runner import Runner
 from opsin.engine.sampler import sample
 from opsin.engine.sequence import Sequence
@@ -299,16 +300,23 @@ def test_a_step_that_is_tried_again_adds_nothing_to_a_mean_twice(monkeypatch: py
     }
     with LLM(MODEL, dtype="float32", **settings) as fresh:
         expected = [output.outputs for output in fresh.embed(prompts, use_tqdm=False)]
-        sample = Runner._sample
+        compute, pool = Runner._compute, runner.pool
+        sizes: list[int] = []
         failed: list[int] = []
 
-        def fails_together(self: Runner, placed: Any, hidden: Any, result: Any) -> None:
-            if len(placed) > 1:
-                failed.append(len(placed))
-                raise RuntimeError("a batch that fails")
-            sample(self, placed, hidden, result)
+        def noted(self: Runner, result: Any, chunks: Any) -> None:
+            sizes.append(len(chunks))
+            compute(self, result, chunks)
 
-        monkeypatch.setattr(Runner, "_sample", fails_together)
+        def fails_together(sequence: Any, start: int, hidden: Any) -> Any:
+            pooled = pool(sequence, start, hidden)
+            if sizes[-1] > 1:
+                failed.append(sizes[-1])
+                raise RuntimeError("a batch that fails")
+            return pooled
+
+        monkeypatch.setattr(Runner, "_compute", noted)
+        monkeypatch.setattr(runner, "pool", fails_together)
         again = [output.outputs for output in fresh.embed(prompts, use_tqdm=False)]
     assert failed, "some step had both prompts"
     for one, other in zip(expected, again, strict=True):

@@ -103,11 +103,11 @@ def test_embeddings_instead_of_pictures(llm: LLM, family: str) -> None:
     assert all(part.device.type == "mlu" for part in embeds)
     given = kind.embeds_input([part.cpu() for part in embeds], [m.mapped.geometry for m in processed.media])
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-    before = llm.engine.executor.num_encoded
+    before = llm.engine.runner.num_encoded
     [from_pixels] = llm.generate(prompt, params, use_tqdm=False)
-    encoded_now = llm.engine.executor.num_encoded
+    encoded_now = llm.engine.runner.num_encoded
     [from_embeds] = llm.generate({**prompt, "multi_modal_data": {"image": given}}, params, use_tqdm=False)
-    assert llm.engine.executor.num_encoded == encoded_now >= before
+    assert llm.engine.runner.num_encoded == encoded_now >= before
     assert from_embeds.outputs[0].token_ids == from_pixels.outputs[0].token_ids
 
 

@@ -202,7 +202,7 @@ def test_a_dead_engine_ends_the_server() -> None:
         raise OpsinError("the device is gone")
 
     with running(golden_config()) as server:
-        server.engine.executor.run = broken  # type: ignore[method-assign, assignment]
+        server.engine.runner.run = broken  # type: ignore[method-assign, assignment]
         response = server.post(CHAT, chat())
         assert response.status_code == 500
         assert "gone" not in response.text

@@ -110,6 +110,8 @@ class AsyncEngine:
         self._submitting = threading.Lock()  # between looking at `death` and putting a command
         self._streams: dict[str, _Stream] = {}
         self._ids = itertools.count()
+        # An idle engine looks every now and then whether its other ranks are still there.
+        self._look_s = 1.0 if engine.config.tensor_parallel_size > 1 else None
         self.death: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="opsin-engine", daemon=True)
         self._thread.start()
@@ -328,9 +330,13 @@ class AsyncEngine:
         """Run the commands that have come; wait for one if there is no other work. False: stop."""
         while True:
             try:
-                command = self._commands.get(block=not self.engine.has_unfinished())
+                idle = not self.engine.has_unfinished()
+                command = self._commands.get(block=idle, timeout=self._look_s)
             except queue.Empty:
-                return True
+                if not idle:
+                    return True
+                self.engine.executor.check()
+                continue
             if command is None:
                 return False
             command.run()

@@ -166,6 +166,9 @@ class EngineConfig(MediaLimits):
         revision: revision on the hub.
         tokenizer: another folder or hub id for the tokenizer.
         device: where the model runs: ``auto``, NAME or NAME:INDEX. ``opsin doctor`` lists them.
+        tensor_parallel_size: devices that compute each step together: INDEX of ``device`` and those after it;
+            of ``cpu``, processes that divide the cores. Heads of the model must divide among them.
+        tensor_parallel_timeout: seconds after which a rank that does not come to a step counts as lost.
         dtype: type to compute in. ``auto`` is what the device prefers for the checkpoint's type; ``float`` is
             float32, ``half`` is float16.
         quantization: bits of weights. ``auto`` takes them as they are stored. ``int8`` and ``int4`` round
@@ -224,6 +227,8 @@ class EngineConfig(MediaLimits):
     revision: str | None = None
     tokenizer: str | None = None
     device: str = "auto"
+    tensor_parallel_size: Positive = 1
+    tensor_parallel_timeout: Positive = 60
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float", "half"] = "auto"
     quantization: str | None = "auto"
     quantization_group_size: Literal[32, 64, 128] | None = None

@@ -188,6 +188,21 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, ids
 
 
+def all_reduce(x: Tensor, place: api.Parallel) -> Tensor:  # noqa: ARG001 (the op's signature)
+    """Reference of `opsin.api.AllReduce`: torch.distributed's default group."""
+    torch.distributed.all_reduce(x)
+    return x
+
+
+def all_gather(x: Tensor, widths: Sequence[int], place: api.Parallel) -> Tensor:
+    """Reference of `opsin.api.AllGather`: torch.distributed's default group, with parts of equal widths."""
+    widest = max(widths)
+    padded = F.pad(x, (0, widest - widths[place.rank])).contiguous()
+    parts = [torch.empty_like(padded) for _ in widths]
+    torch.distributed.all_gather(parts, padded)
+    return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
+
+
 REFERENCES: Mapping[api.OpName, Callable[..., Any]] = {
     "rms_norm": rms_norm,
     "layer_norm": layer_norm,
@@ -201,6 +216,8 @@ REFERENCES: Mapping[api.OpName, Callable[..., Any]] = {
     "top_k": top_k,
     "prepare_quantized_linear": prepare_quantized_linear,
     "rotary_paged_attention": in_a_row(rotary, write_kv, paged_attention),
+    "all_reduce": all_reduce,
+    "all_gather": all_gather,
 }
 
 _KV_OPS: tuple[api.OpName, ...] = ("plan_attention", "write_kv", "paged_attention")
@@ -306,6 +323,14 @@ class Kernels:
 
     def top_k(self, query: api.KernelQuery) -> api.TopK:
         """Bind `TopK`."""
+        return self._bind(query)
+
+    def all_reduce(self, query: api.KernelQuery) -> api.AllReduce:
+        """Bind `AllReduce`."""
+        return self._bind(query)
+
+    def all_gather(self, query: api.KernelQuery) -> api.AllGather:
+        """Bind `AllGather`."""
         return self._bind(query)
 
     def paged(self, query: api.KernelQuery) -> tuple[api.WriteKV, api.PagedAttention]:

@@ -156,7 +156,7 @@ ENGINE: Names = {
     "enable_prompt_adapter": Refused(_NO_LORA, (False,)),
     **_each(
         Refused(_ONE_DEVICE, (1,)),
-        "tensor_parallel_size pipeline_parallel_size data_parallel_size decode_context_parallel_size "
+        "pipeline_parallel_size data_parallel_size decode_context_parallel_size "
         "prefill_context_parallel_size nnodes",
     ),
     **_each(

@@ -16,6 +16,8 @@ from opsin.api.device import (
 )
 from opsin.api.kernels import (
     Activation,
+    AllGather,
+    AllReduce,
     AttentionBatch,
     DenseAttention,
     GatedAct,
@@ -57,11 +59,11 @@ from opsin.api.model import (
     ForwardStep,
     MediaFeatures,
     Model,
-    Parallel,
     Pooling,
     PoolingType,
     WideMedia,
 )
+from opsin.api.parallel import Parallel, RankLink
 from opsin.api.specs import (
     API_MAJOR,
     API_MINOR,
@@ -84,6 +86,8 @@ __all__ = [
     "CHECKPOINT_GROUP",
     "ENTRY_POINT_GROUP",
     "Activation",
+    "AllGather",
+    "AllReduce",
     "AttentionBatch",
     "BuildContext",
     "Capabilities",
@@ -127,6 +131,7 @@ __all__ = [
     "ProcessedPrompt",
     "QuantizedWeight",
     "RMSNorm",
+    "RankLink",
     "Rotary",
     "RotaryPagedAttention",
     "Rounding",

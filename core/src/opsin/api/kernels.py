@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from opsin.api.parallel import Parallel
 from opsin.api.weights import QuantizedWeight, WeightForm
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ OpName = Literal[
     "top_k",
     "prepare_quantized_linear",
     "rotary_paged_attention",
+    "all_reduce",
+    "all_gather",
 ]
 """The op table. Every op has a reference in `opsin.kernels`; a device may bring its own."""
 
@@ -39,7 +42,8 @@ class KernelQuery:
     Attributes:
         op: the op.
         dtype: element type of activations, e.g. ``"float32"``.
-        size: normalised or feature width (norms, gated_act), row length (top_k).
+        size: normalised or feature width (norms, gated_act), row length (top_k, all_reduce, and of the whole
+            rows of all_gather).
         in_features, out_features: prepare_linear, prepare_quantized_linear.
         num_heads, num_kv_heads, head_size: attention and rotary.
         activation: gated_act, or fused after a linear layer.
@@ -259,6 +263,27 @@ class TopK(Protocol):
     def __call__(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]: ...
 
 
+class AllReduce(Protocol):
+    """The sum of x over all ranks, the same bits on each; may be written into x. Since 1.2.
+
+    x is contiguous, of the run dtype, and has the same shape on all ranks, which call this in the same order.
+
+    Raises:
+        TimeoutError: a rank does not come within `RankLink.timeout`.
+    """
+
+    def __call__(self, x: Tensor, place: Parallel) -> Tensor: ...
+
+
+class AllGather(Protocol):
+    """x (B, n) of each rank -> their columns side by side, (B, sum of widths), on each. Since 1.2.
+
+    ``widths``: n of each rank; all ranks call this in the same order with the same B.
+    """
+
+    def __call__(self, x: Tensor, widths: Sequence[int], place: Parallel) -> Tensor: ...
+
+
 class Kernels(Protocol):
     """The op table of one device, from which layers bind their ops when they are constructed."""
 
@@ -285,6 +310,14 @@ class Kernels(Protocol):
         ...
 
     def top_k(self, query: KernelQuery) -> TopK: ...
+
+    def all_reduce(self, query: KernelQuery) -> AllReduce:
+        """Since 1.2."""
+        ...
+
+    def all_gather(self, query: KernelQuery) -> AllGather:
+        """Since 1.2."""
+        ...
 
     def paged(self, query: KernelQuery) -> tuple[WriteKV, PagedAttention]:
         """Bind the ops around the KV cache, which share a plan."""

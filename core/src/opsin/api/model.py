@@ -8,19 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from opsin.api.kernels import Kernels, KVGeometry, KVLayer
 from opsin.api.media import MappedMedia, Modality
+from opsin.api.parallel import Parallel
 from opsin.api.weights import Rounding
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parallel:
-    """This process's place among the tensor-parallel ranks."""
-
-    rank: int = 0
-    world_size: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ T = TypeVar("T")
 PYTHON_ONLY = "Attributes"
 """Section of a docstring whose fields are for Python only."""
 
-SHORT = {"quantization": "-q"}
+SHORT = {"quantization": "-q", "tensor_parallel_size": "-tp"}
 """Short names of flags, which are vLLM's."""
 
 _topic = cache(Group.create_ordered)

@@ -52,8 +52,8 @@ def run(
 
     from opsin.checkpoint import files
     from opsin.checkpoint.rounded import forms_of, write_rounded
-    from opsin.engine.sizing import resolve_rounding
     from opsin.plugins import load_plugins
+    from opsin.rank.sizing import resolve_rounding
 
     config = EngineConfig(model=model, quantization=to, quantization_group_size=group_size)
     checkpoint = files.load(model, revision)

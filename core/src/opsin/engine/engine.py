@@ -13,20 +13,20 @@ from typing import Any
 from opsin.api import ModelSpec, Pooling, ProcessedPrompt, Tokenizer
 from opsin.checkpoint.files import Checkpoint, load
 from opsin.config import EngineConfig
-from opsin.engine.cache import BlockPool
-from opsin.engine.executor import LocalExecutor
+from opsin.engine.cache import BlockPool, EncoderCache
+from opsin.engine.executor import open_executor
 from opsin.engine.request import PoolingState, RequestState
-from opsin.engine.runner import StepTokens
+from opsin.engine.runner import Runner, StepTokens
 from opsin.engine.sampler import make_generator
 from opsin.engine.scheduler import Scheduler, Step
 from opsin.engine.sequence import Sequence
-from opsin.engine.sizing import Resolved
 from opsin.engine.speculation import Drafter
 from opsin.errors import ConfigError, RequestError
 from opsin.inputs.frontend import build_frontend
 from opsin.inputs.processor import PromptProcessor
 from opsin.params import PoolingParams, SamplingParams
 from opsin.plugins import Plugins, load_plugins
+from opsin.rank.sizing import Resolved
 from opsin.results import EngineStats, Output
 
 
@@ -66,8 +66,14 @@ class Engine:
         """Load plugins, checkpoint, tokenizer and weights.
 
         Raises:
-            MissingPluginError, ConfigError, CheckpointError: as `LocalExecutor`.
+            MissingPluginError, ConfigError, CheckpointError: as `opsin.rank.local.Rank`.
+            DeviceLostError: a rank ended while it started.
         """
+        if plugins is not None and config.tensor_parallel_size > 1:
+            raise ConfigError(
+                "tensor_parallel_size: ranks are processes of their own, which load the plugins that are "
+                "installed; leave plugins out"
+            )
         self.config = config
         self.plugins = plugins if plugins is not None else load_plugins(prefer=config.prefer)
         self.checkpoint: Checkpoint = load(config.model, config.revision)
@@ -80,8 +86,10 @@ class Engine:
             type=config.pooling_type or default.type,
             normalize=default.normalize if config.normalize is None else config.normalize,
         )
-        self.executor = LocalExecutor(config, self.checkpoint, self.plugins)
+        self.executor = open_executor(config, self.checkpoint, self.plugins)
         self.resolved: Resolved = self.executor.resolved
+        encoder_cache = EncoderCache(config.encoder_cache_memory)
+        self.runner = Runner(executor=self.executor, encoder_cache=encoder_cache)
         self.frontend = build_frontend(
             config,
             self.checkpoint,
@@ -102,12 +110,12 @@ class Engine:
         self.drafter = None if speculative is None else Drafter(speculative, self.resolved.max_model_len)
         self.scheduler = Scheduler(
             blocks=BlockPool(self.resolved.num_blocks),
-            encoder_cache=self.executor.encoder_cache,
+            encoder_cache=encoder_cache,
             block_size=self.resolved.block_size,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_encoder_tokens=config.max_encoder_tokens,
-            embed_bytes=self.executor.embed_bytes,
+            embed_bytes=self.executor.media_width * self.executor.dtype.itemsize,
             prefix_caching=config.enable_prefix_caching,
             root_key="|".join(
                 (self.checkpoint.revision_key, self.resolved.dtype, str(self.executor.weight_forms))
@@ -259,7 +267,7 @@ class Engine:
         """
         started = time.monotonic()
         step = self.scheduler.schedule()
-        tokens = self.executor.run(step)
+        tokens = self.runner.run(step)
         failed = self._fail(step, tokens.errors)
         self.scheduler.commit(
             step, {seq_id: [token.token_id for token in run] for seq_id, run in tokens.sampled.items()}
@@ -326,7 +334,7 @@ class Engine:
             media_queries=media.queries,
             media_hits=media.hits,
             media_cache_bytes=media.num_bytes,
-            num_encoded=self.executor.num_encoded,
+            num_encoded=self.runner.num_encoded,
             num_preemptions=self.scheduler.num_preemptions,
             num_restarts=self.scheduler.num_restarts,
             spec_decode_num_drafts=0 if drafter is None else drafter.num_drafts,
@@ -344,4 +352,5 @@ class Engine:
         """Abort everything and release the model."""
         for request_id in list(self._requests):
             self.abort(request_id)
+        del self.runner
         self.executor.close()

@@ -1,4 +1,4 @@
-"""Step -> tensors -> model -> logits -> tokens."""
+"""Step -> embeddings -> what the executor computes -> tokens."""
 
 from __future__ import annotations
 
@@ -15,25 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opsin.api import (
-    AttentionBatch,
-    Device,
-    ForwardStep,
-    KVLayer,
-    MediaFeatures,
-    Model,
-    PlacedMedia,
-    PlanAttention,
-    TopK,
-    WideMedia,
-)
+from opsin.api import MediaFeatures, PlacedMedia
 from opsin.engine.cache import EncoderCache
+from opsin.engine.executor import Executor
 from opsin.engine.pooling import pool
 from opsin.engine.sampler import prompt_logprobs
 from opsin.engine.scheduler import Chunk, Step
 from opsin.engine.sequence import SampledToken
 from opsin.engine.speculation import sample_runs
 from opsin.errors import DeviceLostError, RequestError
+from opsin.rank.step import StepInput
 
 T = TypeVar("T")
 
@@ -59,22 +50,21 @@ class StepTokens:
 
 @dataclass(kw_only=True, eq=False)
 class Runner:
-    """Runs steps on one device.
+    """Runs steps: encodes media, places embeddings, has the step computed, samples.
 
     Attributes:
-        kv: the KV cache, layer by layer.
+        executor: computes what needs the language model.
         num_encoded: media items encoded so far.
     """
 
-    model: Model
-    device: Device
-    kv: SequenceOf[KVLayer]
-    plan_attention: PlanAttention
-    top_k: TopK
+    executor: Executor
     encoder_cache: EncoderCache
-    block_size: int
-    dtype: torch.dtype
     num_encoded: int = 0
+
+    def __post_init__(self) -> None:
+        self._model = self.executor.model
+        self._device = self.executor.device.torch_device
+        self._block_size = self.executor.resolved.block_size
 
     @torch.inference_mode()
     def run(self, step: Step) -> StepTokens:
@@ -109,9 +99,9 @@ class Runner:
         return failed
 
     def _encode_group(self, modality: str, items: SequenceOf[PlacedMedia]) -> None:
-        outputs = self.model.encode(modality, [item.mapped for item in items])
+        outputs = self._model.encode(modality, [item.mapped for item in items])
         for item, output in zip(items, outputs, strict=True):
-            expected = (item.mapped.num_embeds, media_width(self.model))
+            expected = (item.mapped.num_embeds, self.executor.media_width)
             if tuple(output.shape) != expected:
                 raise RequestError(
                     f"the encoder gave {tuple(output.shape)} for one {modality}, expected {expected}"
@@ -126,35 +116,40 @@ class Runner:
         first_rows = list(accumulate((chunk.length for chunk in chunks[:-1]), initial=0))
         placed = list(zip(first_rows, chunks))
         embeds, media = self._embeds(placed)
-        positions = torch.from_numpy(np.concatenate([_positions(chunk) for chunk in chunks], axis=1))
-        batch = AttentionBatch(
-            query_lens=[chunk.length for chunk in chunks],
-            context_lens=[chunk.end for chunk in chunks],
-            block_tables=[chunk.sequence.block_ids for chunk in chunks],
-            slots=self._slots(chunks),
-            block_size=self.block_size,
-            device=self.device.torch_device,
+        described = [(chunk, targets) for chunk in chunks if (targets := _described(chunk))]
+        asked = [chunk for chunk in chunks if chunk.samples and chunk.sequence.pooling is None]
+        row_of = {id(chunk): row for row, chunk in placed}
+        ends = [(chunk, row_of[id(chunk)] + chunk.length) for chunk in asked]
+        rows = [row_of[id(chunk)] + i for chunk, targets in described for i in range(len(targets))]
+        num_described = len(rows)
+        rows += [row for chunk, end in ends for row in range(end - len(chunk.draft) - 1, end)]
+        output = self.executor.compute(
+            StepInput(
+                positions=np.concatenate([_positions(chunk) for chunk in chunks], axis=1),
+                query_lens=[chunk.length for chunk in chunks],
+                context_lens=[chunk.end for chunk in chunks],
+                block_tables=[chunk.sequence.block_ids for chunk in chunks],
+                slots=self._slots(chunks),
+                logit_rows=rows,
+                media_rows=() if media is None else media.rows.tolist(),
+            ),
+            embeds,
+            None if media is None else media.features,
         )
-        hidden = self.model.forward(
-            ForwardStep(
-                embeds=embeds,
-                positions=positions.to(self.device.torch_device),
-                kv=self.kv,
-                plan=self.plan_attention(batch),
-                media=media,
-            )
-        )
-        if hidden.shape != embeds.shape:
-            raise RequestError(f"the model gave {tuple(hidden.shape)} for embeddings {tuple(embeds.shape)}")
         pooled = [
-            (chunk.sequence, *pool(chunk.sequence, chunk.start, hidden[row : row + chunk.length]))
+            (chunk.sequence, *pool(chunk.sequence, chunk.start, output.hidden[row : row + chunk.length]))
             for row, chunk in placed
             if chunk.sequence.pooling is not None
         ]
-        for row, chunk in placed:
-            if chunk.sequence.params.prompt_logprobs is not None and chunk.sequence.index == 0:
-                self._read_prompt_logprobs(chunk, chunk.sequence.params.prompt_logprobs, hidden, row, result)
-        self._sample(placed, hidden, result)
+        first = 0
+        for chunk, targets in described:
+            logits = output.logits[first : first + len(targets)]
+            num_top = chunk.sequence.params.prompt_logprobs or 0
+            tokens = prompt_logprobs(logits, targets, num_top, self.executor.top_k)
+            result.prompt_logprobs[chunk.sequence.seq_id] = (chunk.start + 1, tokens)
+            first += len(targets)
+        if asked:
+            self._sample(asked, output.logits[num_described:], result)
         for sequence, state, embedding in pooled:  # once nothing can fail: tried again, a mean would grow
             sequence.pooled = state
             if isinstance(embedding, RequestError):
@@ -165,8 +160,8 @@ class Runner:
     def _embeds(self, placed: SequenceOf[tuple[int, Chunk]]) -> tuple[Tensor, MediaFeatures | None]:
         """(T, H): token embeddings, with media embeddings in their places; and what else media say."""
         ids = [token for _, chunk in placed for token in chunk.token_ids]
-        target = self.device.torch_device
-        embeds = self.model.embed(torch.tensor(ids, dtype=torch.int64, device=target))
+        target = self._device
+        embeds = self._model.embed(torch.tensor(ids, dtype=torch.int64, device=target))
         width = embeds.shape[1]
         further: list[tuple[Tensor, Tensor]] = []
         for first_row, chunk in placed:
@@ -180,7 +175,7 @@ class Runner:
                 inside = flags[begin - item.start : end - item.start]
                 seen = int(flags[: begin - item.start].sum())
                 rows = torch.from_numpy(np.flatnonzero(inside) + first_row + begin - chunk.start)
-                wanted = features[seen : seen + len(rows)].to(target, self.dtype)
+                wanted = features[seen : seen + len(rows)].to(target, self.executor.dtype)
                 rows = rows.to(target)
                 embeds[rows] = wanted[:, :width]
                 if wanted.shape[1] > width and len(rows):
@@ -191,54 +186,32 @@ class Runner:
         return embeds, MediaFeatures(rows=all_rows, features=columns)
 
     def _slots(self, chunks: SequenceOf[Chunk]) -> list[int]:
-        size = self.block_size
+        size = self._block_size
         slots: list[int] = []
         for chunk in chunks:
             blocks = chunk.sequence.block_ids
             slots.extend(blocks[i // size] * size + i % size for i in range(chunk.start, chunk.end))
         return slots
 
-    def _sample(self, placed: SequenceOf[tuple[int, Chunk]], hidden: Tensor, result: StepTokens) -> None:
-        rows: list[int] = []
-        asked: list[Chunk] = []
-        for first_row, chunk in placed:
-            if chunk.samples and chunk.sequence.pooling is None:
-                end = first_row + chunk.length
-                rows += range(end - len(chunk.draft) - 1, end)
-                asked.append(chunk)
-        if not rows:
-            return
-        last = hidden.index_select(0, torch.tensor(rows, device=hidden.device))
+    def _sample(self, asked: SequenceOf[Chunk], logits: Tensor, result: StepTokens) -> None:
         sequences, drafts = [chunk.sequence for chunk in asked], [chunk.draft for chunk in asked]
-        for sequence, run in zip(sequences, sample_runs(self._logits(last), sequences, drafts, self.top_k)):
+        for sequence, run in zip(sequences, sample_runs(logits, sequences, drafts, self.executor.top_k)):
             if isinstance(run, RequestError):
                 result.errors[sequence.seq_id] = run
             else:
                 result.sampled[sequence.seq_id] = run
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        logits = self.model.logits(hidden)
-        expected = (len(hidden), self.model.vocab_size)
-        if tuple(logits.shape) != expected:
-            raise RequestError(f"the model gave logits {tuple(logits.shape)}, expected {expected}")
-        return logits
 
-    def _read_prompt_logprobs(
-        self, chunk: Chunk, num_top: int, hidden: Tensor, row: int, result: StepTokens
-    ) -> None:
-        sequence = chunk.sequence
-        # The row of token i predicts token i + 1; the prompt's first token is predicted by nothing.
-        end = min(chunk.end, sequence.num_prompt - 1)
-        if chunk.start < end:
-            targets = sequence.token_ids[chunk.start + 1 : end + 1]
-            logits = self._logits(hidden[row : row + end - chunk.start])
-            tokens = prompt_logprobs(logits, targets, num_top, self.top_k)
-            result.prompt_logprobs[sequence.seq_id] = (chunk.start + 1, tokens)
+def _described(chunk: Chunk) -> SequenceOf[int]:
+    """The prompt tokens that a chunk's first rows predict, if their log-probabilities are wanted.
 
-
-def media_width(model: Model) -> int:
-    """Columns of what the model's encoder gives."""
-    return model.media_width if isinstance(model, WideMedia) else model.hidden_size
+    The row of token i predicts token i + 1; the prompt's first token is predicted by nothing.
+    """
+    sequence = chunk.sequence
+    if sequence.params.prompt_logprobs is None or sequence.index != 0:
+        return ()
+    end = min(chunk.end, sequence.num_prompt - 1)
+    return sequence.token_ids[chunk.start + 1 : end + 1]
 
 
 def _isolate(

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from opsin.api import (
     Activation,
+    AllGather,
     BuildContext,
     ForwardStep,
     KernelQuery,
@@ -21,10 +23,10 @@ from opsin.api import (
     MappedMedia,
     MediaFeatures,
     Modality,
-    QuantizedWeight,
+    Parallel,
     WeightForm,
 )
-from opsin.layers.linear import Embedding, Linear, activation, dtype_name
+from opsin.layers.linear import Embedding, Linear, Part, activation, dtype_name
 from opsin.layers.module import Module, Slot
 from opsin.layers.norm import RMSNorm
 from opsin.layers.text import fields
@@ -111,33 +113,79 @@ class DecoderConfig:
         return cls(**{**found, **changes})
 
 
+def _heads_of_rank(config: DecoderConfig, place: Parallel) -> list[int]:
+    """Query heads and key/value heads of a rank.
+
+    Raises:
+        ValueError: the heads cannot be divided among so many ranks; the message names numbers that work.
+    """
+    heads, kv_heads, world = config.num_heads, config.num_kv_heads, place.world_size
+    if not _divides_heads(config, world):
+        possible = [str(n) for n in range(2, heads + 1) if _divides_heads(config, n)]
+        raise ValueError(
+            f"{heads} query heads and {kv_heads} key/value heads cannot be divided among {world} ranks; "
+            f"possible are {', '.join(['1', *possible])}"
+        )
+    return [place.share(heads)[1], place.share(kv_heads)[1]]
+
+
+def _divides_heads(config: DecoderConfig, world: int) -> bool:
+    """Whether ranks have equally many query heads, and all key/value heads that these read."""
+    kv_heads = config.num_kv_heads
+    return config.num_heads % world == 0 and (kv_heads % world == 0 or world % kv_heads == 0)
+
+
+def _mlp_unit(config: DecoderConfig, place: Parallel) -> int:
+    """What the MLP's width is cut in multiples of: whole groups of quantised weights, where that can be.
+
+    A width of 29568 = 231 * 128 is no multiple of 8 * 128: ranks then have 29 or 28 times 128.
+
+    Raises:
+        ValueError: there are more ranks than columns.
+    """
+    wide, world = config.intermediate_size, place.world_size
+    for unit in (128, 64, 32, 16, 8, 4, 2, 1):
+        if wide % unit == 0 and wide // unit >= world:
+            return unit
+    raise ValueError(f"intermediate_size {wide} cannot be divided among {world} ranks")
+
+
 class Attention(Module):
     """Grouped-query attention over the paged cache."""
 
     def __init__(self, context: BuildContext, config: DecoderConfig) -> None:
         super().__init__()
-        world = context.parallel.world_size
         size = config.head_size
-        self._heads = [config.num_heads // world] + [config.num_kv_heads // world] * 2
+        [heads, kv_heads] = _heads_of_rank(config, context.parallel)
+        self._heads = [heads, kv_heads, kv_heads]
         self._head_size, self._scale = size, 1 / math.sqrt(size)
-        heads, kv_heads = config.num_heads * size, config.num_kv_heads * size
-        parts = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
+        kv_width = config.num_kv_heads * size
         self.qkv_proj = Linear(
             context,
             config.hidden_size,
-            sum(parts.values()) if config.fused else parts,
+            {"q_proj": config.num_heads * size, "k_proj": kv_width, "v_proj": kv_width},
             bias=config.qkv_bias,
             split="column",
             few_rows=True,
+            unit=size,
+            fused=config.fused,
         )
-        self.o_proj = Linear(context, heads, config.hidden_size, bias=False, split="row", few_rows=True)
+        self.o_proj = Linear(
+            context,
+            config.num_heads * size,
+            config.hidden_size,
+            bias=False,
+            split="row",
+            few_rows=True,
+            unit=size,
+        )
         self.q_norm = RMSNorm(context, size, config.eps) if config.qk_norm else None
         self.k_norm = RMSNorm(context, size, config.eps) if config.qk_norm else None
         query = KernelQuery(
             op="rotary",
             dtype=dtype_name(context.dtype),
-            num_heads=config.num_heads // world,
-            num_kv_heads=config.num_kv_heads // world,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
             head_size=size,
         )
         self._attend = context.kernels.rotary_paged(query)
@@ -160,19 +208,26 @@ class GatedMLP(Module):
 
     def __init__(self, context: BuildContext, config: DecoderConfig) -> None:
         super().__init__()
-        wide = config.intermediate_size
+        wide, unit = config.intermediate_size, _mlp_unit(config, context.parallel)
         self.gate_up_proj = Linear(
             context,
             config.hidden_size,
-            2 * wide if config.fused else {"gate_proj": wide, "up_proj": wide},
+            {"gate_proj": wide, "up_proj": wide},
             bias=False,
             split="column",
             few_rows=True,
+            unit=unit,
+            fused=config.fused,
         )
-        self.down_proj = Linear(context, wide, config.hidden_size, bias=False, split="row", few_rows=True)
+        self.down_proj = Linear(
+            context, wide, config.hidden_size, bias=False, split="row", few_rows=True, unit=unit
+        )
         self._activation: Activation = config.activation
         query = KernelQuery(
-            op="gated_act", dtype=dtype_name(context.dtype), size=wide, activation=config.activation
+            op="gated_act",
+            dtype=dtype_name(context.dtype),
+            size=self.down_proj.in_features,
+            activation=config.activation,
         )
         self._gated_act = context.kernels.gated_act(query)
 
@@ -250,36 +305,44 @@ def kv_geometry(config: DecoderConfig, world_size: int) -> KVGeometry:
     """Shape of a decoder's KV cache on one rank."""
     return KVGeometry(
         num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads // world_size,
+        num_kv_heads=_heads_of_rank(config, Parallel(world_size=world_size))[1],
         head_size=config.head_size,
     )
 
 
 class OutputHead(Linear):
-    """hidden -> vocabulary; every rank has it whole.
+    """hidden -> vocabulary; ranks have a part of the vocabulary each, and gather the logits.
 
     A tied head is stored all the same in some checkpoints. One that differs from the embeddings is used,
     whatever ``tie_word_embeddings`` says, as in transformers 5.
     """
 
     def __init__(self, context: BuildContext, config: DecoderConfig) -> None:
-        super().__init__(context, config.hidden_size, config.vocab_size, bias=False, few_rows=True)
+        super().__init__(
+            context, config.hidden_size, config.vocab_size, bias=False, split="column", few_rows=True
+        )
         self._scale = config.logit_scale
+        self._vocab_size, self._widths = config.vocab_size, context.parallel.shares(config.vocab_size)
+        self._part = Part(0, self._parts[""], 0)
         self._own: Tensor | None = None
         self._table: Tensor | None = None
+        self._gather: AllGather | None = None
+        if len(self._widths) > 1:
+            query = KernelQuery(op="all_gather", dtype=dtype_name(context.dtype), size=config.vocab_size)
+            self._gather = context.kernels.all_gather(query)
 
     def slots(self) -> Iterator[Slot]:
         """The weight (V, H), optional for a tied head."""
         yield Slot(
             "weight",
-            (self.out_features, self.in_features),
+            (self._vocab_size, self.in_features),
             self._put,
             optional=self.tied,
-            put_quantized=self._put_quantized,
+            put_quantized=partial(self._take_quantized, self._part),
         )
 
     def adopt(self, weight: Tensor) -> None:
-        """See `Linear.adopt`."""
+        """See `Linear.adopt`; ``weight`` is the whole table, which rank 0 alone keeps."""
         self._table = weight
         self._settle()
 
@@ -287,9 +350,6 @@ class OutputHead(Linear):
         self._own = weight
         if not self.tied or self._table is not None:
             self._settle()
-
-    def _put_quantized(self, weight: QuantizedWeight) -> None:
-        self._take_quantized(0, lambda: (0, 0, self.out_features), weight)
 
     def rounded_to(self) -> WeightForm | None:
         """See `Linear.rounded_to`."""
@@ -302,13 +362,17 @@ class OutputHead(Linear):
             stored = None
         if stored is not None:
             self._to_come = 1
-            self._take(0, lambda: (0, 0, self.out_features), self.out_features, stored)
+            self._take(self._part, stored)
+        elif table is not None and self._run is None and self._place.rank == 0:
+            super().adopt(self._part.rows_of(table))
         elif table is not None and self._run is None:
-            super().adopt(table)
+            self._to_come = 1
+            self._take(self._part, table)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, H) -> logits (B, V)."""
-        return super().forward(x if self._scale == 1 else x * self._scale)
+        logits = super().forward(x if self._scale == 1 else x * self._scale)
+        return logits if self._gather is None else self._gather(logits, self._widths, self._place)
 
 
 def output_head(context: BuildContext, config: DecoderConfig) -> Linear:
@@ -342,11 +406,6 @@ class LanguageModel(Module):
         deep_layers: int = 0,
     ) -> None:
         super().__init__()
-        if config.fused and context.parallel.world_size > 1:
-            raise ValueError(
-                "the checkpoint stores q, k and v (and gate and up) as one tensor each, which is not divided "
-                f"among {context.parallel.world_size} ranks; run it on one"
-            )
         if not 0 <= deep_layers <= config.num_layers:
             raise ValueError(
                 f"media add features after {deep_layers} layers; the decoder has {config.num_layers}"

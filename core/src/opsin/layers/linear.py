@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -12,9 +12,11 @@ from torch import Tensor
 
 from opsin.api import (
     Activation,
+    AllReduce,
     BuildContext,
     KernelQuery,
     LinearFn,
+    Parallel,
     PrepareLinear,
     QuantizedWeight,
     WeightForm,
@@ -63,14 +65,17 @@ class Linear(Layer):
         out_features: rows of W; or, for a fused layer, checkpoint name -> rows, in stacking order.
         bias: whether there is a bias.
         activation: applied to the result, fused where the device can.
-        split: tensor parallelism: ``"column"`` splits the output, ``"row"`` the input (and sums over
-            ranks); None: every rank has the whole layer.
+        split: tensor parallelism: ``"column"`` splits the output, each of its parts, ``"row"`` the input (and
+            sums over ranks); None: every rank has the whole layer.
         stored_shape: shape of the checkpoint's weight where it is not (out, in), e.g. that of a convolution
             whose stride equals its kernel.
         num_sums: in float32, compute the product as this many shorter sums over the input, which round
             less. Patch values are large and nearly equal; the norm that follows removes them but not their
             rounding error. Not with an activation.
         few_rows: whether the layer often sees single rows (a decoder's layer).
+        unit: what is split is cut in multiples of it (`opsin.api.Parallel.share`). Since 1.2.
+        fused: whether the checkpoint stores the parts stacked, as one weight and one bias under the layer's
+            own name. Since 1.2.
 
     Attributes:
         tied: whether the layer multiplies by the table of an `Embedding` and takes no weight of its own.
@@ -90,19 +95,22 @@ class Linear(Layer):
         stored_shape: tuple[int, ...] | None = None,
         num_sums: int = 1,
         few_rows: bool = False,
+        unit: int = 1,
+        fused: bool = False,
     ) -> None:
         super().__init__()
-        self._parts = {"": out_features} if isinstance(out_features, int) else dict(out_features)
-        self._rank, self._world = context.parallel.rank, context.parallel.world_size
-        if split is None:
-            self._world = 1
+        parts = {"": out_features} if isinstance(out_features, int) else dict(out_features)
+        self._place = context.parallel if split else Parallel()
         self._split = split
-        self._in, self._stored_shape = in_features, stored_shape
+        self._stored_shape = stored_shape
         self._dtype, self._device = context.dtype, context.device
         self._activation, self._has_bias, self._few_rows = activation, bias, few_rows
-        out = sum(self._parts.values())
-        self.in_features = in_features // (self._world if split == "row" else 1)
-        self.out_features = out // (self._world if split == "column" else 1)
+        cut, whole = partial(_section, self._place, unit), partial(_section, Parallel(), 1)
+        sections = [(cut if split == "column" else whole)(wide) for wide in parts.values()]
+        self._parts = {"": sections} if fused else {n: [s] for n, s in zip(parts, sections)}
+        self._columns = (cut if split == "row" else whole)(in_features)
+        self.in_features = self._columns.length
+        self.out_features = sum(section.length for section in sections)
         self._kernels, self._rounding = context.kernels, context.rounding
         self._query = KernelQuery(
             op="prepare_linear",
@@ -113,6 +121,14 @@ class Linear(Layer):
             bias=bias,
         )
         self._num_sums = num_sums
+        self._sum_over_ranks: AllReduce | None = None
+        if split == "row" and self._place.world_size > 1:
+            if activation is not None:
+                raise ValueError(
+                    "a layer whose input is split applies no activation: it sums over ranks first"
+                )
+            summed = KernelQuery(op="all_reduce", dtype=dtype_name(context.dtype), size=self.out_features)
+            self._sum_over_ranks = context.kernels.all_reduce(summed)
         self._whole: Tensor | None = None
         self._pieces: list[Piece | None] = [None] * len(self._parts)
         self._bias: Tensor | None = None
@@ -124,76 +140,64 @@ class Linear(Layer):
         """A weight, and a bias if there is one, for each part; nothing where the weight is tied."""
         if self.tied:
             return
-        first = 0
-        for index, (name, rows) in enumerate(self._parts.items()):
+        at = 0
+        for index, (name, sections) in enumerate(self._parts.items()):
             prefix = f"{name}." if name else ""
-            place = partial(self._place, first, rows)
+            part = Part(index, sections, at)
+            rows = sum(section.whole for section in sections)
             yield Slot(
                 f"{prefix}weight",
-                self._stored_shape or (rows, self._in),
-                partial(self._take, index, place, rows),
+                self._stored_shape or (rows, self._columns.whole),
+                partial(self._take, part),
                 beside=bool(name),
-                put_quantized=None if self._stored_shape else partial(self._take_quantized, index, place),
+                put_quantized=None if self._stored_shape else partial(self._take_quantized, part),
             )
             if self._has_bias:
-                put = partial(self._take_bias, place)
-                yield Slot(f"{prefix}bias", (rows,), put, beside=bool(name))
-            first += rows
+                yield Slot(f"{prefix}bias", (rows,), partial(self._take_bias, part), beside=bool(name))
+            at += part.length
 
-    def _place(self, first: int, rows: int) -> tuple[int, int, int]:
-        """Of a part's rows: where this rank's begin in the part and in the layer, and how many they are."""
-        if self._split == "column" and self._world > 1:
-            count = rows // self._world
-            return self._rank * count, first // self._world, count
-        return 0, first, rows
-
-    def _take(self, index: int, place: Callable[[], tuple[int, int, int]], rows: int, tensor: Tensor) -> None:
-        start, at, count = place()
-        flat = tensor.reshape(rows, self._in).narrow(0, start, count)
-        if self._split == "row" and self._world > 1:
-            flat = flat.narrow(1, self._rank * self.in_features, self.in_features)
+    def _take(self, part: Part, tensor: Tensor) -> None:
+        flat = part.rows_of(tensor.reshape(-1, self._columns.whole))
         form = self._target()
         self._note(tensor.dtype, form)
-        if form is not None:
-            self._pieces[index] = round_weight(flat, form)
+        if form is not None:  # all of a row is rounded, so that ranks have the codes that one has
+            self._keep_integers(part, round_weight(flat, form))
         else:
-            self._keep_floats(index, flat, at)
+            self._keep_floats(part, flat.narrow(1, self._columns.start, self.in_features))
         self._arrived()
 
-    def _keep_floats(self, index: int, flat: Tensor, at: int) -> None:
+    def _keep_floats(self, part: Part, flat: Tensor) -> None:
         dtype = self.storage(flat.dtype)
         if len(self._parts) == 1:
-            self._pieces[index] = owned(flat, self._device, dtype)
+            self._pieces[part.index] = owned(flat, self._device, dtype)
             return
-        self._pieces[index] = flat[:0]  # its rows are in the whole
+        self._pieces[part.index] = flat[:0]  # its rows are in the whole
         if self._whole is None:
             shape = (self.out_features, self.in_features)
             self._whole = torch.empty(shape, dtype=dtype, device=self._device)
         elif self._whole.dtype != dtype:  # parts of several dtypes
             self._whole = self._whole.to(self._dtype)
-        self._whole.narrow(0, at, len(flat)).copy_(flat)
+        self._whole.narrow(0, part.at, len(flat)).copy_(flat)
 
-    def _take_quantized(
-        self, index: int, place: Callable[[], tuple[int, int, int]], weight: QuantizedWeight
-    ) -> None:
-        start, at, count = place()
+    def _take_quantized(self, part: Part, weight: QuantizedWeight) -> None:
         self._stored[str(weight.form)] = None
-        piece = weight.narrow(0, start, count)
-        if self._split == "row" and self._world > 1:
-            first, width = self._rank * self.in_features, self.in_features
-            if weight.order is not None or (first % 2 and weight.form.kind != "int8"):
-                self._keep_floats(index, piece.dequantize(torch.float32).narrow(1, first, width), at)
-                self._arrived()
-                return
-            piece = piece.narrow(1, first, width)
-        self._pieces[index] = piece
+        mine = [weight.narrow(0, first, length) for first, length in part.ranges()]
+        self._keep_integers(part, QuantizedWeight.stack(mine))
         self._arrived()
 
-    def _take_bias(self, place: Callable[[], tuple[int, int, int]], tensor: Tensor) -> None:
-        start, at, count = place()
+    def _keep_integers(self, part: Part, weight: QuantizedWeight) -> None:
+        first, wide = self._columns.start, self.in_features
+        if wide == self._columns.whole:
+            self._pieces[part.index] = weight
+        elif weight.order is not None or (first % 2 and weight.form.kind != "int8"):
+            self._keep_floats(part, weight.dequantize(torch.float32).narrow(1, first, wide))
+        else:
+            self._pieces[part.index] = weight.narrow(1, first, wide)
+
+    def _take_bias(self, part: Part, tensor: Tensor) -> None:
         if self._bias is None:
             self._bias = torch.empty(self.out_features, dtype=self._dtype, device=self._device)
-        self._bias.narrow(0, at, count).copy_(tensor.narrow(0, start, count))
+        self._bias.narrow(0, part.at, part.length).copy_(part.rows_of(tensor))
         self._arrived()
 
     def _arrived(self) -> None:
@@ -230,7 +234,7 @@ class Linear(Layer):
         return next((form for form in usable if self._fits(form) and self._reads(form)), None)
 
     def _fits(self, form: WeightForm) -> bool:
-        return self.in_features % (form.group_size or 1) == 0
+        return self._columns.whole % (form.group_size or 1) == 0
 
     def _reads(self, form: WeightForm) -> bool:
         query = replace(self._query, op="prepare_quantized_linear", weight=form)
@@ -245,7 +249,7 @@ class Linear(Layer):
 
     def _finish(self, *, keep_weight: bool) -> None:
         bias = self._bias
-        if self._split == "row" and self._rank > 0:
+        if self._split == "row" and self._place.rank > 0:
             bias = None  # the sum over ranks must hold it once
         self._run = self._ready(bias, keep_weight=keep_weight)
         self._pieces = [None] * len(self._parts)
@@ -261,8 +265,8 @@ class Linear(Layer):
         if len(quantized) == len(pieces) and all(quantized[0].stacks_with(other) for other in quantized):
             return self._over_quantized(QuantizedWeight.stack(quantized), bias)
         runs, at = [], 0
-        for piece, rows in zip(pieces, self._parts.values(), strict=True):
-            count = self._place(0, rows)[2]
+        for piece, sections in zip(pieces, self._parts.values(), strict=True):
+            count = sum(section.length for section in sections)
             part = None if bias is None else bias.narrow(0, at, count).clone()
             if isinstance(piece, QuantizedWeight):
                 runs.append(self._over_quantized(piece, part))
@@ -301,9 +305,42 @@ class Linear(Layer):
         """x (..., in_features) -> (..., out_features)."""
         assert self._run is not None, "weights are not loaded"
         y = self._run(x)
-        if self._split == "row" and self._world > 1:
-            torch.distributed.all_reduce(y)
-        return y
+        return y if self._sum_over_ranks is None else self._sum_over_ranks(y, self._place)
+
+
+@dataclass(frozen=True)
+class _Section:
+    """A dimension of a stored tensor, and this rank's part of it."""
+
+    whole: int
+    start: int
+    length: int
+
+
+def _section(place: Parallel, unit: int, whole: int) -> _Section:
+    return _Section(whole, *place.share(whole, unit))
+
+
+class Part:
+    """One of the tensors that a layer is fused from: its sections, and where its rows stand in the layer."""
+
+    def __init__(self, index: int, sections: Sequence[_Section], at: int) -> None:
+        self.index, self.sections, self.at = index, sections, at
+        self.length = sum(section.length for section in sections)
+
+    def rows_of(self, tensor: Tensor) -> Tensor:
+        """This rank's rows of the stored tensor; a view where they stand together."""
+        if self.length == len(tensor):
+            return tensor
+        mine = [tensor.narrow(0, first, length) for first, length in self.ranges()]
+        return mine[0] if len(mine) == 1 else torch.cat(mine)
+
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """Where this rank's rows begin in the stored tensor, and how many there are, section by section."""
+        before = 0
+        for section in self.sections:
+            yield before + section.start, section.length
+            before += section.whole
 
 
 def _narrow_form(dtype: torch.dtype) -> WeightForm:
@@ -339,7 +376,10 @@ def in_shorter_sums(prepare: PrepareLinear, num_sums: int) -> PrepareLinear:
 
 
 class Embedding(Layer):
-    """Token embeddings, multiplied by ``scale``; ``tied`` is an output head that shares the table."""
+    """Token embeddings, multiplied by ``scale``; ``tied`` is an output head that shares the table.
+
+    Only rank 0 keeps the table: there tokens are embedded.
+    """
 
     def __init__(
         self, context: BuildContext, rows: int, width: int, *, tied: Linear | None = None, scale: float = 1.0
@@ -347,6 +387,7 @@ class Embedding(Layer):
         super().__init__()
         self._shape, self._scale = (rows, width), scale
         self._dtype, self._device = context.dtype, context.device
+        self._keeps = context.parallel.rank == 0
         self._share: Callable[[Tensor], None] | None = None
         self._storage: Callable[[torch.dtype], torch.dtype] | None = None
         if tied is not None:
@@ -359,10 +400,11 @@ class Embedding(Layer):
         yield Slot("weight", self._shape, self._put)
 
     def _put(self, tensor: Tensor) -> None:
-        dtype = self._dtype if self._storage is None else self._storage(tensor.dtype)
-        self.weight = owned(tensor, self._device, dtype)
+        if self._keeps:
+            dtype = self._dtype if self._storage is None else self._storage(tensor.dtype)
+            tensor = self.weight = owned(tensor, self._device, dtype)
         if self._share is not None:
-            self._share(self.weight)
+            self._share(tensor)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """int64 (T,) -> (T, H)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import c_char_p, c_float, c_int, c_int32, c_int64, c_uint32, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -68,6 +68,17 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "opsin_weight_free": (None, (c_void_p,)),
     "opsin_weight_bytes": (c_int64, (c_void_p,)),
     "opsin_weight_rows": (c_int32, (c_void_p, c_void_p, c_int64, c_void_p)),
+    "opsin_ranks_bytes": (c_int64, (c_int32,)),
+    "opsin_ranks_slot_bytes": (c_int64, ()),
+    "opsin_ranks_missing": (c_int32, (c_void_p, c_int32, c_uint32)),
+    "opsin_ranks_sum": (
+        c_int32,
+        (c_void_p, c_int32, c_int32, c_uint32, c_int32, c_void_p, c_int64, c_int32, c_int32, c_int32),
+    ),
+    "opsin_ranks_gather": (
+        c_int32,
+        (c_void_p, c_int32, c_int32, c_uint32, c_void_p, c_int64, c_void_p, c_void_p, *(c_int32,) * 3),
+    ),
     "opsin_linear": (c_int32, (c_void_p, c_void_p, c_int64, c_void_p, c_int32, c_int32, c_void_p)),
 }
 

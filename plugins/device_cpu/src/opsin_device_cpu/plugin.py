@@ -96,6 +96,13 @@ def _supports_fused(query: KernelQuery) -> bool:
     return native.library() is not None and _supports_attention(query)
 
 
+def _supports_ranks(query: KernelQuery) -> bool:
+    """Memory that processes share is the compiled kernels' way; torch.distributed's gloo is the other."""
+    from opsin_device_cpu import native
+
+    return native.library() is not None and _supports(query)
+
+
 @hookimpl
 def opsin_register_devices() -> Sequence[DeviceSpec]:
     return [DeviceSpec(name=NAME, torch_type="cpu", probe=_probe, open=_open)]
@@ -103,15 +110,18 @@ def opsin_register_devices() -> Sequence[DeviceSpec]:
 
 @hookimpl
 def opsin_register_kernels() -> Sequence[KernelSpec]:
+    ranks: tuple[OpName, ...] = ("all_reduce", "all_gather")
     elementwise: tuple[OpName, ...] = ("rms_norm", "layer_norm", "gated_act")
     attention: tuple[OpName, ...] = ("plan_attention", "write_kv", "paged_attention", "dense_attention")
     loaders = {op: _from("kernels", op, "compiled.elementwise") for op in elementwise}
     loaders |= {op: _from("attention", op, "compiled.attention") for op in attention}
     loaders["rotary"] = _from("kernels", "rotary", "compiled.attention")
     loaders["rotary_paged_attention"] = _from("compiled.attention", "rotary_paged_attention")
+    loaders |= {op: _from("compiled.ranks", op) for op in ranks}
     loaders["top_k"] = _from("search", "top_k")
     loaders["prepare_quantized_linear"] = _prepare_quantized_linear
     supports = dict.fromkeys([*attention, "rotary"], _supports_attention)
+    supports |= dict.fromkeys(ranks, _supports_ranks)
     supports["rotary_paged_attention"] = _supports_fused
     supports["prepare_quantized_linear"] = _supports_quantized
     linear = KernelSpec(

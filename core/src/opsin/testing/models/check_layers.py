@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from threading import Barrier, get_ident
-from typing import Any
-from unittest.mock import patch
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from opsin.api import BuildContext, MappedMedia, Modality, Parallel
-from opsin.engine import executor
+from opsin.api import MappedMedia, Modality
 from opsin.errors import CheckpointError
-from opsin.llm import LLM
 from opsin.testing.models.outcome import DoesNotApply, require
-from opsin.testing.models.subject import Answer, ModelUnderTest, Request, compare
+from opsin.testing.models.subject import ModelUnderTest, compare
 
 ENCODE = "the model's encode"
 CLOSE = {torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -180,66 +173,19 @@ def _distance(one: Tensor, other: Tensor) -> float:
 
 
 def two_ranks(model: ModelUnderTest) -> str:
-    """Two tensor-parallel ranks come to what one does.
-
-    Both run in this process, each on a thread of its own; sums over ranks are made between them.
-    """
-    heads = model.model.kv_geometry.num_kv_heads
-    if heads % 2:
-        raise DoesNotApply(f"{heads} key/value heads cannot be divided by 2")
+    """Two tensor-parallel ranks, each a process, come to what one does."""
+    if model.plugins is not None:
+        raise DoesNotApply("ranks are processes of their own, which load the plugins that are installed")
     requests, expected = model.requests()[:4], model.expected[:4]
-    ranks: list[LLM] = []
     try:
-        for rank in range(2):
-            place = Parallel(rank=rank, world_size=2)
-            with patch.object(executor, "BuildContext", partial(BuildContext, parallel=place)):
-                ranks.append(model.load(enable_prefix_caching=False))
+        llm = model.load(tensor_parallel_size=2)
     except CheckpointError as error:
-        raise DoesNotApply(str(error)) from error
-    try:
-        sums = _Sums()
-        with patch.object(torch.distributed, "all_reduce", sums), ThreadPoolExecutor(2) as pool:
-            jobs = [
-                pool.submit(sums.as_rank, rank, _one_by_one, model, requests, ranks[rank]) for rank in (0, 1)
-            ]
-            answers = [job.result() for job in jobs]
-    finally:
-        for llm in ranks:
-            llm.close()
-    look_at = "split= of the family's Linear layers (column, then row), and sizes divided by world_size"
-    for rank in range(2):
-        ways = (f"on rank {rank} of two", "on one rank")
-        found = compare(answers[rank], expected, model.tolerance, ways, look_at)
-    return f"{sums.count // 2} sums; {found}"
-
-
-def _one_by_one(model: ModelUnderTest, requests: Sequence[Request], llm: LLM) -> Sequence[Answer]:
-    """Both ranks compute the same steps only if these do not depend on when a request is ready."""
-    return [model.answers([request], llm)[0] for request in requests]
-
-
-class _Sums:
-    """``torch.distributed.all_reduce`` between two threads."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._meet = Barrier(2, timeout=120)
-        self._rank: dict[int, int] = {}
-        self._given: dict[int, Tensor] = {}
-
-    def as_rank(self, rank: int, work: Callable[..., Sequence[Answer]], *arguments: Any) -> Sequence[Answer]:
-        """Do work on this thread as one of the ranks; if it fails, the other one does not wait for it."""
-        self._rank[get_ident()] = rank
-        try:
-            return work(*arguments)
-        except BaseException:
-            self._meet.abort()
-            raise
-
-    def __call__(self, tensor: Tensor, *_more: Any, **_options: Any) -> None:
-        self._given[self._rank[get_ident()]] = tensor
-        self._meet.wait()
-        total = self._given[0] + self._given[1]
-        self._meet.wait()
-        tensor.copy_(total)
-        self.count += 1
+        if "cannot be divided" in str(error):
+            raise DoesNotApply(str(error)) from error
+        raise
+    with llm:
+        answers = model.answers(requests, llm)
+    look_at = (
+        "split= and unit= of the family's Linear layers (column, then row), and sizes divided among ranks"
+    )
+    return compare(answers, expected, model.tolerance, ("on two ranks", "on one"), look_at)

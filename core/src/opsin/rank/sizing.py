@@ -28,7 +28,7 @@ KV_SHARE = 0.3
 the rest stays for activations, caches and everything else on a shared host."""
 
 KV_DEFAULT_CEILING = 4 * 2**30
-"""Most bytes taken of a host without ``kv_cache_memory``."""
+"""Most bytes taken of a host without ``kv_cache_memory``, by all ranks together."""
 
 
 def resolve_dtype(requested: str, checkpoint: str, capabilities: Capabilities) -> str:
@@ -86,6 +86,7 @@ def resolve(
     kv_bytes_per_token: int,
     kv_row_elements: int,
     free_bytes: int,
+    sharing: int = 1,
 ) -> Resolved:
     """Fix the sizes of a running engine. Pure: equal arguments give equal results.
 
@@ -97,6 +98,7 @@ def resolve(
         kv_bytes_per_token: of all layers.
         kv_row_elements: elements of one token's keys in one layer.
         free_bytes: device memory, after the weights were loaded.
+        sharing: how many ranks that memory is for.
 
     Raises:
         ConfigError: the context asked for is longer than the model's, or the memory holds no block.
@@ -112,9 +114,9 @@ def resolve(
     budget = config.kv_cache_memory
     if budget is None:
         if capabilities.kv_memory_share is None:
-            budget = min(int(free_bytes * KV_SHARE), KV_DEFAULT_CEILING)
+            budget = min(int(free_bytes * KV_SHARE), KV_DEFAULT_CEILING) // sharing
         else:
-            budget = int(free_bytes * capabilities.kv_memory_share)
+            budget = int(free_bytes * capabilities.kv_memory_share) // sharing
         # More than all sequences at full length can never be used.
         budget = min(budget, config.max_num_seqs * (wanted_len + size) * kv_bytes_per_token)
     num_blocks = budget // (kv_bytes_per_token * size)
