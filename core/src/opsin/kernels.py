@@ -188,18 +188,25 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, ids
 
 
-def all_reduce(x: Tensor, place: api.Parallel) -> Tensor:  # noqa: ARG001 (the op's signature)
-    """Reference of `opsin.api.AllReduce`: torch.distributed's default group."""
-    torch.distributed.all_reduce(x)
+def all_reduce(x: Tensor, place: api.Parallel) -> Tensor:
+    """Reference of `opsin.api.AllReduce`: torch.distributed's."""
+    group = None if place.link is None else place.link.group
+    if group is None:
+        torch.distributed.all_reduce(x)
+    else:
+        group.allreduce([x]).wait()
     return x
 
 
 def all_gather(x: Tensor, widths: Sequence[int], place: api.Parallel) -> Tensor:
-    """Reference of `opsin.api.AllGather`: torch.distributed's default group, with parts of equal widths."""
-    widest = max(widths)
-    padded = F.pad(x, (0, widest - widths[place.rank])).contiguous()
+    """Reference of `opsin.api.AllGather`: torch.distributed's, of parts of equal widths."""
+    group = None if place.link is None else place.link.group
+    padded = F.pad(x, (0, max(widths) - widths[place.rank])).contiguous()
     parts = [torch.empty_like(padded) for _ in widths]
-    torch.distributed.all_gather(parts, padded)
+    if group is None:
+        torch.distributed.all_gather(parts, padded)
+    else:
+        group.allgather([parts], [padded]).wait()
     return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
 
 

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class RankLink:
-    """What the ranks of one machine share besides torch.distributed's default group. Since 1.2.
+    """What the ranks of one machine have to reach each other. Since 1.2.
 
     Attributes:
         memory: file descriptor of memory that all ranks can map, empty at first; None: there is none.
         own_cores: whether each rank has cores of its own, so that waiting may spin.
-        check: raises `opsin.DeviceLostError` if a rank is gone. To be called now and then while waiting.
+        check: raises `opsin.errors.DeviceLostError` if a rank is gone. To be called while waiting.
         timeout: seconds after which a rank that does not come counts as lost.
+        group: their ``torch.distributed`` process group, over the device's backend, once the device is open;
+            None before, and where that is the default group.
     """
 
     memory: int | None
     own_cores: bool
     check: Callable[[], None]
     timeout: float
+    group: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +34,8 @@ class Parallel:
     Attributes:
         rank: 0 is the engine's own process.
         world_size: how many ranks there are.
-        link: what the ranks share; None for one rank. Since 1.2.
+        link: how ranks reach each other; None for one rank, or over torch.distributed's default group. Since
+            1.2.
     """
 
     rank: int = 0

@@ -22,6 +22,7 @@ from dataclasses import replace
 from multiprocessing import Pipe
 from typing import IO, Any
 
+import torch
 from torch import Tensor
 
 from opsin import errors
@@ -150,13 +151,6 @@ class LeadingRank(Rank):
         Raises:
             OpsinError: as `Rank`, or a rank fails; the message says which.
         """
-        import torch.distributed as dist
-
-        if dist.is_initialized():
-            raise ConfigError(
-                "torch.distributed has a default group in this process already: close the other engine with "
-                "tensor_parallel_size, or run each engine in a process of its own"
-            )
         world, timeout = config.tensor_parallel_size, config.tensor_parallel_timeout
         device = plugins.select_device(config.device)
         self._timeout = timeout
@@ -232,6 +226,11 @@ class LeadingRank(Rank):
 
     def _join(self) -> None:
         self._all_say("open")
+        if self.device.capabilities.communication != "gloo" and torch.distributed.is_initialized():
+            raise ConfigError(
+                "torch.distributed has a default group in this process already: close the other engine with "
+                "tensor_parallel_size, or run each engine in a process of its own"
+            )
         for follower in self._followers:
             follower.send("join")
         join(self.device, self.place, self._store, self._timeout)
@@ -265,16 +264,17 @@ class LeadingRank(Rank):
 
     def _end_followers(self) -> None:
         """End all other ranks, and what belongs to them here."""
-        import torch.distributed as dist
-
         followers, self._followers = self._followers, []
         for follower in followers:
             follower.release()
         deadline = time.monotonic() + _ENDING_S
         for follower in followers:
             follower.end(deadline)
-        if followers and dist.is_initialized():
-            dist.destroy_process_group()
+        link = self.place.link if hasattr(self, "place") else None
+        if link is not None and link.group is not None:
+            link.group = None
+        elif followers and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
         self._store = None
         if self._memory is not None:
             os.close(self._memory)

@@ -66,23 +66,25 @@ def meeting_store(port: int, timeout: float) -> Any:
 
 
 def join(device: Device, place: Parallel, store: Any, timeout: float) -> None:
-    """Make torch.distributed's default group, over the device's own backend.
+    """Give the ranks' link its process group, over the device's own backend.
+
+    Gloo groups are objects of their own, of which a process may have several; any other backend's is
+    torch.distributed's default group.
 
     Raises:
         DeviceLostError: the ranks do not meet.
     """
     import torch.distributed as dist
 
-    backend = device.capabilities.communication
+    assert place.link is not None
+    backend, limit = device.capabilities.communication, timedelta(seconds=timeout)
+    rank, world = place.rank, place.world_size
     try:
         with _over_loopback():
-            dist.init_process_group(
-                backend,
-                store=store,
-                rank=place.rank,
-                world_size=place.world_size,
-                timeout=timedelta(seconds=timeout),
-            )
+            if backend == "gloo":
+                place.link.group = dist.ProcessGroupGloo(store, rank, world, timeout=limit)
+            else:
+                dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     except (RuntimeError, ValueError) as error:
         raise DeviceLostError(f"ranks cannot meet over {backend}: {error}") from error
 

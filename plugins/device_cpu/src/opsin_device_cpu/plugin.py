@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
@@ -100,7 +101,8 @@ def _supports_ranks(query: KernelQuery) -> bool:
     """Memory that processes share is the compiled kernels' way; torch.distributed's gloo is the other."""
     from opsin_device_cpu import native
 
-    return native.library() is not None and _supports(query)
+    shares = hasattr(os, "memfd_create")
+    return shares and native.library() is not None and _supports(query)
 
 
 @hookimpl

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from ctypes import addressof, c_char
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -35,85 +36,67 @@ _LOOK_MS = 50
 class _Area:
     """The memory of one group of ranks, and the number of the exchange that comes next."""
 
-    def __init__(self, place: Parallel, link: RankLink, memory: int) -> None:
+    def __init__(self, world_size: int, memory: int) -> None:
         assert _LIBRARY is not None
-        size = _LIBRARY.opsin_ranks_bytes(place.world_size)
+        size = _LIBRARY.opsin_ranks_bytes(world_size)
         os.ftruncate(memory, size)  # all ranks do: to the same size
         self._map = mmap.mmap(memory, size)
         self.address = addressof(c_char.from_buffer(self._map))
-        self.link, self.world = link, place.world_size
-        self.spins = _SPINS if link.own_cores else 0
-        self._exchange = 0
-
-    def exchange(self, run: Callable[[int, int], int]) -> None:
-        """Do one exchange: ``run(number, posted)`` until all ranks have come.
-
-        Raises:
-            TimeoutError: a rank does not come. `RankLink.check` raises if one is gone.
-        """
-        self._exchange = (self._exchange + 1) & 0xFFFFFFFF
-        code = run(self._exchange, 0)
-        if code == 1:
-            deadline = time.monotonic() + self.link.timeout
-            while code == 1:
-                self.link.check()
-                if time.monotonic() > deadline:
-                    missing = _MISSING(self.address, self.world, self._exchange)
-                    raise TimeoutError(
-                        f"rank {missing} has not come to a step for {self.link.timeout:g} s; it is stopped, "
-                        "or too slow for tensor_parallel_timeout"
-                    )
-                code = run(self._exchange, 1)
-        assert code == 0, f"an exchange between ranks was refused: {code}"
+        self.exchange = 0
 
 
 _areas: WeakKeyDictionary[RankLink, _Area] = WeakKeyDictionary()
 
 
-def _area(place: Parallel) -> _Area | None:
-    """None: these ranks share no memory."""
-    link = place.link
+def _exchange(place: Parallel, op: Callable[..., int], *arguments: int | None) -> None:
+    """Do one exchange, once all ranks have come to it.
+
+    Raises:
+        TimeoutError: a rank does not come. `RankLink.check` raises if one is gone.
+    """
+    link, world = place.link, place.world_size
     if link is None or link.memory is None:
-        return None
-    if link not in _areas:
-        _areas[link] = _Area(place, link, link.memory)
-    return _areas[link]
+        raise ValueError("ranks on the CPU share memory; expected Parallel.link with memory")
+    area = _areas.get(link)
+    if area is None:
+        area = _areas[link] = _Area(world, link.memory)
+    area.exchange = number = (area.exchange + 1) & 0xFFFFFFFF
+    run = partial(op, area.address, world, place.rank, number, *arguments)
+    spins = _SPINS if link.own_cores else 0
+    code = run(0, spins, _LOOK_MS)
+    if code == 1:
+        deadline = time.monotonic() + link.timeout
+        while code == 1:
+            link.check()
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"rank {_MISSING(area.address, world, number)} has not come to a step for "
+                    f"{link.timeout:g} s; it is stopped, or too slow for tensor_parallel_timeout"
+                )
+            code = run(1, spins, _LOOK_MS)
+    assert code == 0, f"an exchange between ranks was refused: {code}"
 
 
 def all_reduce(x: Tensor, place: Parallel) -> Tensor:
     """`opsin.api.AllReduce`, written into x."""
-    area = _area(place)
-    if area is None:
-        torch.distributed.all_reduce(x)
-        return x
     x = x.contiguous()
-    kind, rest = _TYPES[x.dtype], x.view(-1)
-    for part in rest.split(_SLOT_BYTES // x.element_size()):
-        area.exchange(
-            lambda number, posted, part=part: _SUM(  # type: ignore[misc]
-                area.address, area.world, place.rank, number, kind, part.data_ptr(), part.numel(), posted,
-                area.spins, _LOOK_MS,
-            )
-        )  # fmt: skip
+    for part in x.view(-1).split(_SLOT_BYTES // x.element_size()):
+        _exchange(place, _SUM, _TYPES[x.dtype], part.data_ptr(), part.numel())
     return x
 
 
 def all_gather(x: Tensor, widths: Sequence[int], place: Parallel) -> Tensor:
-    """`opsin.api.AllGather`."""
-    area, widest = _area(place), max(widths) * x.element_size()
-    if area is None or widest > _SLOT_BYTES:
-        padded = torch.nn.functional.pad(x, (0, max(widths) - x.shape[1])).contiguous()
-        parts = [torch.empty_like(padded) for _ in widths]
-        torch.distributed.all_gather(parts, padded)
-        return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
+    """`opsin.api.AllGather`.
+
+    Raises:
+        ValueError: a row is wider than what ranks exchange at once.
+    """
+    widest = max(widths) * x.element_size()
+    if widest > _SLOT_BYTES:
+        raise ValueError(f"rows of {widest} bytes; at most {_SLOT_BYTES} are gathered")
     out = x.new_empty(x.shape[0], sum(widths))
     sizes = torch.tensor([width * x.element_size() for width in widths], dtype=torch.int64)
-    rows = max(1, _SLOT_BYTES // widest)
+    rows = _SLOT_BYTES // widest
     for mine, whole in zip(x.contiguous().split(rows), out.split(rows)):
-        area.exchange(
-            lambda number, posted, mine=mine, whole=whole: _GATHER(  # type: ignore[misc]
-                area.address, area.world, place.rank, number, mine.data_ptr(), len(mine), sizes.data_ptr(),
-                whole.data_ptr(), posted, area.spins, _LOOK_MS,
-            )
-        )  # fmt: skip
+        _exchange(place, _GATHER, mine.data_ptr(), len(mine), sizes.data_ptr(), whole.data_ptr())
     return out
