@@ -19,6 +19,7 @@ from opsin.api import (
     LinearFn,
     MemoryInfo,
     OpName,
+    Parallel,
 )
 from opsin.testing.kernels import WEIGHT_FORMS, KernelCase, check_kernel, kernel_cases
 
@@ -162,6 +163,14 @@ def _rounded_weight(
     )
 
 
+def _own_half_twice(x: Tensor, widths: Sequence[int], place: Parallel) -> Tensor:
+    return kernels.all_gather(x, widths, place).roll(place.rank, 1)
+
+
+def _in_any_order(x: Tensor, place: Parallel) -> Tensor:
+    return kernels.all_reduce(x, place) * (1 + place.rank * 1e-6)
+
+
 BROKEN: list[tuple[OpName, Callable[..., Any]]] = [
     ("rms_norm", _overwritten_residual),
     ("layer_norm", _unbiased),
@@ -177,6 +186,8 @@ BROKEN: list[tuple[OpName, Callable[..., Any]]] = [
     ("prepare_linear", _bias_after_activation),
     ("prepare_linear", _spoiled_weight),
     ("prepare_linear", _rounded_weight),
+    ("all_reduce", _in_any_order),
+    ("all_gather", _own_half_twice),
 ]
 
 
@@ -185,7 +196,7 @@ def test_a_broken_kernel_is_caught(op: OpName, kernel: Callable[..., Any]) -> No
     table = {**kernels.REFERENCES, op: kernel}
     specs = [KernelSpec(device="host", op=name, load=lambda k=k: k) for name, k in table.items()]
     asked = "paged_attention" if op == "write_kv" else op
-    cases = [case for case in kernel_cases(["float32"]) if case.query.op == asked]
+    cases = [case for case in kernel_cases(["float32"], later_ops=True) if case.query.op == asked]
     with pytest.raises(AssertionError):
         _check_all(cases, specs)
 

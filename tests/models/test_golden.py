@@ -28,10 +28,12 @@ NUM_STEPS = 16
 
 @pytest.fixture(scope="module")
 def llms() -> Iterator[dict[str, LLM]]:
-    loaded = {
-        family: LLM(str(GOLDEN / family / "model"), dtype="float32", kv_cache_memory=2**22)
-        for family in FAMILIES
-    }
+    class Loaded(dict[str, LLM]):
+        def __missing__(self, family: str) -> LLM:
+            self[family] = LLM(str(GOLDEN / family / "model"), dtype="float32", kv_cache_memory=2**22)
+            return self[family]
+
+    loaded = Loaded()
     yield loaded
     for llm in loaded.values():
         llm.close()

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from opsin.checkpoint.hub import locate
-from opsin.errors import CheckpointError
+from opsin.errors import CheckpointError, ConfigError
 from opsin.plugins.claims import reason_of
 
 _UNSAFE_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt")
@@ -290,6 +290,8 @@ def settings_explained(path: Path, builder: Callable[..., Any]) -> Iterator[None
     where = getattr(builder, "__module__", type(builder).__name__)
     try:
         yield
+    except ConfigError:  # a setting of the user's
+        raise
     except ValueError as error:  # what a builder says itself
         raise CheckpointError(f"the settings in {path}: {error}") from error
     except KeyError as error:

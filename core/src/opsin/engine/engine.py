@@ -349,8 +349,8 @@ class Engine:
         return self.scheduler.blocks.reset()
 
     def close(self) -> None:
-        """Abort everything and release the model."""
+        """Abort everything and release the model. May be called again."""
         for request_id in list(self._requests):
             self.abort(request_id)
-        del self.runner
+        vars(self).pop("runner", None)
         self.executor.close()

@@ -26,6 +26,7 @@ from opsin.api import (
     Parallel,
     WeightForm,
 )
+from opsin.errors import ConfigError
 from opsin.layers.linear import Embedding, Linear, Part, activation, dtype_name
 from opsin.layers.module import Module, Slot
 from opsin.layers.norm import RMSNorm
@@ -117,14 +118,14 @@ def _heads_of_rank(config: DecoderConfig, place: Parallel) -> list[int]:
     """Query heads and key/value heads of a rank.
 
     Raises:
-        ValueError: the heads cannot be divided among so many ranks; the message names numbers that work.
+        ConfigError: the heads cannot be divided among so many ranks; the message names numbers that work.
     """
     heads, kv_heads, world = config.num_heads, config.num_kv_heads, place.world_size
     if not _divides_heads(config, world):
         possible = [str(n) for n in range(2, heads + 1) if _divides_heads(config, n)]
-        raise ValueError(
-            f"{heads} query heads and {kv_heads} key/value heads cannot be divided among {world} ranks; "
-            f"possible are {', '.join(['1', *possible])}"
+        raise ConfigError(
+            f"tensor_parallel_size={world}: {heads} query heads and {kv_heads} key/value heads cannot be "
+            f"divided among so many ranks; possible are {', '.join(['1', *possible])}"
         )
     return [place.share(heads)[1], place.share(kv_heads)[1]]
 
@@ -141,13 +142,15 @@ def _mlp_unit(config: DecoderConfig, place: Parallel) -> int:
     A width of 29568 = 231 * 128 is no multiple of 8 * 128: ranks then have 29 or 28 times 128.
 
     Raises:
-        ValueError: there are more ranks than columns.
+        ConfigError: there are more ranks than columns.
     """
     wide, world = config.intermediate_size, place.world_size
     for unit in (128, 64, 32, 16, 8, 4, 2, 1):
         if wide % unit == 0 and wide // unit >= world:
             return unit
-    raise ValueError(f"intermediate_size {wide} cannot be divided among {world} ranks")
+    raise ConfigError(
+        f"tensor_parallel_size={world}: intermediate_size {wide} cannot be divided among so many"
+    )
 
 
 class Attention(Module):

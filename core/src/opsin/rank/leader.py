@@ -207,7 +207,7 @@ class LeadingRank(Rank):
             return super().compute(step, embeds, features)
         except BaseException as error:
             reason = self._lost = self._why(error)
-            self._end_followers()
+            self._end_followers(patience=0)
             if not isinstance(error, Exception):
                 raise
             raise DeviceLostError(reason) from error
@@ -262,12 +262,12 @@ class LeadingRank(Rank):
                 return str(error) if known else f"rank 0: {type(error).__name__}: {error}"
             time.sleep(0.02)
 
-    def _end_followers(self) -> None:
-        """End all other ranks, and what belongs to them here."""
+    def _end_followers(self, patience: float = _ENDING_S) -> None:
+        """End all other ranks, and what belongs to them here; kill those that stay for ``patience`` s."""
         followers, self._followers = self._followers, []
         for follower in followers:
             follower.release()
-        deadline = time.monotonic() + _ENDING_S
+        deadline = time.monotonic() + patience
         for follower in followers:
             follower.end(deadline)
         link = self.place.link if hasattr(self, "place") else None

@@ -253,8 +253,9 @@ class Rank:
         """Raise `DeviceLostError` if another rank is gone."""
 
     def close(self) -> None:
-        """Release model and caches."""
-        del self.model, self.kv
+        """Release model and caches. May be called again."""
+        for name in ("model", "kv"):
+            vars(self).pop(name, None)
 
 
 @contextmanager

@@ -41,6 +41,7 @@ from opsin.api import (
 )
 from opsin.kernels import Choice, Kernels, allocate_kv
 from opsin.layers.rounding import pack_halves, round_weight
+from opsin.testing.exchanges import exchange_cases
 
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """Largest error, relative to the largest magnitude of the expected result."""
@@ -156,13 +157,13 @@ def kernel_cases(
 
     Args:
         dtypes: of the device.
-        later_ops: with the ops added since API 1.0 (top_k, rotary_paged_attention), which plugins of that
-            time do not have.
+        later_ops: with the ops added since API 1.0 (top_k, rotary_paged_attention, all_reduce, all_gather),
+            which plugins of that time do not have.
         weights: also linear layers over weights in these forms, of `WEIGHT_FORMS` or others. Since 1.2.
     """
     makers = [_norms, _gated_acts, _rotaries, _linears, _paged_attentions, _dense_attentions]
     if later_ops:
-        makers += [_top_ks, _rotary_paged_attentions]
+        makers += [_top_ks, _rotary_paged_attentions, _exchanges]
     makers += [partial(formed_linears, form) for form in weights]
     return [case for dtype in dtypes for maker in makers for case in maker(dtype)]
 
@@ -658,3 +659,10 @@ def _check_top_k(bench: Bench, *, rows: int, size: int, k: int) -> None:
     values, ids = search(bench.put(x), k)
     assert math.isnan(values[0, 0].item()), "NaN counts as largest"
     assert ids[0, 0].item() == size // 2, "the place of NaN"
+
+
+# ---- Between ranks -------------------------------------------------------------------------------
+
+
+def _exchanges(dtype: str) -> Iterator[KernelCase]:
+    yield from (KernelCase(name, query, check) for name, query, check in exchange_cases(dtype))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from opsin.api import MappedMedia, Modality
-from opsin.errors import CheckpointError
+from opsin.errors import ConfigError
 from opsin.testing.models.outcome import DoesNotApply, require
 from opsin.testing.models.subject import ModelUnderTest, compare
 
@@ -179,7 +179,7 @@ def two_ranks(model: ModelUnderTest) -> str:
     requests, expected = model.requests()[:4], model.expected[:4]
     try:
         llm = model.load(tensor_parallel_size=2)
-    except CheckpointError as error:
+    except ConfigError as error:
         if "cannot be divided" in str(error):
             raise DoesNotApply(str(error)) from error
         raise
