@@ -7,7 +7,7 @@ the YAML file take its names, defaults and help; the sections of its docstring a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -178,6 +178,9 @@ class EngineConfig(MediaLimits):
             ``auto`` for a checkpoint that must be stored so.
         quantization_group_size: inputs that share a scale where the decoder is rounded. Default: 32 for
             ``int4``, all of a row for ``int8``.
+        lora: LoRA adapters (folders or hub ids) that are merged into the weights while these are loaded, one
+            after the other.
+        lora_scale: factor on what the adapters add: one for all of them, or one for each.
         max_model_len: most tokens of prompt and answer together. Default: what the model allows and memory
             holds.
         load_format: accepted for compatibility. Only safetensors are ever read.
@@ -232,6 +235,8 @@ class EngineConfig(MediaLimits):
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float", "half"] = "auto"
     quantization: str | None = "auto"
     quantization_group_size: Literal[32, 64, 128] | None = None
+    lora: Sequence[str] = ()
+    lora_scale: Sequence[float] = (1.0,)
     max_model_len: Positive | None = None
     load_format: Literal["auto", "safetensors"] = "auto"
     trust_remote_code: bool = False
@@ -263,6 +268,8 @@ class EngineConfig(MediaLimits):
         if self.quantization is None or isinstance(self.quantization, str):
             self._put("quantization", _QUANTIZATIONS.get(self.quantization, self.quantization))
         self._put("mm_processor_kwargs", self.mm_processor_kwargs or {})
+        self._put("lora", [str(one) for one in _listed(self.lora)])
+        self._put("lora_scale", [_number(one) for one in _listed(self.lora_scale)])
         if isinstance(self.limit_mm_per_prompt, Mapping):
             limits = {modality: _count(limit) for modality, limit in self.limit_mm_per_prompt.items()}
             self._put("limit_mm_per_prompt", limits)
@@ -283,6 +290,11 @@ class EngineConfig(MediaLimits):
             raise ConfigError(
                 f"quantization_group_size={self.quantization_group_size} is for rounding, and quantization "
                 f'is {self.quantization!r}; pass quantization="int4" or "int8"'
+            )
+        if self.lora and len(self.lora_scale) not in (1, len(self.lora)):
+            raise ConfigError(
+                f"lora_scale has {len(self.lora_scale)} values for {len(self.lora)} adapters; expected "
+                "one, or one for each"
             )
         self._put("mm_processor_kwargs", dict(self.mm_processor_kwargs))
         self._put("speculative_config", dict(self.speculative_config) if self.speculative_config else None)
@@ -329,6 +341,21 @@ def engine_settings(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
         if value is not None and not (name in meant and value == fields[name].default)
     }
     return translated(where, asked, ENGINE, fields)
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    """One value as a list of it."""
+    if value is None:
+        return ()
+    return value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+
+
+def _number(value: Any) -> Any:
+    """What a flag says, as a number if it is one."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _count(limit: Any) -> Any:

@@ -25,6 +25,7 @@ from opsin.api import (
     WideMedia,
 )
 from opsin.checkpoint.files import Checkpoint, settings_explained
+from opsin.checkpoint.lora import Adapters
 from opsin.checkpoint.quantized import QuantizedTensors
 from opsin.checkpoint.weights import load_weights, read_safetensors, safetensors_keys, torch_dtype
 from opsin.config import EngineConfig
@@ -106,6 +107,11 @@ class Rank:
                 keys, needed = safetensors_keys(files), config.quantization != "none"
                 quantized = QuantizedTensors(weight_format, stored, keys, needed=needed)
                 tensors = quantized.decoded(tensors)
+            adapters = None
+            if config.lora:
+                scales = list(config.lora_scale) * (len(config.lora) if len(config.lora_scale) == 1 else 1)
+                adapters = Adapters(config.lora, scales, self.model.weight_name)
+                tensors = adapters.merged(tensors)
             self.weights = load_weights(
                 self.model,
                 self._checked(tensors),
@@ -152,6 +158,8 @@ class Rank:
         )
         logger.info("%s", self.resolved.explanation)
         logger.info("%s", self.kernels.report())
+        if adapters is not None:
+            logger.info("%s", adapters.report())
         if quantized is not None:
             logger.info("%s", quantized.report())
         logger.info("%s", self.kernels.report_weights())
