@@ -180,7 +180,7 @@ class EngineConfig(MediaLimits):
             ``int4``, all of a row for ``int8``.
         lora: LoRA adapters (folders or hub ids) that are merged into the weights while these are loaded, one
             after the other.
-        lora_scale: factor on what the adapters add: one for all of them, or one for each.
+        lora_scale: factor on what the adapters add: one for all of them, or one for each. Default: 1.
         max_model_len: most tokens of prompt and answer together. Default: what the model allows and memory
             holds.
         load_format: accepted for compatibility. Only safetensors are ever read.
@@ -236,7 +236,7 @@ class EngineConfig(MediaLimits):
     quantization: str | None = "auto"
     quantization_group_size: Literal[32, 64, 128] | None = None
     lora: Sequence[str] = ()
-    lora_scale: Sequence[float] = (1.0,)
+    lora_scale: Sequence[float] = ()
     max_model_len: Positive | None = None
     load_format: Literal["auto", "safetensors"] = "auto"
     trust_remote_code: bool = False
@@ -291,7 +291,7 @@ class EngineConfig(MediaLimits):
                 f"quantization_group_size={self.quantization_group_size} is for rounding, and quantization "
                 f'is {self.quantization!r}; pass quantization="int4" or "int8"'
             )
-        if self.lora and len(self.lora_scale) not in (1, len(self.lora)):
+        if self.lora_scale and len(self.lora_scale) not in (1, len(self.lora)):
             raise ConfigError(
                 f"lora_scale has {len(self.lora_scale)} values for {len(self.lora)} adapters; expected "
                 "one, or one for each"

@@ -1,5 +1,5 @@
-"""The command line: ``opsin`` ``serve``, ``generate``, ``bench``, ``plugins``, ``doctor``, ``quantize``,
-``new-plugin``.
+"""The command line: ``opsin`` ``serve``, ``generate``, ``batch``, ``bench``, ``plugins``, ``doctor``,
+``quantize``, ``new-plugin``.
 
 Each command is a module with an `app`, imported when it is used; whatever is heavy is imported inside of its
 function, so that help comes at once.
@@ -38,6 +38,7 @@ app = App(
 _COMMANDS = {
     "serve": "Serve a model over HTTP, with OpenAI's API.",
     "generate": "Ask a model about pictures and videos.",
+    "batch": "Answer many requests, from a file or a folder into a file.",
     "bench": "Measure how fast a model or a server is.",
     "plugins": "Show the installed plugins, and who provides what.",
     "doctor": "Say what works on this machine, and what to do about the rest.",

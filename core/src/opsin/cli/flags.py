@@ -90,13 +90,14 @@ def described(cls: type) -> Iterator[tuple[str, str, str]]:
 def _flag(parameter: inspect.Parameter, topic: str, text: str) -> inspect.Parameter:
     hint = parameter.annotation
     members = [get_origin(member) or member for member in (hint, *get_args(hint))]
+    elements = [arg for member in (hint, *get_args(hint)) for arg in get_args(member)]
     more: dict[str, Any] = {"negative": (), "validator": partial(_check, hint)}
     if Mapping in members:
         # The values of several such flags come together, as they do for a list.
         hint = dict[str, Any]
         more |= {"converter": _mapping, "n_tokens": -1, "json_dict": False}
     elif Sequence in members:
-        hint = list[str]
+        hint = list[float] if float in elements else list[str]
     elif bool in members and parameter.default is not False:
         more["negative"] = f"--no-{parameter.name.replace('_', '-')}"
     named = parameter.kind is parameter.KEYWORD_ONLY

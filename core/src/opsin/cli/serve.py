@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,11 +11,8 @@ from cyclopts import App, Parameter
 from opsin.cli.errors import Debug, reported, usage
 from opsin.cli.flags import build, takes
 from opsin.config import EngineConfig
-from opsin.errors import ConfigError
 from opsin.plugins.known_packages import known_packages
-from opsin.server.settings import Listen, ServerSettings
-
-_NEEDED = ("fastapi", "uvicorn", "pydantic", "httpx2", "prometheus_client", "yaml")
+from opsin.server.settings import Listen, ServerSettings, require_packages
 
 app = App(
     "serve",
@@ -53,7 +49,7 @@ def run(
         engine = build(EngineConfig, settings)
     server = build(ServerSettings, settings)
     listen = build(Listen, settings)
-    _require_packages()
+    require_packages("opsin serve")
     level = server.log_level.upper()
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if level != "DEBUG":
@@ -62,11 +58,3 @@ def run(
     from opsin.server.run import serve
 
     return serve(engine, server, listen)
-
-
-def _require_packages() -> None:
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"opsin serve needs {', '.join(missing).replace('_', '-')}; pip install 'opsin[serve]'"
-        )

@@ -109,7 +109,8 @@ class Rank:
                 tensors = quantized.decoded(tensors)
             adapters = None
             if config.lora:
-                scales = list(config.lora_scale) * (len(config.lora) if len(config.lora_scale) == 1 else 1)
+                given = list(config.lora_scale) or [1.0]
+                scales = given * (len(config.lora) if len(given) == 1 else 1)
                 adapters = Adapters(config.lora, scales, self.model.weight_name)
                 tensors = adapters.merged(tensors)
             self.weights = load_weights(

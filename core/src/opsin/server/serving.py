@@ -65,7 +65,7 @@ class Serving:
         Raises:
             ApiError: 404 for another model; 400 for a server with another task.
         """
-        if model is not None and model not in self.names:
+        if model is not None and model not in self.names and not self.settings.any_model_name:
             listed = ", ".join(self.names)
             raise ApiError(404, f"this model is not served here; served: {listed}", param="model")
         own = self.info.config.task

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -74,6 +75,7 @@ class ServerSettings:
         allowed_origins: web pages of these origins may call the server. Default: none.
 
     Attributes:
+        any_model_name: whether requests may name any model; they get the one that is there.
         limits: limits of requests.
         fetch: what is fetched for clients.
     """
@@ -88,6 +90,7 @@ class ServerSettings:
     shutdown_timeout: Annotated[float, Range(0)] | None = None
     api_key: Sequence[str] = ()
     allowed_origins: Sequence[str] = ()
+    any_model_name: bool = False
     limits: RequestLimits = field(default_factory=RequestLimits)
     fetch: FetchSettings = field(default_factory=FetchSettings)
 
@@ -101,6 +104,17 @@ class ServerSettings:
     def names_of(self, config: EngineConfig) -> Sequence[str]:
         """Names that clients may use for the model."""
         return self.served_model_name or (config.model,)
+
+
+_NEEDED = ("fastapi", "uvicorn", "pydantic", "httpx2", "prometheus_client", "yaml")
+
+
+def require_packages(command: str) -> None:
+    """Raise ConfigError if a package that serving needs is not installed."""
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        names = ", ".join(missing).replace("_", "-")
+        raise ConfigError(f"{command} needs {names}; pip install 'opsin[serve]'")
 
 
 @dataclass(frozen=True, kw_only=True)

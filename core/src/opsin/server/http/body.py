@@ -60,11 +60,16 @@ async def read_body(request: Request, model: type[M], *, max_bytes: int, timeout
         raise ClientGone from None
     request.state.ticket.admit()
     if len(data) <= _ON_THE_LOOP_BYTES:
-        return _validated(model, data)
-    return await asyncio.to_thread(_validated, model, data)
+        return validated(model, data)
+    return await asyncio.to_thread(validated, model, data)
 
 
-def _validated(model: type[M], data: bytes) -> M:
+def validated(model: type[M], data: bytes) -> M:
+    """A body as a model.
+
+    Raises:
+        ApiError: it is not JSON, or refused by the model.
+    """
     # Base64 and most text hold none of these; what looks like more values than it is, is no prompt either.
     if len(data) > _MAX_JSON_VALUES and sum(map(data.count, (b",", b"{", b"["))) > _MAX_JSON_VALUES:
         raise bad_request(f"the body has too many values; at most {_MAX_JSON_VALUES} are accepted")
