@@ -220,6 +220,7 @@ class EngineConfig(MediaLimits):
         preprocess_threads: threads that decode, preprocess and hash media.
 
     Attributes:
+        host_shares: engines that share this machine's memory.
         local_media: whether chat messages may name files of this machine. `LLM` allows it, since its caller
             is this machine's user; a server does not, and has no flag for it.
     """
@@ -260,6 +261,7 @@ class EngineConfig(MediaLimits):
     media_cache_memory: NonNegative = 512 * 2**20
     pending_media_memory: Positive = 2**30
     preprocess_threads: Positive = 2
+    host_shares: Positive = 1
     local_media: bool = False
 
     def __post_init__(self) -> None:

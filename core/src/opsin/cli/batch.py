@@ -21,6 +21,8 @@ from opsin.server.settings import RequestLimits, ServerSettings, require_package
 SOME_FAILED = 3
 """Exit status of a job that is complete, with rows that were refused or failed."""
 
+_CACHE_BYTES = 64 * 2**20
+
 _MODEL = next(iter(known_packages().checkpoints))
 
 app = App(
@@ -35,6 +37,8 @@ app = App(
 IN is a file of OpenAI's batch API (.jsonl), a folder of pictures, or a table
 (.csv, .parquet) with columns for the picture (image: a file, a URL, or bytes),
 the question (prompt) and a name (custom_id), as far as rows have them.
+
+The caches of pictures have 64 MiB each here, unless flags say otherwise.
 
 OUT gets a line of JSON for each row as soon as there is an answer, in the form
 of OpenAI's batch API; a row that cannot be answered gets its error. Run the
@@ -80,6 +84,8 @@ def run(
         verbose: Show what happens while loading.
         debug: Show the traceback of an error.
     """
+    # A job's pictures seldom come twice; where they do, they come one after another.
+    settings = {"media_cache_memory": _CACHE_BYTES, "encoder_cache_memory": _CACHE_BYTES, **settings}
     with usage():
         config = build(EngineConfig, settings)
         fetch = build(FetchSettings, settings)

@@ -135,7 +135,7 @@ class Rank:
             kv_bytes_per_token=2 * geometry.num_layers * row_elements * self.dtype.itemsize,
             kv_row_elements=row_elements,
             free_bytes=self._least(self.device.memory().free_bytes),
-            sharing=self.place.world_size if self.device.torch_device == "cpu" else 1,
+            sharing=self.place.world_size * config.host_shares if self.device.torch_device == "cpu" else 1,
         )
         self._block_size = self.resolved.block_size
         with _out_of_memory_explained(self.device, "KV cache", "pass a smaller kv_cache_memory"):

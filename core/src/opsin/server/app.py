@@ -21,7 +21,7 @@ from opsin.server.answers.chat import ChatCompletions
 from opsin.server.answers.completions import Completions
 from opsin.server.answers.embeddings import Embeddings
 from opsin.server.answers.tokens import Tokenization
-from opsin.server.engine_host import EngineHost
+from opsin.server.engine_host import Host
 from opsin.server.fetch.fetcher import MediaFetcher
 from opsin.server.http.admission import Admission
 from opsin.server.http.body import read_body
@@ -66,7 +66,7 @@ class App:
         admission: counter of requests.
     """
 
-    def __init__(self, host: EngineHost, settings: ServerSettings) -> None:
+    def __init__(self, host: Host, settings: ServerSettings) -> None:
         self.host = host
         self.limits = limits = settings.limits
         self.admission = Admission(host.config.max_num_seqs + limits.max_waiting, limits.max_receiving_bytes)
@@ -172,17 +172,17 @@ class App:
         """Whether the process lives; it may still be loading."""
         if self.host.failure is not None:
             self.host.engine()
-        return _json(responses.Status(status="ok"))
+        return as_json(responses.Status(status="ok"))
 
     async def ready(self) -> Response:
         """Whether requests are answered."""
         self.admission.check()
         self._ready()
-        return _json(responses.Status(status="ready"))
+        return as_json(responses.Status(status="ready"))
 
     async def version(self) -> Response:
         """The server's version."""
-        return _json(responses.Version(version=opsin.__version__))
+        return as_json(responses.Version(version=opsin.__version__))
 
     async def metrics(self) -> Response:
         """Metrics in Prometheus' text format."""
@@ -210,7 +210,7 @@ class App:
             )
             for name in serving.names
         ]
-        return _json(responses.ModelList(object="list", data=cards))
+        return as_json(responses.ModelList(object="list", data=cards))
 
     # ---- work ---------------------------------------------------------------------------------
 
@@ -256,7 +256,7 @@ async def _answer(
 ) -> Response:
     """The answer; a stream begins once its first chunk is there: until then, errors have their own status."""
     if not isinstance(work, AsyncGenerator):
-        return _json(await while_connected(request.receive, work))
+        return as_json(await while_connected(request.receive, work))
     try:
         first = await while_connected(request.receive, anext(work))
     except BaseException:
@@ -265,7 +265,8 @@ async def _answer(
     return EventStream(first, work, request.state.request_id)
 
 
-def _json(model: BaseModel) -> Response:
+def as_json(model: BaseModel) -> Response:
+    """A model as the body of an answer."""
     return Response(model.model_dump_json(exclude_unset=True), media_type="application/json")
 
 

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 from opsin.async_engine import AsyncEngine
 from opsin.config import EngineConfig
@@ -17,6 +18,42 @@ from opsin.server.http.errors import ApiError
 logger = logging.getLogger(__name__)
 
 _RETRY_LOADING_S = 5
+
+
+class Host(Protocol):
+    """What runs the model behind an `opsin.server.app.App`.
+
+    Attributes:
+        config: settings of the engine.
+    """
+
+    config: EngineConfig
+
+    @property
+    def loading(self) -> bool:
+        """Whether a thread of this process is loading."""
+        ...
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why there is no model, or no more; None while all is well."""
+        ...
+
+    def start(self) -> None:
+        """Begin to load."""
+        ...
+
+    def engine(self) -> AsyncEngine:
+        """The engine in this process.
+
+        Raises:
+            ApiError: 503: there is none at the moment.
+        """
+        ...
+
+    def close(self) -> None:
+        """End what was started."""
+        ...
 
 
 class EngineHost:

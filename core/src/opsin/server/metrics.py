@@ -20,6 +20,8 @@ from prometheus_client.registry import Collector
 
 from opsin.results import EngineStats, RequestOutput
 
+PREFIX = "opsin:"
+
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
@@ -49,7 +51,7 @@ class Metrics(Collector):
         histogram = partial(_Histogram, self._registry, model_name)
 
         def counter(name: str, about: str, *labels: str) -> Counter:
-            return Counter(f"opsin:{name}", about, labels, registry=self._registry)
+            return Counter(f"{PREFIX}{name}", about, labels, registry=self._registry)
 
         self._time_to_first_token = histogram(
             "time_to_first_token_seconds", "From the request's arrival, preprocessing included."
@@ -74,6 +76,13 @@ class Metrics(Collector):
         """Prometheus' text format; ``stats`` is None while there is no engine."""
         self._stats = stats
         return generate_latest(self._registry)
+
+    def http_text(self, others: Collector) -> bytes:
+        """Prometheus' text format of the HTTP requests answered here, and of others' metrics."""
+        registry = CollectorRegistry()
+        registry.register(self._http)
+        registry.register(others)
+        return generate_latest(registry)
 
     def answered(self, method: str, route: str, status: int) -> None:
         """An HTTP request was answered."""
@@ -127,7 +136,7 @@ class Metrics(Collector):
         def family(
             kind: type[GaugeMetricFamily | CounterMetricFamily], name: str, about: str, value: float
         ) -> Metric:
-            made = kind(f"opsin:{name}", about, labels=["model_name"])
+            made = kind(f"{PREFIX}{name}", about, labels=["model_name"])
             made.add_metric([self._model_name], value)
             return made
 
@@ -155,14 +164,14 @@ class Metrics(Collector):
             stats.spec_decode_num_accepted_tokens,
         )
         by_position = CounterMetricFamily(
-            "opsin:spec_decode_num_accepted_tokens_per_pos",
+            f"{PREFIX}spec_decode_num_accepted_tokens_per_pos",
             "The same by their place in the guess, from 0.",
             labels=["model_name", "position"],
         )
         for position, count in enumerate(stats.spec_decode_num_accepted_tokens_per_pos):
             by_position.add_metric([self._model_name, str(position)], count)
         yield by_position
-        forms = GaugeMetricFamily("opsin:weight_forms", "Linear layers.", labels=["model_name", "form"])
+        forms = GaugeMetricFamily(f"{PREFIX}weight_forms", "Linear layers.", labels=["model_name", "form"])
         for form, count in stats.weight_forms.items():
             forms.add_metric([self._model_name, form], count)
         yield forms
@@ -173,7 +182,7 @@ class _Histogram(Collector):
     takes locks and cannot take many equal times at once, was a fifth of the event loop's time."""
 
     def __init__(self, registry: CollectorRegistry, model_name: str, name: str, about: str) -> None:
-        self._described = f"opsin:{name}", about
+        self._described = f"{PREFIX}{name}", about
         self._model_name = model_name
         self._counts = [0] * (len(_SECONDS) + 1)
         self._sum = 0.0

@@ -19,7 +19,7 @@ import uvicorn
 from opsin.config import EngineConfig
 from opsin.errors import ConfigError
 from opsin.server.app import App
-from opsin.server.engine_host import EngineHost
+from opsin.server.engine_host import EngineHost, Host
 from opsin.server.http.connection import (
     AcceptErrors,
     Connection,
@@ -27,6 +27,8 @@ from opsin.server.http.connection import (
     abort_all,
     raise_file_limit,
 )
+from opsin.server.replicas.door import Door
+from opsin.server.replicas.host import ReplicaHost
 from opsin.server.settings import Listen, ServerSettings
 
 logger = logging.getLogger(__name__)
@@ -50,8 +52,13 @@ def serve(config: EngineConfig, settings: ServerSettings, listen: Listen) -> int
         ConfigError: the address cannot be listened on.
         BaseException: whatever made loading fail, or ended the engine.
     """
-    host = EngineHost(config)
-    app = App(host, settings)
+    host: Host
+    if settings.data_parallel_size > 1:
+        replicas = host = ReplicaHost(config, settings)
+        app: App = Door(replicas, settings)
+    else:
+        host = EngineHost(config)
+        app = App(host, settings)
     server = Server(app, listen, settings.shutdown_timeout)
     asyncio.run(server.run_until_stopped())
     if host.loading:

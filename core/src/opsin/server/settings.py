@@ -69,6 +69,10 @@ class ServerSettings:
         access_log: whether each request is logged, in one line.
         shutdown_timeout: seconds that accepted requests may go on after SIGTERM. Default: to their end.
 
+    Engine:
+        data_parallel_size: engines behind this server, each a process with devices or cores of its own.
+            Requests about the same picture meet in the same one; one that ends is started again.
+
     Access:
         api_key: key that clients must send as ``Authorization: Bearer KEY``, one of several. Default:
             OPSIN_API_KEY or VLLM_API_KEY, otherwise open to all.
@@ -90,6 +94,7 @@ class ServerSettings:
     shutdown_timeout: Annotated[float, Range(0)] | None = None
     api_key: Sequence[str] = ()
     allowed_origins: Sequence[str] = ()
+    data_parallel_size: Positive = 1
     any_model_name: bool = False
     limits: RequestLimits = field(default_factory=RequestLimits)
     fetch: FetchSettings = field(default_factory=FetchSettings)

@@ -9,15 +9,12 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from itertools import product
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from opsin.api import KernelQuery, Parallel, RankLink
-
-if TYPE_CHECKING:
-    from opsin.testing.kernels import Bench
+from opsin.testing.kernel_case import Bench, KernelCase
 
 TIMEOUT_S = 60.0
 ROUNDS = 3
@@ -44,16 +41,16 @@ def places(world_size: int) -> Iterator[list[Parallel]]:
             os.close(memory)
 
 
-def exchange_cases(dtype: str) -> Iterator[tuple[str, KernelQuery, Callable[[Bench], None]]]:
-    """Name, query and check of each case."""
+def exchange_cases(dtype: str) -> Iterator[KernelCase]:
+    """Sums and concatenations, small, large, and of many parts."""
     for world, (rows, size) in product((2, 3), ((1, 896), (16, 896), (300, 896), (1, 7), (3, 700_000))):
         query = KernelQuery(op="all_reduce", dtype=dtype, size=size)
         check = partial(_check_sum, world=world, rows=rows, size=size)
-        yield f"all_reduce-{dtype}-{world}x{rows}x{size}", query, check
+        yield KernelCase(f"all_reduce-{dtype}-{world}x{rows}x{size}", query, check)
     for world, (rows, size) in product((2, 3), ((1, 5003), (16, 5003), (40, 152_064))):
         query = KernelQuery(op="all_gather", dtype=dtype, size=size)
         check = partial(_check_gathered, world=world, rows=rows, size=size)
-        yield f"all_gather-{dtype}-{world}x{rows}x{size}", query, check
+        yield KernelCase(f"all_gather-{dtype}-{world}x{rows}x{size}", query, check)
 
 
 def _check_sum(bench: Bench, *, world: int, rows: int, size: int) -> None:

@@ -50,6 +50,19 @@ async def read_body(request: Request, model: type[M], *, max_bytes: int, timeout
             does not repeat the input.
         ClientGone: the client disconnected while sending.
     """
+    data = await read_bytes(request, max_bytes=max_bytes, timeout_s=timeout_s)
+    if len(data) <= _ON_THE_LOOP_BYTES:
+        return validated(model, data)
+    return await asyncio.to_thread(validated, model, data)
+
+
+async def read_bytes(request: Request, *, max_bytes: int, timeout_s: float) -> bytes:
+    """The body of a request as it came; see `read_body`.
+
+    Raises:
+        ApiError: it is no JSON according to its header, too large, or too slow; or the server is full.
+        ClientGone: the client disconnected while sending.
+    """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         # Also what keeps other sites' pages from posting here: this type needs their browser's preflight.
@@ -59,9 +72,7 @@ async def read_body(request: Request, model: type[M], *, max_bytes: int, timeout
     except ClientDisconnect:
         raise ClientGone from None
     request.state.ticket.admit()
-    if len(data) <= _ON_THE_LOOP_BYTES:
-        return validated(model, data)
-    return await asyncio.to_thread(validated, model, data)
+    return data
 
 
 def validated(model: type[M], data: bytes) -> M:
