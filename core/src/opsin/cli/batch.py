@@ -14,9 +14,10 @@ from cyclopts import App, Parameter, validators
 from opsin.cli.errors import Debug, reported, usage
 from opsin.cli.flags import build, takes
 from opsin.config import EngineConfig
+from opsin.errors import ConfigError
 from opsin.plugins.known_packages import known_packages
 from opsin.server.fetch.settings import FetchSettings
-from opsin.server.settings import RequestLimits, ServerSettings, require_packages
+from opsin.server.settings import RequestLimits, ServerSettings, require_packages, require_ray
 
 SOME_FAILED = 3
 """Exit status of a job that is complete, with rows that were refused or failed."""
@@ -64,6 +65,8 @@ def run(
     temperature: Annotated[float | None, Parameter(validator=validators.Number(gte=0))] = None,
     keep_order: bool = False,
     served_model_name: str | None = None,
+    on_ray: Annotated[bool, Parameter("--ray", negative=())] = False,
+    replicas: Annotated[int, Parameter(validator=validators.Number(gte=1))] = 1,
     as_json: Annotated[bool, Parameter("--json")] = False,
     verbose: Annotated[bool, Parameter(("--verbose", "-v"))] = False,
     debug: Debug = False,
@@ -80,6 +83,8 @@ def run(
         temperature: Randomness, where rows are no whole requests. Default: the model's own.
         keep_order: Write answers in the order of the rows, not as they are finished.
         served_model_name: Name of the model in the rows. Default: rows may name any model.
+        on_ray: Run on the Ray cluster of RAY_ADDRESS, or on one that is started here. Needs opsin[ray].
+        replicas: Engines on the cluster.
         as_json: Print one JSON object with the counts.
         verbose: Show what happens while loading.
         debug: Show the traceback of an error.
@@ -90,6 +95,10 @@ def run(
         config = build(EngineConfig, settings)
         fetch = build(FetchSettings, settings)
     require_packages("opsin batch")
+    if on_ray:
+        require_ray("opsin batch --ray")
+        if keep_order:
+            raise ConfigError("--keep-order is for one machine; leave it out with --ray")
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="opsin: %(message)s")
     for noisy in ("httpx2", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -112,7 +121,12 @@ def run(
         limits=RequestLimits(),
     )
     try:
-        done = run_job(config, server, rows, out, keep_order=keep_order)
+        if on_ray:
+            from opsin.ray.batch import run_on_ray
+
+            done = run_on_ray(config, server, rows, out, replicas=replicas)
+        else:
+            done = run_job(config, server, rows, out, keep_order=keep_order)
     except KeyboardInterrupt:
         print(f"opsin: interrupted; what is done is in {out}: run it again to go on", file=sys.stderr)
         raise

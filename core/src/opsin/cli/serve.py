@@ -12,7 +12,9 @@ from opsin.cli.errors import Debug, reported, usage
 from opsin.cli.flags import build, takes
 from opsin.config import EngineConfig
 from opsin.plugins.known_packages import known_packages
-from opsin.server.settings import Listen, ServerSettings, require_packages
+from opsin.server.settings import Listen, ServerSettings, require_packages, require_ray
+
+_RAY_HELP = "Serve on the Ray cluster of RAY_ADDRESS, or on one that is started here. Needs opsin[ray]."
 
 app = App(
     "serve",
@@ -41,6 +43,8 @@ The command line comes first, then the environment, then the file.
 def run(
     *,
     config: Annotated[Path | None, Parameter(help="YAML file with flags.")] = None,
+    on_ray: Annotated[bool, Parameter("--ray", negative=(), help=_RAY_HELP)] = False,
+    replicas: Annotated[int, Parameter(help="With --ray: engines on the cluster.")] = 1,
     debug: Debug = False,
     **settings: Any,
 ) -> int:
@@ -55,6 +59,11 @@ def run(
     if level != "DEBUG":
         logging.getLogger("httpx2").setLevel(logging.WARNING)
     logging.getLogger("opsin.access").disabled = not server.access_log
+    if on_ray:
+        require_ray("opsin serve --ray")
+        from opsin.ray.run import serve_on_ray
+
+        return serve_on_ray(engine, server, listen, replicas)
     from opsin.server.run import serve
 
     return serve(engine, server, listen)

@@ -21,6 +21,7 @@ from opsin.server.answers.chat import ChatCompletions
 from opsin.server.answers.completions import Completions
 from opsin.server.answers.embeddings import Embeddings
 from opsin.server.answers.tokens import Tokenization
+from opsin.server.batch.api import BatchApi
 from opsin.server.engine_host import Host
 from opsin.server.fetch.fetcher import MediaFetcher
 from opsin.server.http.admission import Admission
@@ -64,6 +65,7 @@ class App:
         host: holder of the engine.
         limits: limits of requests and connections.
         admission: counter of requests.
+        batches: routes of jobs; None where they are off.
     """
 
     def __init__(self, host: Host, settings: ServerSettings) -> None:
@@ -84,12 +86,18 @@ class App:
         self.api.openapi = self._openapi  # type: ignore[method-assign]
         self.api.add_exception_handler(HTTPException, _as_error_body)
         self._add_routes()
+        self.batches: BatchApi | None = None
+        if settings.files_dir is not None:
+            self.batches = BatchApi(settings.files_dir, settings, self._ready)
+            self.batches.add_to(self.api)
         if settings.ui:
             mount_ui(self.api)
         self._add_middleware()
 
     async def aclose(self) -> None:
         """Close connections and the engine."""
+        if self.batches is not None:
+            await self.batches.aclose()
         await self._fetcher.aclose()
         self.host.close()
 

@@ -149,6 +149,8 @@ class Server(uvicorn.Server):
             raise ConfigError(f"cannot listen on {where}; is it in use, or not this machine's?") from None
         print(f"opsin: listening on {self.url}", file=sys.stderr, flush=True)
         self._app.host.start()
+        if self._app.batches is not None:
+            self._app.batches.start()
 
     @property
     def url(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 from opsin.config import EngineConfig
@@ -69,6 +70,11 @@ class ServerSettings:
         access_log: whether each request is logged, in one line.
         shutdown_timeout: seconds that accepted requests may go on after SIGTERM. Default: to their end.
 
+    Batches:
+        files_dir: folder for files of /v1/files and jobs of /v1/batches, which are off without it. Whoever
+            may use the server sees all of them.
+        max_file_bytes: most bytes of such a file.
+
     Engine:
         data_parallel_size: engines behind this server, each a process with devices or cores of its own.
             Requests about the same picture meet in the same one; one that ends is started again.
@@ -94,6 +100,8 @@ class ServerSettings:
     shutdown_timeout: Annotated[float, Range(0)] | None = None
     api_key: Sequence[str] = ()
     allowed_origins: Sequence[str] = ()
+    files_dir: Path | None = None
+    max_file_bytes: Positive = 512 * 2**20
     data_parallel_size: Positive = 1
     any_model_name: bool = False
     limits: RequestLimits = field(default_factory=RequestLimits)
@@ -101,6 +109,11 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.files_dir is not None and self.data_parallel_size > 1:
+            raise ConfigError(
+                "--files-dir is for one engine; leave it or --data-parallel-size out (opsin batch --ray runs "
+                "a job on several)"
+            )
         if not all(self.api_key):
             raise ConfigError("--api-key is empty; expected a key, or leave it out")
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
@@ -120,6 +133,12 @@ def require_packages(command: str) -> None:
     if missing:
         names = ", ".join(missing).replace("_", "-")
         raise ConfigError(f"{command} needs {names}; pip install 'opsin[serve]'")
+
+
+def require_ray(command: str) -> None:
+    """Raise ConfigError if Ray is not installed."""
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError(f"{command} needs Ray; pip install 'opsin[ray]'")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from opsin.async_engine import AsyncEngine
 from opsin.config import EngineConfig
 from opsin.server.batch.output import Output
-from opsin.server.batch.rows import Row, Source
+from opsin.server.batch.rows import Row, Source, key_of
 from opsin.server.batch.runner import lines
 from opsin.server.fetch.fetcher import MediaFetcher
 from opsin.server.metrics import Metrics
@@ -52,7 +52,7 @@ def run_job(
     with Output(out) as output:
         if output.num_done:
             logger.warning("%s has %d rows already; going on with the others", out, output.num_done)
-        if next(left(source, output), None) is None:  # loading a model for nothing takes its time
+        if next(left(source, output.done), None) is None:  # loading a model for nothing takes its time
             return Done(num_written=0, num_failed=output.num_failed, num_before=output.num_done)
         total = source.count()
         engine = AsyncEngine.from_config(config)
@@ -78,7 +78,7 @@ async def _run(
         engine=engine, settings=settings, fetcher=fetcher, metrics=Metrics(settings.names_of(config)[0])
     )
     # Twice as many as are computed at once: while those are, the next ones are prepared.
-    made = lines(serving, left(source, output), at_once=2 * config.max_num_seqs, keep_order=keep_order)
+    made = lines(serving, left(source, output.done), at_once=2 * config.max_num_seqs, keep_order=keep_order)
     try:
         async with aclosing(made) as all_lines:
             async for line in all_lines:
@@ -90,6 +90,6 @@ async def _run(
         await fetcher.aclose()
 
 
-def left(source: Source, output: Output) -> Iterator[Row]:
-    """The rows that are not in the output yet."""
-    return (row for row in source if row.custom_id not in output)
+def left(source: Source, done: Collection[int]) -> Iterator[Row]:
+    """The rows of a source whose keys (`key_of`) are not done."""
+    return (row for row in source if key_of(row.custom_id) not in done)

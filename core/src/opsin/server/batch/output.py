@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from opsin.errors import ConfigError
+from opsin.server.batch.rows import key_of
 from opsin.server.http.errors import ApiError
 
 
@@ -37,6 +38,7 @@ class Output:
     """The output of a job, which goes on where an earlier run of it ended.
 
     Attributes:
+        done: `key_of` the rows that stand in it.
         num_done: rows that stood there when it was opened.
         num_failed: rows that were refused or failed, of all.
         num_written: rows of this run.
@@ -48,7 +50,7 @@ class Output:
         Raises:
             ConfigError: the file is no output of a job, or cannot be written.
         """
-        self._done: set[int] = set()
+        self.done: set[int] = set()
         self.num_failed = self.num_written = 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +58,7 @@ class Output:
             self._read(path)
         except OSError as error:
             raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
-        self.num_done = len(self._done)
+        self.num_done = len(self.done)
 
     def __enter__(self) -> Output:
         return self
@@ -65,9 +67,6 @@ class Output:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
-
-    def __contains__(self, custom_id: str) -> bool:
-        return hash(custom_id) in self._done
 
     def write(self, line: bytes, *, failed: bool) -> None:
         """Add a row's line; it is the system's when this returns, so no end of this process loses it."""
@@ -87,7 +86,7 @@ class Output:
             try:
                 given = json.loads(line)
                 status = given["response"]["status_code"]
-                self._done.add(hash(given["custom_id"]))
+                self.done.add(key_of(given["custom_id"]))
             except (ValueError, KeyError, TypeError) as error:
                 raise ConfigError(
                     f"{path} holds something else than the output of a job (at byte {end - len(line)}); "
