@@ -16,7 +16,7 @@ SOURCES := $(patsubst %/__init__.py,%,$(wildcard core/src/*/__init__.py plugins/
 FORMATTED := $(wildcard core plugins demo tests benchmarks examples docs tools)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check format test test-full test-browser test-resaved bench bench-serve bench-peers bench-speculation docs clean
+.PHONY: help setup demo check format test test-full test-browser test-ranks test-ray test-resaved bench bench-serve bench-peers bench-speculation docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -61,13 +61,13 @@ format: $(STAMP) ## rewrite the sources as `make check` wants them
 	@$(PY) -m ruff check --fix $(FORMATTED); $(PY) -m ruff format $(FORMATTED)
 
 # torch's threads spin while they wait; on a busy machine that makes the tests several times slower.
-test test-full test-browser test-resaved docs: export OMP_WAIT_POLICY := passive
+test test-full test-browser test-ranks test-ray test-resaved docs: export OMP_WAIT_POLICY := passive
 
 test: $(STAMP) ## the tests, without those that take minutes
 	@$(PY) -m pytest
 
 test-full: $(STAMP) ## all tests but those in a browser or with older transformers
-	@$(PY) -m pytest -m "not bench and not browser and not resaved"
+	@$(PY) -m pytest -m "not bench and not browser and not resaved and not ray"
 
 test-browser: $(STAMP) ## the playground page in a real browser (needs Chromium; CHROMIUM=PATH)
 	@command -v "$(CHROMIUM)" >/dev/null || { \
@@ -75,6 +75,16 @@ test-browser: $(STAMP) ## the playground page in a real browser (needs Chromium;
 	  exit 1; }
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_EXTRA) playwright
 	@CHROMIUM="$(CHROMIUM)" $(PY) -m pytest -m browser tests/server/test_browser.py
+
+test-ranks: $(STAMP) ## recorded cases at 2 and 4 tensor-parallel ranks, invariance at 2
+	@OPSIN_TEST_RANKS=2 $(PY) -m pytest tests/models/test_golden.py tests/models/test_invariance.py \
+	  tests/models/test_speculation.py tests/models/test_stored_forms.py
+	@OPSIN_TEST_RANKS=4 $(PY) -m pytest tests/models/test_golden.py -k "not qwen3vl" # whose 6 heads 4 do not divide
+
+test-ray: $(STAMP) ## the server and a job on a Ray cluster of two nodes on this machine (installs Ray)
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_EXTRA) "./core[ray]"
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e ./core # editable again
+	@$(PY) -m pytest -m ray tests/ray
 
 test-resaved: $(STAMP) ## checkpoints saved again by older transformers (installs them into .resaved/)
 	@for version in $(notdir $(wildcard tests/checkpoints/resaved/*)); do \

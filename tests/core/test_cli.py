@@ -18,7 +18,7 @@ from PIL import Image
 
 import opsin
 from opsin.api import Capabilities, Device, DeviceSpec, MemoryInfo, ModelSpec, Probe
-from opsin.cli import main, plugins, table
+from opsin.cli import main, plugins, printing
 from opsin.errors import RequestError
 from opsin.hookspecs import hookimpl
 from opsin.params import SamplingParams
@@ -401,8 +401,8 @@ def test_doctor_reports_plugins_in_conflict(run: Run, installed: Any) -> None:
 
 
 def test_table_in_a_pipe_is_plain(capsys: pytest.CaptureFixture[str]) -> None:
-    table.print_table("Things", ("name", "value"), [["long name", "1"], ["b", "[red]2"]])
-    table.print_table("Empty", ("name",), [])
+    printing.print_table("Things", ("name", "value"), [["long name", "1"], ["b", "[red]2"]])
+    printing.print_table("Empty", ("name",), [])
     expected = "Things:\n  name       value\n  long name  1\n  b          [red]2\n\nEmpty: none\n\n"
     assert capsys.readouterr().out == expected
 
@@ -411,8 +411,8 @@ def test_table_on_a_terminal_is_drawn(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    table.print_table("Things", ("name", "value"), [["b", "[red]2"]])
-    table.print_table("Empty", ("name",), [])
+    printing.print_table("Things", ("name", "value"), [["b", "[red]2"]])
+    printing.print_table("Empty", ("name",), [])
     out = capsys.readouterr().out
     assert "─" in out
     assert "[red]2" in out

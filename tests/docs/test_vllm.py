@@ -272,6 +272,6 @@ def test_llm_takes_what_it_says() -> None:
             assert len(output.outputs[0].token_ids) <= 3
             assert output.outputs[0].finished()
     with pytest.raises(
-        ConfigError, match=r"LLM: tensor_parallel_size=2 is not supported: opsin runs a model on one"
+        ConfigError, match=r"LLM: pipeline_parallel_size=2 is not supported: tensor_parallel_size divides"
     ):
-        LLM(MODEL, tensor_parallel_size=2)
+        LLM(MODEL, pipeline_parallel_size=2)

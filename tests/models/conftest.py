@@ -21,7 +21,8 @@ def _ranks() -> Iterator[None]:
     init = LLM.__init__
 
     def with_ranks(self: LLM, *args: Any, **settings: Any) -> None:
-        init(self, *args, **{"tensor_parallel_size": RANKS, **settings})
+        alone = settings.get("plugins") is not None  # which ranks, being processes, would not know
+        init(self, *args, **{"tensor_parallel_size": 1 if alone else RANKS, **settings})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LLM, "__init__", with_ranks)

@@ -186,3 +186,12 @@ def test_chips_are_taken_by_locks(tmp_path: Path) -> None:
     holder.kill()
     holder.wait()
     assert take_chips("chip", 2, 4, folder) == 2
+
+
+def test_the_kubernetes_manifest_is_an_application() -> None:
+    import yaml
+    from ray.serve.schema import ServeDeploySchema
+
+    manifest = yaml.safe_load((GOLDEN.parents[1] / "docs" / "kuberay.yaml").read_text())
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(manifest["spec"]["serveConfigV2"]))
+    assert schema.applications[0].import_path == "opsin.ray:build"

@@ -212,7 +212,7 @@ class EngineConfig(MediaLimits):
         speculative_config: how answers are guessed ahead, such as method=ngram,num_speculative_tokens=8. It
             changes no answer. ``prompt_lookup_max`` and ``prompt_lookup_min`` say how many tokens must have
             stood together before. Default: not at all.
-        kv_cache_memory: bytes of the KV cache. Default: a share of the device's free memory.
+        kv_cache_memory: bytes of the KV cache, on each rank. Default: a share of the device's free memory.
         encoder_cache_memory: bytes of encoded media kept for reuse.
         media_cache_memory: bytes of preprocessed media kept for reuse, in host memory.
         pending_media_memory: bytes of preprocessed media that prompts hold until they are answered, in host

@@ -93,8 +93,11 @@ def _each(entry: NoEffect | Refused, names: str) -> Names:
     return dict.fromkeys(names.split(), entry)
 
 
-_ONE_DEVICE = "opsin runs a model on one device, in one process; start one for each device"
-_NO_LORA = "opsin has no LoRA; merge the adapter into the checkpoint"
+_ONE_DEVICE = (
+    "tensor_parallel_size divides a model among devices; several engines are what opsin serve "
+    "--data-parallel-size, opsin batch --ray and opsin.ray run"
+)
+_NO_LORA = "adapters are merged into the weights at load: pass lora=FOLDER"
 _SPECULATIVE = 'pass speculative_config={"method": "ngram", "num_speculative_tokens": 8}'
 _NO_DRAFT_MODEL = "drafts come from the prompt and the answer (ngram), not from a model"
 _NOT_HERE = "opsin has nothing of the kind; leave it out"
@@ -126,7 +129,7 @@ ENGINE: Names = {
         "prefix_caching_hash_algo mm_hasher_algorithm disable_hybrid_kv_cache_manager",
     ),
     **_each(
-        NoEffect("several processes: there is one"),
+        NoEffect("processes: an engine starts its ranks itself"),
         "disable_custom_all_reduce distributed_executor_backend max_parallel_loading_workers "
         "ray_workers_use_nsight mm_encoder_tp_mode tokenizer_pool_size tokenizer_pool_type "
         "tokenizer_pool_extra_config renderer_num_workers shutdown_timeout",
@@ -147,7 +150,7 @@ ENGINE: Names = {
     "enable_mm_embeds": NoEffect("embeddings are always accepted"),
     "interleave_mm_strings": NoEffect("media stand where their parts do"),
     **_each(
-        NoEffect("of LoRA, which is off"),
+        NoEffect("of LoRA at run time: adapters are merged at load (lora=)"),
         "max_loras max_lora_rank max_cpu_loras lora_dtype lora_extra_vocab_size long_lora_scaling_factors "
         "fully_sharded_loras enable_lora_bias lora_target_modules",
     ),
@@ -304,7 +307,8 @@ METHODS: Mapping[str, str] = {
     **dict.fromkeys(("sleep", "wake_up"), "use LLM.close, and load the model again"),
     **dict.fromkeys(("start_profile", "stop_profile"), "use torch.profiler around the call"),
     **dict.fromkeys(
-        ("collective_rpc", "apply_model", "get_world_size"), "there is one process; see llm.engine.executor"
+        ("collective_rpc", "apply_model", "get_world_size"),
+        "ranks are the engine's own; see llm.engine.executor",
     ),
     "set_tokenizer": "pass tokenizer= to LLM",
     "preprocess_chat": "use llm.engine.frontend",

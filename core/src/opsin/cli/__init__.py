@@ -17,7 +17,7 @@ from typing import NoReturn
 from cyclopts import App, CycloptsError, Group, Parameter
 
 import opsin
-from opsin.cli.help import PlainHelp
+from opsin.cli.printing import PlainHelp
 from opsin.cli.sources import from_environment, from_file
 
 app = App(

@@ -136,7 +136,7 @@ def _tell(found: Results, settings: Mapping[str, Any], results: ResultSettings, 
     if as_json_:
         print(json.dumps(as_json(found), indent=2, ensure_ascii=False))
         return
-    from opsin.cli.table import print_table
+    from opsin.cli.printing import print_table
 
     print_table("Requests", ("what", "value"), rows(found))
     print_table("Times in ms", ("what", "mean", *(f"p{p}" for p in PERCENTILES)), time_rows(found))

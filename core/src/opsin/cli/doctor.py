@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from opsin.api import Device, DeviceSpec
     from opsin.plugins import Plugins
 
+_RANKS = (2, 4)
+"""Numbers of tensor-parallel ranks whose places are shown."""
+
 PACKAGES = (
     "torch",
     "transformers",
@@ -68,6 +71,7 @@ def examine(device: str | None, *, selftest: bool = False, model: str | None = N
     """Everything ``opsin doctor`` has to say, as plain data."""
     from opsin.errors import OpsinError, PluginError
     from opsin.plugins import load_plugins
+    from opsin.rank.placement import place_ranks
 
     report: dict[str, Any] = {
         "opsin": opsin.__version__,
@@ -80,6 +84,7 @@ def examine(device: str | None, *, selftest: bool = False, model: str | None = N
     except PluginError as error:
         return {**report, "advice": [str(error)]}
     report |= describe_plugins(found)
+    report["ranks"] = {size: [str(place) for place in place_ranks(size)] for size in _RANKS}
     report["devices"] = [_describe_device(found, spec) for spec in found.devices()]
     report["kernels"] = _kernels(report)
     report["advice"] = [
@@ -153,7 +158,7 @@ def _kernels(report: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def print_report(report: Mapping[str, Any]) -> None:
     """The tables of ``opsin doctor``, for people."""
-    from opsin.cli.table import print_table
+    from opsin.cli.printing import print_table
 
     versions = [[name, number or "not installed"] for name, number in report["packages"].items()]
     about = [["opsin", report["opsin"]], ["python", report["python"]], ["platform", report["platform"]]]
@@ -168,6 +173,13 @@ def print_report(report: Mapping[str, Any]) -> None:
         kernels = [[k["device"], k["op"], k["from"]] for k in report["kernels"]]
         print_table("Kernels", ("device", "op", "from"), kernels)
     _print_details(f"Opened {report.get('device')}", report.get("opened", {}))
+    if "ranks" in report:
+        placed = [
+            (str(size), str(rank), where)
+            for size, all_of in report["ranks"].items()
+            for rank, where in enumerate(all_of)
+        ]
+        print_table("Tensor-parallel ranks", ("how many", "rank", "host cores"), placed)
     if "selftest" in report:
         from opsin.cli.selftest import rows
 
@@ -184,7 +196,7 @@ def print_report(report: Mapping[str, Any]) -> None:
 
 
 def _print_details(title: str, details: Mapping[str, Any]) -> None:
-    from opsin.cli.table import print_table
+    from opsin.cli.printing import print_table
 
     if details:
         print_table(title, ("what", "value"), [[str(name), str(value)] for name, value in details.items()])

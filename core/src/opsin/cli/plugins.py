@@ -94,7 +94,7 @@ def _missing_kinds(found: Plugins) -> list[str]:
 
 def print_plugins(report: dict[str, Any]) -> None:
     """The tables of ``opsin plugins``, for people."""
-    from opsin.cli.table import print_table
+    from opsin.cli.printing import print_table
 
     names = ("name", "distribution")
     print_table("Plugins", names, [[p[n] for n in names] for p in report["plugins"]])

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import App, Parameter
 
 from opsin.cli.errors import Debug, reported
-from opsin.cli.table import print_table
+from opsin.cli.printing import print_table
 from opsin.config import EngineConfig
 from opsin.errors import CheckpointError
 

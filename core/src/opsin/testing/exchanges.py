@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from itertools import product
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from opsin.api import KernelQuery, Parallel, RankLink
-from opsin.testing.kernel_case import Bench, KernelCase
+from opsin.kernels import Kernels
 
 TIMEOUT_S = 60.0
 ROUNDS = 3
@@ -41,19 +42,32 @@ def places(world_size: int) -> Iterator[list[Parallel]]:
             os.close(memory)
 
 
-def exchange_cases(dtype: str) -> Iterator[KernelCase]:
-    """Sums and concatenations, small, large, and of many parts."""
+class _Bench(Protocol):
+    """What a check needs of `opsin.testing.kernels.Bench`."""
+
+    kernels: Kernels
+    query: KernelQuery
+
+    def draw(self, *shape: int) -> Tensor: ...
+
+    def put(self, x: Tensor) -> Tensor: ...
+
+    def compare(self, got: Tensor, expected: Tensor, what: str) -> None: ...
+
+
+def exchange_cases(dtype: str) -> Iterator[tuple[str, KernelQuery, Callable[[_Bench], None]]]:
+    """Name, query and check of each case: sums and concatenations, small and large."""
     for world, (rows, size) in product((2, 3), ((1, 896), (16, 896), (300, 896), (1, 7), (3, 700_000))):
         query = KernelQuery(op="all_reduce", dtype=dtype, size=size)
         check = partial(_check_sum, world=world, rows=rows, size=size)
-        yield KernelCase(f"all_reduce-{dtype}-{world}x{rows}x{size}", query, check)
+        yield f"all_reduce-{dtype}-{world}x{rows}x{size}", query, check
     for world, (rows, size) in product((2, 3), ((1, 5003), (16, 5003), (40, 152_064))):
         query = KernelQuery(op="all_gather", dtype=dtype, size=size)
         check = partial(_check_gathered, world=world, rows=rows, size=size)
-        yield KernelCase(f"all_gather-{dtype}-{world}x{rows}x{size}", query, check)
+        yield f"all_gather-{dtype}-{world}x{rows}x{size}", query, check
 
 
-def _check_sum(bench: Bench, *, world: int, rows: int, size: int) -> None:
+def _check_sum(bench: _Bench, *, world: int, rows: int, size: int) -> None:
     """All ranks come to the sum, and to the same bits."""
     op = bench.kernels.all_reduce(bench.query)
     drawn = [[bench.draw(rows, size) for _ in range(world)] for _ in range(ROUNDS)]
@@ -69,7 +83,7 @@ def _check_sum(bench: Bench, *, world: int, rows: int, size: int) -> None:
             assert torch.equal(sums[number], found[0][number]), "ranks come to different bits"
 
 
-def _check_gathered(bench: Bench, *, world: int, rows: int, size: int) -> None:
+def _check_gathered(bench: _Bench, *, world: int, rows: int, size: int) -> None:
     """All ranks come to the columns of all, whose parts differ in width."""
     op = bench.kernels.all_gather(bench.query)
     widths = Parallel(world_size=world).shares(size)

@@ -1,4 +1,4 @@
-// Sums and concatenations over processes that share memory: docs/decisions/0097-sums-over-ranks.md.
+// Sums and concatenations over processes that share memory: docs/decisions/0014-sums-over-ranks.md.
 //
 // The memory holds, for each rank, a line with the number of the last exchange it has posted, and two slots that
 // exchanges use in turn. A rank posts (copies its part into its slot, then raises its number), waits until all
