@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import openai
 import pytest
 
+from opsin import EngineConfig
+from opsin.cli import main
+from opsin.server import run as run_module
 from opsin.server.fetch.settings import FetchSettings
-from opsin.server.settings import RequestLimits, ServerSettings
+from opsin.server.settings import Listen, RequestLimits, ServerSettings
 from tests.server.in_thread import Running, golden_config, running
+
+Parsed = tuple[EngineConfig, ServerSettings, Listen]
+Parse = Callable[..., Parsed]
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -51,3 +57,20 @@ def _idle_afterwards(request: pytest.FixtureRequest) -> Iterator[None]:
     if started is not None:
         started.wait_idle()
         assert started.engine.stats().kv_blocks_used == 0
+
+
+@pytest.fixture
+def parse(monkeypatch: pytest.MonkeyPatch) -> Parse:
+    """What a command line asks for, without serving it."""
+    for name in ("OPSIN_API_KEY", "VLLM_API_KEY", "OPSIN_IMAGE_FETCH_TIMEOUT", "VLLM_IMAGE_FETCH_TIMEOUT"):
+        monkeypatch.delenv(name, raising=False)
+
+    def parse(*arguments: str) -> Parsed:
+        asked: list[Parsed] = []
+        monkeypatch.setattr(run_module, "serve", lambda *given: asked.append(given) or 0)
+        with pytest.raises(SystemExit) as ended:
+            main(["serve", *arguments])
+        assert ended.value.code == 0, "a usage error"
+        return asked[0]
+
+    return parse

@@ -78,8 +78,9 @@ def running(
     """Run a server until the block is left. ``host`` goes to `EngineHost`; with ``wait=False`` as soon as it
     listens, otherwise when it is ready."""
     wait = host.pop("wait", True)
-    app = App(EngineHost(config, **host), settings or ServerSettings())
-    server = Server(app, listen or Listen(port=0), shutdown_timeout_s=10)
+    listen = listen or Listen(port=0)
+    app = App(EngineHost(config, **host), settings or ServerSettings(), on_loopback=listen.on_loopback)
+    server = Server(app, listen, shutdown_timeout_s=10)
     thread = threading.Thread(target=lambda: asyncio.run(server.run_until_stopped()), name="test-server")
     thread.start()
     try:

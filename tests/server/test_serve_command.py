@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +14,12 @@ import pytest
 
 from opsin import LLM, EngineConfig
 from opsin.cli import app, main
-from opsin.cli import serve as command
 from opsin.cli.flags import described
 from opsin.config import SpeculativeConfig
 from opsin.errors import ConfigError
-from opsin.server import run as run_module
 from opsin.server.fetch.settings import FetchSettings
 from opsin.server.settings import Listen, RequestLimits, ServerSettings
-
-Parsed = tuple[EngineConfig, ServerSettings, Listen]
-Parse = Callable[..., Parsed]
-
-
-@pytest.fixture
-def parse(monkeypatch: pytest.MonkeyPatch) -> Parse:
-    """What a command line asks for, without serving it."""
-    for name in ("OPSIN_API_KEY", "VLLM_API_KEY", "OPSIN_IMAGE_FETCH_TIMEOUT", "VLLM_IMAGE_FETCH_TIMEOUT"):
-        monkeypatch.delenv(name, raising=False)
-
-    def parse(*arguments: str) -> Parsed:
-        asked: list[Parsed] = []
-        monkeypatch.setattr(run_module, "serve", lambda *given: asked.append(given) or 0)
-        with pytest.raises(SystemExit) as ended:
-            main(["serve", *arguments])
-        assert ended.value.code == 0, "a usage error"
-        return asked[0]
-
-    return parse
+from tests.server.conftest import Parse
 
 
 def test_defaults(parse: Parse) -> None:
@@ -123,6 +102,9 @@ def test_task_and_runner(parse: Parse, arguments: list[str], task: str) -> None:
 
 
 def test_every_flag_arrives(parse: Parse, tmp_path: Path) -> None:
+    key, certificate, authorities = (str(tmp_path / name) for name in ("k", "c", "d"))
+    for file in (key, certificate, authorities):
+        Path(file).touch()
     engine, settings, listen = parse(
         *("m", "--served-model-name", "a", "--served-model-name", "b", "--revision", "r", "--tokenizer", "t"),
         *("--device", "cpu:0", "--dtype", "half", "--seed", "-5", "--load-format", "safetensors"),
@@ -135,8 +117,16 @@ def test_every_flag_arrives(parse: Parse, tmp_path: Path) -> None:
         *("--sampled-video-frames", "16", "--max-num-seqs", "17", "--max-num-batched-tokens", "18"),
         *("--max-encoder-tokens", "19", "--no-enable-prefix-caching", "--kv-cache-memory", "20"),
         *("--encoder-cache-memory", "21", "--media-cache-memory", "22", "--preprocess-threads", "23"),
-        *("--host", "::1", "--port", "24", "--uds", "/s", "--root-path", "/p", "--ssl-keyfile", "k"),
-        *("--ssl-certfile", "c", "--ssl-keyfile-password", "w", "--ssl-ca-certs", "d", "--no-ui"),
+        *("--host", "::1", "--port", "24", "--uds", "/s", "--root-path", "/p", "--ssl-keyfile", key),
+        *(
+            "--ssl-certfile",
+            certificate,
+            "--ssl-keyfile-password",
+            "w",
+            "--ssl-ca-certs",
+            authorities,
+            "--no-ui",
+        ),
         *(
             "--shutdown-timeout",
             "1.5",
@@ -197,10 +187,10 @@ def test_every_flag_arrives(parse: Parse, tmp_path: Path) -> None:
         host="::1",
         port=24,
         uds="/s",
-        ssl_keyfile="k",
-        ssl_certfile="c",
+        ssl_keyfile=key,
+        ssl_certfile=certificate,
         ssl_keyfile_password="w",
-        ssl_ca_certs="d",
+        ssl_ca_certs=authorities,
     )
 
 
@@ -352,7 +342,7 @@ def test_bad_files(content: str, says: str, tmp_path: Path, capsys: pytest.Captu
 # One truth
 # --------------------------------------------------------------------------------------------------
 
-BY_PYTHON_ONLY = {"local_media"}
+BY_PYTHON_ONLY = {"local_media", "host_shares"}
 """Fields of `EngineConfig` that are no flag, as its docstring says."""
 
 
@@ -419,6 +409,7 @@ def test_help_is_grouped_and_shows_flags_and_defaults_in_full(
         "Pictures and videos",
         "Engine",
         "Address",
+        "Batches",
         "Access",
         "Limits of requests",
     ]
@@ -435,12 +426,12 @@ def test_help_is_grouped_and_shows_flags_and_defaults_in_full(
 def test_missing_packages_are_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = command.importlib.util.find_spec
+    found = importlib.util.find_spec
 
     def without_fastapi(name: str, *arguments: Any) -> Any:
         return None if name in ("fastapi", "prometheus_client") else found(name, *arguments)
 
-    monkeypatch.setattr(command.importlib.util, "find_spec", without_fastapi)
+    monkeypatch.setattr(importlib.util, "find_spec", without_fastapi)
     with pytest.raises(SystemExit) as ended:
         main(["serve", "m"])
     assert ended.value.code == 1

@@ -16,6 +16,9 @@ from opsin.errors import ConfigError, require_known
 if TYPE_CHECKING:
     from cyclopts import App, Argument, ArgumentCollection
 
+_AS_WRITTEN = ("api-key",)
+"""Flags whose values are texts whatever they look like: with blanks, or with the digits of a number."""
+
 _ALSO = {"OPSIN_API_KEY": "VLLM_API_KEY", "OPSIN_IMAGE_FETCH_TIMEOUT": "VLLM_IMAGE_FETCH_TIMEOUT"}
 
 
@@ -25,7 +28,10 @@ def from_environment(app: App, commands: tuple[str, ...], arguments: ArgumentCol
     for argument in arguments:
         name = _name(argument)
         variable = f"OPSIN_{name.upper().replace('-', '_')}"
-        if text := os.environ.get(variable) or os.environ.get(_ALSO.get(variable, "")):
+        there = [known for known in (variable, _ALSO.get(variable, "")) if known in os.environ]
+        if name in _AS_WRITTEN and there:  # an empty one, too: it is refused
+            values[name] = [os.environ[there[0]]]
+        elif text := next(filter(None, map(os.environ.get, there)), None):
             values[name] = text.split() if get_origin(argument.hint) is list else text
     _fill(arguments, values, "the environment")
 
@@ -45,7 +51,9 @@ def from_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection
     except ImportError:
         raise CycloptsError(msg="--config needs PyYAML; pip install 'opsin[serve]'") from None
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text) or {}
+        as_written = yaml.load(text, yaml.BaseLoader)  # texts, lists and mappings only: as safe
     except (OSError, UnicodeDecodeError) as error:
         raise CycloptsError(msg=f"--config: cannot read {path}: {type(error).__name__}") from None
     except yaml.YAMLError as error:
@@ -53,6 +61,11 @@ def from_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection
     if not isinstance(content, dict):
         raise CycloptsError(msg=f"--config: {path}: expected flags as keys")
     values = {str(key).replace("_", "-"): value for key, value in content.items()}
+    values |= {
+        name: value
+        for key, value in as_written.items()
+        if (name := str(key).replace("_", "-")) in _AS_WRITTEN and values.get(name) is not None
+    }
     known = {_name(argument) for argument in arguments} - {"config"}
     with usage():
         require_known(f"--config: {path}", values, known, ConfigError)

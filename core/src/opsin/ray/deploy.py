@@ -134,6 +134,10 @@ class RayDoor(App):
         """Of the engine that happens to be asked; Ray's own metrics are of all."""
         return await self._ask("GET", "/metrics", "metrics", b"", b"")
 
+    async def model(self, model: str) -> Response:
+        """One served model."""
+        return await self._ask("GET", f"/v1/models/{model}", "model", b"", b"")
+
     async def models(self) -> Response:
         """The served models."""
         return await self._ask("GET", "/v1/models", "models", b"", b"")
@@ -148,6 +152,18 @@ class RayDoor(App):
 
     async def embeddings(self, request: Request) -> Response:
         """Turn texts, or messages with pictures, into vectors."""
+        return await self._pass_on(request)
+
+    async def score(self, request: Request) -> Response:
+        """Say how similar texts are."""
+        return await self._pass_on(request)
+
+    async def rerank(self, request: Request) -> Response:
+        """Put documents in the order of their similarity to a query."""
+        return await self._pass_on(request)
+
+    async def pooling(self, request: Request) -> Response:
+        """Turn texts into vectors, in vLLM's form."""
         return await self._pass_on(request)
 
     async def tokenize(self, request: Request) -> Response:

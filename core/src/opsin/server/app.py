@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from fastapi import FastAPI
@@ -20,6 +20,7 @@ from opsin.errors import OpsinError
 from opsin.server.answers.chat import ChatCompletions
 from opsin.server.answers.completions import Completions
 from opsin.server.answers.embeddings import Embeddings
+from opsin.server.answers.scores import Scores
 from opsin.server.answers.tokens import Tokenization
 from opsin.server.batch.api import BatchApi
 from opsin.server.engine_host import Host
@@ -29,7 +30,7 @@ from opsin.server.http.body import read_body
 from opsin.server.http.disconnect import while_connected
 from opsin.server.http.errors import ApiError, ErrorBody
 from opsin.server.http.event_stream import EventStream
-from opsin.server.http.middleware import OPEN_PATHS, Admit, ApiKeys, RequestLog, RootPath
+from opsin.server.http.middleware import OPEN_PATHS, Admit, ApiKeys, KnownHosts, RequestLog, RootPath
 from opsin.server.metrics import Metrics
 from opsin.server.schema import responses
 from opsin.server.schema.chat import ChatRequest
@@ -37,6 +38,9 @@ from opsin.server.schema.prompts import (
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
+    PoolingRequest,
+    RerankRequest,
+    ScoreRequest,
     TokenizeRequest,
 )
 from opsin.server.serving import Serving
@@ -46,6 +50,17 @@ from opsin.server.ui import UI_PATHS, mount_ui
 M = TypeVar("M", bound=BaseModel)
 
 _SCHEMA = "#/components/schemas/{model}"
+
+
+_ALIASES: Mapping[str, Sequence[str]] = {
+    "/v1/chat/completions": ("/chat/completions",),
+    "/v1/completions": ("/completions",),
+    "/v1/embeddings": ("/embeddings",),
+    "/v1/models": ("/models",),
+    "/v1/score": ("/score",),
+    "/v1/rerank": ("/rerank", "/v2/rerank"),
+}
+"""Where clients of other servers look."""
 
 
 class _Route(NamedTuple):
@@ -68,8 +83,10 @@ class App:
         batches: routes of jobs; None where they are off.
     """
 
-    def __init__(self, host: Host, settings: ServerSettings) -> None:
+    def __init__(self, host: Host, settings: ServerSettings, *, on_loopback: bool = False) -> None:
+        """``on_loopback``: whether only this machine reaches it, so that it may go without a key."""
         self.host = host
+        self._on_loopback = on_loopback
         self.limits = limits = settings.limits
         self.admission = Admission(host.config.max_num_seqs + limits.max_waiting, limits.max_receiving_bytes)
         self._settings = settings
@@ -112,12 +129,16 @@ class App:
         if settings.api_key:
             open_paths = OPEN_PATHS | UI_PATHS if settings.ui else OPEN_PATHS
             self.api.add_middleware(ApiKeys, keys=settings.api_key, open_paths=open_paths)
+        elif self._on_loopback:
+            self.api.add_middleware(KnownHosts, names=settings.allowed_hosts)
         if settings.allowed_origins:
             self.api.add_middleware(
                 CORSMiddleware,
                 allow_origins=list(settings.allowed_origins),
                 allow_methods=["GET", "POST"],
-                allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+                allow_headers=[
+                    "*"
+                ],  # clients of many kinds send headers of their own, such as x-stainless-os
                 expose_headers=["X-Request-Id", "Retry-After"],
             )
         self.api.add_middleware(RootPath, root_path=settings.root_path)
@@ -132,6 +153,12 @@ class App:
         yield _Route("/v1/chat/completions", self.chat_completions, responses.ChatCompletion, ChatRequest)
         yield _Route("/v1/completions", self.completions, responses.Completion, CompletionRequest)
         yield _Route("/v1/embeddings", self.embeddings, responses.EmbeddingList, EmbeddingRequest)
+        yield _Route("/v1/models/{model:path}", self.model, responses.ModelCard)
+        yield _Route("/v1/score", self.score, responses.ScoreList, ScoreRequest)
+        yield _Route("/v1/rerank", self.rerank, responses.Ranking, RerankRequest)
+        yield _Route("/pooling", self.pooling, responses.PooledList, PoolingRequest)
+        yield _Route("/ping", self.health, responses.Status)
+        yield _Route("/load", self.load, responses.Load)
         yield _Route("/tokenize", self.tokenize, responses.Tokens, TokenizeRequest)
         yield _Route("/detokenize", self.detokenize, responses.Text, DetokenizeRequest)
         yield _Route("/metrics", self.metrics, None)
@@ -142,14 +169,18 @@ class App:
             if body is not None:
                 content = {"application/json": {"schema": {"$ref": _SCHEMA.format(model=body.__name__)}}}
                 extra = {"requestBody": {"required": True, "content": content}}
+            methods = ["GET", "HEAD"] if body is None else ["POST"]
+            told: dict[str, Any] = {"content": {"text/plain": {}}} if answer is None else {"model": answer}
             self.api.add_api_route(
                 path,
                 endpoint,
-                methods=["GET" if body is None else "POST"],
+                methods=methods,
                 response_model=None,
-                responses={200: {"content": {"text/plain": {}}} if answer is None else {"model": answer}},
+                responses={200: told},
                 openapi_extra=extra,
             )
+            for alias in _ALIASES.get(path, ()):
+                self.api.add_api_route(alias, endpoint, methods=methods, include_in_schema=False)
 
     def _openapi(self) -> dict[str, Any]:
         if self.api.openapi_schema is None:
@@ -200,11 +231,24 @@ class App:
             stats = None
         return Response(self._metrics.text(stats), media_type=CONTENT_TYPE_LATEST)
 
+    async def load(self) -> Response:
+        """How many requests there are at the moment."""
+        return as_json(responses.Load(server_load=self.admission.num_requests))
+
+    async def model(self, model: str) -> Response:
+        """One served model."""
+        serving = self._ready()
+        serving.check(model)
+        return as_json(next(card for card in self._cards(serving) if card.id == model))
+
     async def models(self) -> Response:
         """The served models."""
-        serving = self._ready()
+        return as_json(responses.ModelList(object="list", data=self._cards(self._ready())))
+
+    @staticmethod
+    def _cards(serving: Serving) -> list[responses.ModelCard]:
         info = serving.info
-        cards = [
+        return [
             responses.ModelCard(
                 id=name,
                 object="model",
@@ -218,7 +262,6 @@ class App:
             )
             for name in serving.names
         ]
-        return as_json(responses.ModelList(object="list", data=cards))
 
     # ---- work ---------------------------------------------------------------------------------
 
@@ -238,6 +281,21 @@ class App:
         """Turn texts, or messages with pictures, into vectors."""
         serving, body = await self._take(request, EmbeddingRequest)
         return await _answer(request, Embeddings(serving).create(body))
+
+    async def score(self, request: Request) -> Response:
+        """Say how similar texts are."""
+        serving, body = await self._take(request, ScoreRequest)
+        return await _answer(request, Scores(serving).score(body))
+
+    async def rerank(self, request: Request) -> Response:
+        """Put documents in the order of their similarity to a query."""
+        serving, body = await self._take(request, RerankRequest)
+        return await _answer(request, Scores(serving).rerank(body))
+
+    async def pooling(self, request: Request) -> Response:
+        """Turn texts into vectors, in vLLM's form."""
+        serving, body = await self._take(request, PoolingRequest)
+        return await _answer(request, Scores(serving).pool(body))
 
     async def tokenize(self, request: Request) -> Response:
         """Count and show the tokens of a text or a conversation, pictures expanded."""

@@ -10,8 +10,10 @@ import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -55,10 +57,10 @@ def serve(config: EngineConfig, settings: ServerSettings, listen: Listen) -> int
     host: Host
     if settings.data_parallel_size > 1:
         replicas = host = ReplicaHost(config, settings)
-        app: App = Door(replicas, settings)
+        app: App = Door(replicas, settings, on_loopback=listen.on_loopback)
     else:
         host = EngineHost(config)
-        app = App(host, settings)
+        app = App(host, settings, on_loopback=listen.on_loopback)
     server = Server(app, listen, settings.shutdown_timeout)
     asyncio.run(server.run_until_stopped())
     if host.loading:
@@ -99,6 +101,7 @@ class Server(uvicorn.Server):
         self._stopping: asyncio.Task[None] | None = None
         self._stop_at = math.inf
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._socket: tuple[Path, int] | None = None
 
     async def run_until_stopped(self) -> None:
         """Serve; returns when everything accepted is answered."""
@@ -107,6 +110,7 @@ class Server(uvicorn.Server):
         try:
             await self.serve()
         finally:
+            self._remove_socket()
             self.failure = self._app.host.failure
             await self._app.aclose()
 
@@ -142,6 +146,8 @@ class Server(uvicorn.Server):
         Raises:
             ConfigError: the address cannot be listened on.
         """
+        if self.config.uds is not None and sockets is None:
+            sockets = [self._own_socket(Path(self.config.uds))]
         try:
             await super().startup(sockets)
         except (SystemExit, OSError):  # uvicorn has logged the reason; a Unix socket's it lets through
@@ -151,6 +157,45 @@ class Server(uvicorn.Server):
         self._app.host.start()
         if self._app.batches is not None:
             self._app.batches.start()
+
+    def _own_socket(self, path: Path) -> socket.socket:
+        """A Unix socket for owner and group, less what the umask takes. A living server's is left alone.
+
+        Raises:
+            ConfigError: there is something else at the path, or the path cannot be.
+        """
+        if path.exists():
+            if not path.is_socket():
+                raise ConfigError(f"--uds {path}: there is a file of another kind")
+            with socket.socket(socket.AF_UNIX) as probe:
+                try:
+                    probe.connect(str(path))
+                except ConnectionRefusedError:
+                    path.unlink()  # of a server that was killed
+                except OSError as error:
+                    raise ConfigError(f"cannot listen on {path}: {error.strerror}") from None
+                else:
+                    raise ConfigError(f"cannot listen on {path}: a server answers there already")
+        made = socket.socket(socket.AF_UNIX)
+        mask = os.umask(0o777)
+        os.umask(mask | 0o117)
+        try:
+            made.bind(str(path))
+        except OSError as error:
+            made.close()
+            raise ConfigError(f"cannot listen on {path}: {error.strerror or error}") from None
+        finally:
+            os.umask(mask)
+        self._socket = path, path.stat().st_ino
+        return made
+
+    def _remove_socket(self) -> None:
+        """Unless another server has put its own there."""
+        if self._socket is not None:
+            path, inode = self._socket
+            with suppress(OSError):
+                if path.stat().st_ino == inode:
+                    path.unlink()
 
     @property
     def url(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -83,6 +84,8 @@ class ServerSettings:
         api_key: key that clients must send as ``Authorization: Bearer KEY``, one of several. Default:
             OPSIN_API_KEY or VLLM_API_KEY, otherwise open to all.
         allowed_origins: web pages of these origins may call the server. Default: none.
+        allowed_hosts: further names under which a server without a key on loopback may be asked. By default
+            localhost, 127.0.0.1 and [::1] only: a page elsewhere could have its own name lead here.
 
     Attributes:
         any_model_name: whether requests may name any model; they get the one that is there.
@@ -100,6 +103,7 @@ class ServerSettings:
     shutdown_timeout: Annotated[float, Range(0)] | None = None
     api_key: Sequence[str] = ()
     allowed_origins: Sequence[str] = ()
+    allowed_hosts: Sequence[str] = ()
     files_dir: Path | None = None
     max_file_bytes: Positive = 512 * 2**20
     data_parallel_size: Positive = 1
@@ -114,8 +118,8 @@ class ServerSettings:
                 "--files-dir is for one engine; leave it or --data-parallel-size out (opsin batch --ray runs "
                 "a job on several)"
             )
-        if not all(self.api_key):
-            raise ConfigError("--api-key is empty; expected a key, or leave it out")
+        if not all(key.strip() for key in self.api_key):
+            raise ConfigError("--api-key (or OPSIN_API_KEY) is empty; expected a key, or leave it out")
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
             raise ConfigError(f"root_path={self.root_path!r}: expected /prefix")
 
@@ -165,3 +169,31 @@ class Listen:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if not self.host:
+            raise ConfigError(
+                "--host is empty, which would listen everywhere; expected an address, such as 127.0.0.1, or "
+                "0.0.0.0 for everywhere"
+            )
+        self._check_tls()
+
+    def _check_tls(self) -> None:
+        """Nothing is served in plain because a flag of TLS is missing or leads nowhere."""
+        given = {
+            f"--{name.replace('_', '-')}": value
+            for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "ssl_keyfile_password")
+            if (value := getattr(self, name)) is not None
+        }
+        if given and not {"--ssl-certfile", "--ssl-keyfile"} <= given.keys():
+            missing = " and ".join(sorted({"--ssl-certfile", "--ssl-keyfile"} - given.keys()))
+            raise ConfigError(f"{', '.join(given)} without {missing}: TLS needs a certificate and its key")
+        for flag, path in given.items():
+            if flag != "--ssl-keyfile-password" and not Path(path).is_file():
+                raise ConfigError(f"{flag} {path}: there is no such file")
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether only this machine reaches it, by a TCP port."""
+        try:
+            return self.uds is None and (self.host == "localhost" or ip_address(self.host).is_loopback)
+        except ValueError:
+            return False

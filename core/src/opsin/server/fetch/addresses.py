@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
+from collections.abc import Sequence
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
 _V6_GLOBAL = IPv6Network("2000::/3")
 _NAT64 = IPv6Network("64:ff9b::/96")
@@ -22,8 +23,10 @@ _REFUSED = tuple(
 )
 
 
-def is_allowed(text: str, *, allow_loopback: bool = False) -> bool:
-    """Whether an address is on the public internet (or, if that is allowed, on this machine's loopback).
+def is_allowed(
+    text: str, *, allow_loopback: bool = False, private: Sequence[IPv4Network | IPv6Network] = ()
+) -> bool:
+    """Whether an address is on the public internet, or in a network that the operator has named.
 
     Addresses that carry an IPv4 address (IPv4-mapped, NAT64) count as what they carry. Python's own table of
     what is global lacks some networks or learned of them late: hence the explicit list.
@@ -31,6 +34,7 @@ def is_allowed(text: str, *, allow_loopback: bool = False) -> bool:
     Args:
         text: an IPv4 or IPv6 address, as the resolver gave it.
         allow_loopback: whether loopback addresses count as public.
+        private: networks whose addresses count as public, whatever else they are; loopback ones do not.
     """
     try:
         address = ip_address(text)
@@ -45,6 +49,8 @@ def is_allowed(text: str, *, allow_loopback: bool = False) -> bool:
             address = IPv4Address(int(address) & 0xFFFFFFFF)
     if address.is_loopback:
         return allow_loopback
+    if any(address in network for network in private):
+        return True
     if isinstance(address, IPv6Address) and address not in _V6_GLOBAL:
         return False
     return address.is_global and not any(address in network for network in _REFUSED)

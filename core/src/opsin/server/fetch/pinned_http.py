@@ -58,6 +58,7 @@ class PinnedHTTP:
         self._settings = settings
         domains = settings.allowed_media_domains
         self._domains = None if domains is None else {_canonical(name) for name in domains}
+        self._private = settings.private_networks
         self._resolver = resolver
         # httpx2's transport rather than its client: a client has cookies, proxies and redirects of its own.
         # Connections are not kept: one is known by its address, and could be handed to another host's URL.
@@ -146,12 +147,15 @@ class PinnedHTTP:
         except (OSError, UnicodeError):
             addresses = []
         if not addresses:
-            raise ApiError(502, f"{shown(url)} has no known address")
+            raise ApiError(502, f"{host} cannot be reached")
         # All of them: otherwise a name with a public and a private address would be a matter of luck.
-        if not all(
-            is_allowed(address, allow_loopback=self._settings.allow_loopback_media) for address in addresses
-        ):
-            raise ApiError(403, f"{shown(url)} is not on the public internet")
+        loopback, private = self._settings.allow_loopback_media, self._private
+        if not all(is_allowed(text, allow_loopback=loopback, private=private) for text in addresses):
+            raise ApiError(
+                403,
+                f"{shown(url)} is not on the public internet (the operator can allow a private network with "
+                "--allow-private-media)",
+            )
         return addresses[:MAX_TRIED_ADDRESSES]
 
 

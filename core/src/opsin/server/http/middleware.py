@@ -22,8 +22,10 @@ from opsin.server.metrics import Metrics
 logger = logging.getLogger(__name__)
 access = logging.getLogger("opsin.access")
 
-OPEN_PATHS = frozenset({"/health", "/version"})
+OPEN_PATHS = frozenset({"/health", "/ping", "/version"})
 """Paths that need no API key and are answered while the server stops."""
+
+_LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _CLIENT_CLOSED_REQUEST = 499
@@ -88,6 +90,30 @@ class RootPath:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             scope["root_path"] = self._root_path
+        await self._app(scope, receive, send)
+
+
+class KnownHosts:
+    """Refuses requests to names that are not this server's.
+
+    The page of a stranger may have its own name lead to this machine (DNS rebinding): to the browser, what is
+    here is then that page's own. The name is in the Host header, which pages cannot set.
+    """
+
+    def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
+        self._app = app
+        self._names = frozenset(name.lower() for name in (*_LOOPBACK_NAMES, *names))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            given = Headers(scope=scope).get("host", "")
+            name = re.sub(r":\d*$", "", given).rstrip(".").lower()
+            if name not in self._names:
+                raise ApiError(
+                    403,
+                    "this server has no key and answers only for localhost; the operator can add a name with "
+                    "--allowed-hosts, or set --api-key",
+                )
         await self._app(scope, receive, send)
 
 

@@ -37,8 +37,8 @@ class _ReplicaLostError(Exception):
 class Door(App):
     """See `opsin.server.app.App`, whose routes and guards it has."""
 
-    def __init__(self, host: ReplicaHost, settings: ServerSettings) -> None:
-        super().__init__(host, settings)
+    def __init__(self, host: ReplicaHost, settings: ServerSettings, *, on_loopback: bool = False) -> None:
+        super().__init__(host, settings, on_loopback=on_loopback)
         self._replicas = host
 
     async def health(self) -> Response:
@@ -58,10 +58,17 @@ class Door(App):
         await self._replicas.read_metrics()
         return Response(self._metrics.http_text(self._replicas.totals), media_type=CONTENT_TYPE_LATEST)
 
+    async def model(self, model: str) -> Response:
+        """One served model."""
+        return await self._get(f"/v1/models/{model}")
+
     async def models(self) -> Response:
         """The served models."""
+        return await self._get("/v1/models")
+
+    async def _get(self, path: str) -> Response:
         try:
-            answer = await self._replicas.pick(b"").client.get("/v1/models")
+            answer = await self._replicas.pick(b"").client.get(path)
         except httpx2.HTTPError:
             raise ApiError(503, "the replica that was asked has ended; try again") from None
         return Response(answer.content, answer.status_code, media_type="application/json")
@@ -76,6 +83,18 @@ class Door(App):
 
     async def embeddings(self, request: Request) -> Response:
         """Turn texts, or messages with pictures, into vectors."""
+        return await self._pass_on(request)
+
+    async def score(self, request: Request) -> Response:
+        """Say how similar texts are."""
+        return await self._pass_on(request)
+
+    async def rerank(self, request: Request) -> Response:
+        """Put documents in the order of their similarity to a query."""
+        return await self._pass_on(request)
+
+    async def pooling(self, request: Request) -> Response:
+        """Turn texts into vectors, in vLLM's form."""
         return await self._pass_on(request)
 
     async def tokenize(self, request: Request) -> Response:

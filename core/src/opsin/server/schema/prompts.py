@@ -87,6 +87,76 @@ class EmbeddingRequest(ChatFields):
         return self
 
 
+_Several = _Text | Annotated[list[_Text], FIRST_FAULT, Field(min_length=1)]
+_Model = Annotated[str | None, Field(max_length=1024)]
+_Truncate = Annotated[int | None, Field(ge=-1, le=INT64_MAX)]
+
+
+class ScoreRequest(RequestBody):
+    """The body of ``POST /v1/score``: texts under the older names of vLLM, or its newer ones."""
+
+    model: _Model = None
+    text_1: _Several | None = None
+    text_2: _Several | None = None
+    queries: _Several | None = None
+    documents: _Several | None = None
+    truncate_prompt_tokens: _Truncate = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ScoreRequest:
+        older, newer = (self.text_1, self.text_2), (self.queries, self.documents)
+        if sorted(None not in pair for pair in (older, newer)) != [False, True] or (
+            any(older) and any(newer)
+        ):
+            raise ValueError("expected either text_1 and text_2, or queries and documents")
+        return self
+
+    @property
+    def firsts(self) -> list[str]:
+        """The first texts."""
+        return _listed(self.text_1 or self.queries or "")
+
+    @property
+    def seconds(self) -> list[str]:
+        """The second ones."""
+        return _listed(self.text_2 or self.documents or "")
+
+
+class Document(RequestBody):
+    """A document as an object."""
+
+    text: _Text
+
+
+class RerankRequest(RequestBody):
+    """The body of ``POST /v1/rerank``, as Jina's and Cohere's."""
+
+    query: _Text
+    documents: Annotated[list[_Text | Document], FIRST_FAULT, Field(min_length=1)]
+    model: _Model = None
+    top_n: Annotated[int | None, Field(ge=1, le=INT64_MAX)] = None
+    return_documents: bool | None = None
+    truncate_prompt_tokens: _Truncate = None
+
+    @property
+    def texts(self) -> list[str]:
+        """The documents' texts."""
+        return [document if isinstance(document, str) else document.text for document in self.documents]
+
+
+class PoolingRequest(RequestBody):
+    """The body of ``POST /pooling``."""
+
+    input: Prompts
+    model: _Model = None
+    encoding_format: Literal["float"] | None = None
+    truncate_prompt_tokens: _Truncate = None
+
+
+def _listed(texts: str | list[str]) -> list[str]:
+    return [texts] if isinstance(texts, str) else texts
+
+
 class TokenizeRequest(ChatFields):
     """The body of ``POST /tokenize``: ``prompt``, or ``messages`` as in a chat."""
 

@@ -177,6 +177,66 @@ class EmbeddingList(_Answer):
     usage: Usage
 
 
+class Score(BaseModel):
+    """How similar two texts are: from -1 to 1."""
+
+    index: int
+    object: Literal["score"]
+    score: float
+
+
+class ScoreList(_Answer):
+    """Answer of ``/v1/score``."""
+
+    object: Literal["list"]
+    data: list[Score]
+    usage: Usage
+
+
+class RerankedDocument(BaseModel):
+    """A document's text."""
+
+    text: str
+
+
+class RankedDocument(BaseModel):
+    """A document's place in the request, and its score."""
+
+    index: int
+    relevance_score: float
+    document: RerankedDocument | None = None
+
+
+class Ranking(_Answer):
+    """Answer of ``/v1/rerank``."""
+
+    object: Literal["list"]
+    results: list[RankedDocument]
+    usage: Usage
+
+
+class Pooled(BaseModel):
+    """One vector."""
+
+    index: int
+    object: Literal["pooling"]
+    data: list[float]
+
+
+class PooledList(_Answer):
+    """Answer of ``/pooling``."""
+
+    object: Literal["list"]
+    data: list[Pooled]
+    usage: Usage
+
+
+class Load(BaseModel):
+    """Answer of ``/load``."""
+
+    server_load: int
+
+
 class ModelCard(BaseModel):
     """A served model."""
 
