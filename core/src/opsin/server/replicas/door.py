@@ -97,6 +97,18 @@ class Door(App):
         """Turn texts into vectors, in vLLM's form."""
         return await self._pass_on(request)
 
+    async def responses(self, request: Request) -> Response:
+        """Answer items with items."""
+        return await self._pass_on(request)
+
+    async def messages(self, request: Request) -> Response:
+        """Answer a conversation, in Anthropic's words."""
+        return await self._pass_on(request)
+
+    async def count_tokens(self, request: Request) -> Response:
+        """Count the tokens of a conversation, in Anthropic's words."""
+        return await self._pass_on(request)
+
     async def tokenize(self, request: Request) -> Response:
         """Count and show the tokens of a text or a conversation, pictures expanded."""
         return await self._pass_on(request)
