@@ -454,3 +454,66 @@ assert not heavy, heavy
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+# --------------------------------------------------------------------------------------------------
+# Other servers' flags, other people's spelling
+# --------------------------------------------------------------------------------------------------
+
+HARMLESS = (
+    *("--gpu-memory-utilization", "0.9", "--swap-space=4", "--block-size", "16", "--enforce-eager"),
+    *("--max-seq-len-to-capture", "8192", "--compilation-config", '{"level": 3}', "--enable-chunked-prefill"),
+    *(
+        "--no-enable-chunked-prefill",
+        "--disable-log-stats",
+        "--disable-log-requests",
+        "--pipeline-parallel-size",
+    ),
+    *(
+        "1",
+        "--distributed-executor-backend",
+        "ray",
+        "--disable-custom-all-reduce",
+        "--kv-cache-dtype",
+        "auto",
+    ),
+    *("--tokenizer-mode", "auto", "--cpu-offload-gb", "0", "--num-scheduler-steps", "1", "--max-loras", "1"),
+    *("--guided-decoding-backend", "xgrammar", "--generation-config", "auto", "--model-impl", "auto"),
+    *("--use-v2-block-manager", "--ray_workers_use_nsight", "--config-format", "hf", "--async-scheduling"),
+)
+
+
+def test_vllms_flags_that_ask_for_nothing_are_accepted(
+    parse: Parse, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine, settings, _ = parse(*HARMLESS, "m", "--max-num-seqs", "3", "--served-model-name", "a")
+    assert engine == EngineConfig(model="m", max_num_seqs=3)
+    assert settings.served_model_name == ["a"]
+    told = capsys.readouterr().err
+    assert "--enforce-eager has no effect: compilation and graphs" in told
+
+
+def test_vllms_other_names_are_translated(parse: Parse) -> None:
+    engine, _, _ = parse("m", "--kv-cache-memory-bytes", "4096", "--mm-processor-cache-gb=0.5")
+    assert (engine.kv_cache_memory, engine.media_cache_memory) == (4096, 2**29)
+
+
+def test_vllms_flags_that_ask_for_more_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for flags in (("--pipeline-parallel-size", "2"), ("--enable-lora",), ("--kv-cache-dtype", "fp8")):
+        with pytest.raises(SystemExit) as ended:
+            main(["serve", "m", *flags])
+        assert ended.value.code == 2
+        assert "is not supported" in capsys.readouterr().err
+
+
+def test_misspelt_variables_are_named(
+    parse: Parse, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OPSIN_MAX_MODEL_LENN", "5")
+    monkeypatch.setenv("OPSIN_CPU_ISA", "avx2")
+    parse("m")
+    told = capsys.readouterr().err
+    assert (
+        "OPSIN_MAX_MODEL_LENN is read by nobody; did you mean OPSIN_MAX_MODEL_LEN (--max-model-len)?" in told
+    )
+    assert "OPSIN_CPU_ISA" not in told

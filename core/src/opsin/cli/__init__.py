@@ -18,7 +18,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 
 import opsin
 from opsin.cli.printing import PlainHelp
-from opsin.cli.sources import from_environment, from_file
+from opsin.cli.sources import from_environment, from_file, misspelt_variables, without_vllm_flags
 
 app = App(
     "opsin",
@@ -45,6 +45,9 @@ _COMMANDS = {
     "quantize": "Round a checkpoint's weights once, to 8 or 4 bits.",
     "new-plugin": "Write the package of a new model or device plugin.",
 }
+_WITH_ENGINE = ("serve", "generate", "batch")
+"""Commands that load a model: vLLM's flags of an engine are known there."""
+
 for position, (name, text) in enumerate(_COMMANDS.items()):
     app.command(f"opsin.cli.{name.replace('-', '_')}:app", name=name, help=text, sort_key=position)
 
@@ -58,6 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         arguments.remove("-")
         arguments += ["--", "-"]
     try:
+        if arguments and arguments[0] in _WITH_ENGINE:
+            own = {
+                name
+                for argument in app[arguments[0]].assemble_argument_collection()
+                for name in argument.names
+            }
+            arguments = [arguments[0], *without_vllm_flags(arguments[1:], own)]
+            for said in misspelt_variables(own):
+                print(f"opsin: {said}", file=sys.stderr)
         status = app(arguments, print_error=False, exit_on_error=False, result_action="return_value")
         sys.stdout.flush()
     except CycloptsError as error:

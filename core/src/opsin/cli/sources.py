@@ -1,10 +1,14 @@
-"""Values of flags that are not on the command line: the environment, then the YAML file of ``--config``."""
+"""Values of flags that are not on the command line: the environment, then the YAML file of ``--config``; and
+flags that are vLLM's."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import re
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_origin
 
@@ -12,6 +16,7 @@ from cyclopts import CycloptsError, Token
 
 from opsin.cli.errors import usage
 from opsin.errors import ConfigError, require_known
+from opsin.vllm_names import ENGINE, Refused, Renamed
 
 if TYPE_CHECKING:
     from cyclopts import App, Argument, ArgumentCollection
@@ -85,3 +90,64 @@ def _fill(arguments: ArgumentCollection, values: Mapping[str, Any], source: str)
         for index, item in enumerate(value if repeated else [value]):
             text = item if isinstance(item, str) else json.dumps(item, default=str)
             argument.append(Token(keyword=argument.name, value=text, source=source, index=index))
+
+
+# ---- vLLM's flags --------------------------------------------------------------------------------
+
+_ALONE = re.compile(
+    r"(no|enable|disable|enforce|use|skip|fully|async|calculate|interleave|aggregate|ray_workers)_|"
+    r"(language_model|mm_encoder)_only$"
+)
+"""Names of vLLM's flags that stand alone; all others are followed by a value."""
+
+
+def without_vllm_flags(arguments: Sequence[str], own: Collection[str]) -> list[str]:
+    """A command line without vLLM's flags: those that ask for nothing go, with a line that says so.
+
+    Args:
+        arguments: after the command's name.
+        own: flags of the command, which are left alone.
+
+    Raises:
+        CycloptsError: a flag asks for what opsin has not.
+    """
+    kept: list[str] = []
+    rest = list(arguments)
+    while rest:
+        token = rest.pop(0)
+        if token == "--":
+            return [*kept, token, *rest]
+        flag, equals, text = token.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        entry = ENGINE.get(name.removeprefix("no_"), ENGINE.get(name))
+        if not flag.startswith("--") or flag.lower().replace("_", "-") in own or entry is None:
+            kept.append(token)
+            continue
+        value: Any = not name.startswith("no_")
+        if equals or (not _ALONE.match(name) and rest and not rest[0].startswith("--")):
+            value = _scalar(text if equals else rest.pop(0))
+        if isinstance(entry, Renamed):
+            converted = entry.convert(value)
+            kept += [] if converted is None else [f"--{entry.to.replace('_', '-')}", str(converted)]
+        elif isinstance(entry, Refused):
+            if not any(type(value) is type(n) and value == n for n in entry.neutral):
+                raise CycloptsError(msg=f"{flag} {value} is not supported: {entry.why}")
+        else:
+            print(f"opsin: {flag} has no effect: {entry.why}", file=sys.stderr)
+    return kept
+
+
+def _scalar(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def misspelt_variables(own: Collection[str]) -> Iterator[str]:
+    """What to say of variables of the environment that look like a flag's and are none."""
+    known = {f"OPSIN_{flag.removeprefix('--').upper().replace('-', '_')}": flag for flag in own}
+    for variable in os.environ:
+        if variable.startswith("OPSIN_") and variable not in known:
+            for near in get_close_matches(variable, known, n=1, cutoff=0.9):
+                yield f"{variable} is read by nobody; did you mean {near} ({known[near]})?"
