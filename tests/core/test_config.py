@@ -261,7 +261,7 @@ def test_types_of_sampling_parameters_are_checked(wrong: dict[str, Any], expecte
             lambda: EngineConfig(model="m", limit_mm_per_prompt={"image": 1.5}),
             "['image']=1.5: expected an integer",
         ),  # type: ignore[dict-item]
-        (lambda: EngineArgs(model="m", pipeline_parallel_size=2), "one device, in one process"),
+        (lambda: EngineArgs(model="m", pipeline_parallel_size=2), "tensor_parallel_size divides"),
     ],
 )
 def test_types_of_other_settings_are_checked(make: Any, expected: str) -> None:

@@ -50,6 +50,6 @@ def test_the_kubernetes_manifest() -> None:
             assert container["resources"]["limits"]
     [application] = yaml.safe_load(manifest["spec"]["serveConfigV2"])["applications"]
     module, _, name = application["import_path"].partition(":")
-    source = Path(__file__).parents[2] / "core/src" / module.replace(".", "/") / "deploy.py"
+    source = Path(__file__).parents[2] / "core/src" / module.replace(".", "/") / "__init__.py"
     assert f"def {name}(arguments" in source.read_text()
     assert application["args"]["model"]

@@ -40,7 +40,13 @@ def model(family: str, **settings: object) -> LLM:
     return LLM(folder, device="mlu", dtype="float32", kv_cache_memory=2**24, **settings)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+USUAL = ("phi3v", "qwen2vl", "qwen3vl")
+"""Fused tensors, repeated key/value heads, features for early layers; the others run in `make test-full`."""
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=() if f in USUAL else pytest.mark.slow) for f in sorted(FAMILIES)]
+)
 def test_recorded_cases(family: str) -> None:
     mine = cases(family)
     params = SamplingParams(temperature=0, max_tokens=NUM_STEPS, ignore_eos=True, logprobs=0)

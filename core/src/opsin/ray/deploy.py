@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import logging
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from ray import serve
@@ -19,7 +18,6 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from opsin.config import EngineConfig
-from opsin.errors import ConfigError
 from opsin.ray.placed import actor_options, settled
 from opsin.server.app import App, as_json
 from opsin.server.engine_host import EngineHost
@@ -246,36 +244,6 @@ class _Relayed(Response):
             await send({"type": "http.response.body", "body": told * self._streams, "more_body": False})
 
 
-def app(
-    model: str,
-    *,
-    replicas: int = 1,
-    autoscaling: Mapping[str, Any] | None = None,
-    cpus: float | None = None,
-    doors: int = 1,
-    server: Mapping[str, Any] | ServerSettings | None = None,
-    **settings: Any,
-) -> serve.Application:
-    """A Ray Serve application that answers as ``opsin serve`` does.
-
-    Args:
-        model: folder (on every node), name of an installed checkpoint, or hub id.
-        replicas: engines.
-        autoscaling: Ray Serve's ``autoscaling_config`` for the engines, in place of ``replicas``.
-        cpus: cores that Ray reserves for each engine. Default: one for each rank.
-        doors: processes that take HTTP requests in, and send them to engines.
-        server: settings of the HTTP side, see `opsin.server.settings.ServerSettings`.
-        settings: of each engine, see `opsin.EngineConfig`; a ``device`` other than the CPU asks Ray for as
-            many of the resource of its name, in capitals, as there are ranks.
-
-    Raises:
-        ConfigError: a setting cannot be.
-    """
-    http = server if isinstance(server, ServerSettings) else ServerSettings(**dict(server or {}))
-    config = EngineConfig(model=model, **settings)
-    return deployed(config, http, replicas=replicas, autoscaling=autoscaling, cpus=cpus, doors=doors)
-
-
 def deployed(
     config: EngineConfig,
     http: ServerSettings,
@@ -325,29 +293,3 @@ def _door() -> Any:
     made = _Door.current
     assert made is not None, "Ray makes the door before it asks for its application"
     return made.door.api
-
-
-def build(arguments: Mapping[str, Any]) -> serve.Application:
-    """For ``serve run opsin.ray:build model=... replicas=2 tensor_parallel_size=2``: texts as settings.
-
-    Raises:
-        ConfigError: there is no model, or a setting cannot be.
-    """
-    given = dict(arguments)
-    model = given.pop("model", None)
-    if model is None:
-        raise ConfigError("model is missing: serve run opsin.ray:build model=NAME")
-    own = {"replicas": int, "doors": int, "cpus": float}
-    names = {field.name for field in fields(ServerSettings)}
-    http = {name: given.pop(name) for name in list(given) if name in names}
-    return app(model, server=http, **{name: own.get(name, _value)(text) for name, text in given.items()})
-
-
-def _value(text: Any) -> Any:
-    """A number, true or false where the text is one; in Ray's YAML they are that already."""
-    if not isinstance(text, str):
-        return text
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
