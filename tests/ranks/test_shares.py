@@ -20,6 +20,7 @@ from opsin.layers import DecoderConfig, Linear, kv_geometry
 from opsin.layers.decoder import Attention, GatedMLP
 from opsin.layers.rounding import round_weight
 from opsin.rank.placement import divide
+from opsin.rank.step import deal
 
 worlds = st.integers(1, 9)
 
@@ -221,3 +222,12 @@ def test_cores_are_divided_by_node_and_core() -> None:
     assert str(by_five[4]) == "cores 0, 4 of NUMA node 0, shared with other ranks"
     limited = {cpu: node for cpu, node in node_of.items() if cpu in (1, 2)}
     assert [set(p.cpus) for p in divide(limited, [siblings[1], siblings[2]], 2)] == [{1}, {2}]
+
+
+@given(sizes=st.lists(st.integers(1, 5000), max_size=40), world=worlds)
+def test_media_are_dealt_evenly(sizes: list[int], world: int) -> None:
+    dealt = deal(sizes, world)
+    assert len(dealt) == world
+    assert sorted(index for share in dealt for index in share) == list(range(len(sizes)))
+    loads = [sum(sizes[index] for index in share) for share in dealt]
+    assert max(loads) - min(loads) <= max(sizes, default=0)

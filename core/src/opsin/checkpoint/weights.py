@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from opsin.api import Model, QuantizedWeight
 from opsin.errors import CheckpointError
-from opsin.layers import LanguageModel, Layer, Linear, Slot
+from opsin.layers import Layer, Linear, Slot
 from opsin.layers.decoder import OutputHead
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,6 @@ def load_weights(
     tensors: Iterable[tuple[str, Tensor | QuantizedWeight]],
     *,
     needs_head: bool = True,
-    needs_encoder: bool = True,
 ) -> LoadReport:
     """Put (key, tensor) pairs into the model, in whatever order they come.
 
@@ -101,20 +100,12 @@ def load_weights(
         model: to fill.
         tensors: (key, tensor) of each; a tensor may be a weight in integers.
         needs_head: whether the model is to give logits; a model of embeddings may lack its output head.
-        needs_encoder: whether the model is to encode media. If not, what a `LanguageModel` has beside its
-            decoder and head gets no weights.
 
     Raises:
         CheckpointError: a tensor has another shape than its layer, or is not of floating point.
     """
     assert isinstance(model, nn.Module)
     waiting = model_slots(model)
-    idle: set[str] = set()
-    tree: nn.Module = model
-    if not needs_encoder and isinstance(tree, LanguageModel):
-        used = model_slots(nn.ModuleDict({"model": tree.model, "lm_head": tree.lm_head}))
-        idle = waiting.keys() - used.keys()
-        waiting = used
     layers = dict(model.named_modules(remove_duplicate=False))
     tied = {f"{path}.weight" for path, layer in layers.items() if isinstance(layer, Linear) and layer.tied}
     taken: dict[str, str] = {}
@@ -129,7 +120,7 @@ def load_weights(
         if slot is None and name is not None and name in taken:
             raise CheckpointError(f"tensors {taken[name]} and {key} are both for the layer's {name}")
         if slot is None:
-            unused = name is None or name in tied or name in idle or _CONSTANTS.search(key)
+            unused = name is None or name in tied or _CONSTANTS.search(key)
             if unused or (key.endswith("bias") and isinstance(tensor, Tensor) and not tensor.any()):
                 ignored.append(key)
             else:

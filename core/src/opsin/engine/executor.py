@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from opsin.api import Device, Model, TopK
+from opsin.api import Device, MappedMedia, Modality, Model, TopK
 from opsin.checkpoint.files import Checkpoint
 from opsin.config import EngineConfig
 from opsin.plugins import Plugins
@@ -19,10 +19,10 @@ from opsin.rank.step import StepInput, StepOutput
 
 
 class Executor(Protocol):
-    """Computes steps. Media are encoded, tokens embedded and sampled by the engine, on ``device``.
+    """Computes steps. Tokens are embedded and sampled by the engine, on ``device``.
 
     Attributes:
-        model: encodes and embeds. `compute` runs it.
+        model: embeds tokens. `encode` and `compute` run the rest of it.
         device: where tensors of a step are.
         dtype: of embeddings and hidden states.
         top_k: searches rows of logits.
@@ -43,6 +43,10 @@ class Executor(Protocol):
     @property
     def weight_forms(self) -> Mapping[str, int]:
         """Form of weights -> linear layers that use it."""
+        ...
+
+    def encode(self, modality: Modality, items: Sequence[MappedMedia]) -> Sequence[Tensor]:
+        """Encode several items of one modality -> (E, H) each."""
         ...
 
     def compute(self, step: StepInput, embeds: Tensor, features: Tensor | None) -> StepOutput:

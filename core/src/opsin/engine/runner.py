@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opsin.api import MediaFeatures, PlacedMedia
+from opsin.api import MediaFeatures, Modality, PlacedMedia
 from opsin.engine.cache import EncoderCache
 from opsin.engine.executor import Executor
 from opsin.engine.pooling import pool
@@ -98,8 +98,8 @@ class Runner:
                 failed[item.key] = error
         return failed
 
-    def _encode_group(self, modality: str, items: SequenceOf[PlacedMedia]) -> None:
-        outputs = self._model.encode(modality, [item.mapped for item in items])
+    def _encode_group(self, modality: Modality, items: SequenceOf[PlacedMedia]) -> None:
+        outputs = self.executor.encode(modality, [item.mapped for item in items])
         for item, output in zip(items, outputs, strict=True):
             expected = (item.mapped.num_embeds, self.executor.media_width)
             if tuple(output.shape) != expected:

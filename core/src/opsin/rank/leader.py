@@ -1,15 +1,14 @@
 """Rank 0 of several: in the engine's process, with the other ranks as processes behind it.
 
-Pictures, sequences and sampling stay here, so what fails alone on one device fails alone with several. What
-crosses is a `StepInput` per step, over a pipe, and the step's embeddings, by the ranks' own collectives.
-Whatever goes wrong between the ranks is final: `DeviceLostError`.
+Sequences and sampling stay here, so what fails alone on one device fails alone with several. What crosses is
+a `StepInput` per step, over a pipe, the step's embeddings, by the ranks' own collectives, and media where
+there are several to encode. Whatever goes wrong between the ranks is final: `DeviceLostError`.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import pickle
 import signal
 import socket
 import struct
@@ -17,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from multiprocessing import Pipe
@@ -26,15 +26,15 @@ import torch
 from torch import Tensor
 
 from opsin import errors
-from opsin.api import Parallel, RankLink
+from opsin.api import MappedMedia, Modality, Parallel, RankLink
 from opsin.checkpoint.files import Checkpoint
 from opsin.config import EngineConfig
-from opsin.errors import ConfigError, DeviceLostError, OpsinError
+from opsin.errors import ConfigError, DeviceLostError, OpsinError, RequestError
 from opsin.plugins import Plugins
 from opsin.rank.local import Rank
 from opsin.rank.placement import place_ranks
-from opsin.rank.step import StepInput, StepOutput
-from opsin.rank.worker import Failure, Job, join, meeting_store
+from opsin.rank.step import EncodeInput, StepInput, StepOutput, deal
+from opsin.rank.worker import Failure, Job, join, meeting_store, send
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class _Follower:
             DeviceLostError: the rank is gone, or does not read.
         """
         try:
-            self.work.send_bytes(pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
+            send(self.work, message)
         except (OSError, ValueError) as error:
             self._await_end()
             self.check()
@@ -206,11 +206,54 @@ class LeadingRank(Rank):
                 follower.send(step)
             return super().compute(step, embeds, features)
         except BaseException as error:
-            reason = self._lost = self._why(error)
-            self._end_followers(patience=0)
+            lost = self._lost_with(error)
             if not isinstance(error, Exception):
                 raise
-            raise DeviceLostError(reason) from error
+            raise lost from error
+
+    def encode(self, modality: Modality, items: Sequence[MappedMedia]) -> Sequence[Tensor]:
+        """See `Rank.encode`; several items are dealt to the ranks, which encode at the same time.
+
+        Raises:
+            RequestError: an item cannot be encoded; which one is not told.
+            DeviceLostError: as `compute`.
+        """
+        if len(items) < 2 or self._lost is not None:
+            return super().encode(modality, items)
+        mine, *theirs = deal([item.num_embeds for item in items], self.place.world_size)
+        try:
+            asked = [(follower, dealt) for follower, dealt in zip(self._followers, theirs) if dealt]
+            for follower, dealt in asked:
+                follower.send(EncodeInput(modality=modality, items=[items[index] for index in dealt]))
+        except DeviceLostError as error:
+            raise self._lost_with(error) from error
+        outputs: dict[int, Tensor] = {}
+        failure: Exception | None = None
+        try:
+            outputs.update(zip(mine, super().encode(modality, [items[index] for index in mine]), strict=True))
+        except DeviceLostError:
+            raise
+        except Exception as error:  # the others' answers have to be taken first
+            failure = error
+        try:
+            for follower, dealt in asked:
+                encoded = follower.receive(time.monotonic() + self._timeout)
+                if encoded.error:
+                    failure = failure or RequestError(encoded.error)
+                else:
+                    outputs.update(zip(dealt, encoded.outputs, strict=True))
+        except OpsinError as error:
+            raise self._lost_with(error) from error
+        if failure is not None:
+            raise failure
+        target = self.device.torch_device
+        return [outputs[index].to(target) for index in range(len(items))]
+
+    def _lost_with(self, error: BaseException) -> DeviceLostError:
+        """End all ranks, and say why."""
+        self._lost = self._why(error)
+        self._end_followers(patience=0)
+        return DeviceLostError(self._lost)
 
     def check(self) -> None:
         """See `Rank.check`."""

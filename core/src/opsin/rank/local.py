@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -18,7 +18,9 @@ from opsin.api import (
     Device,
     ForwardStep,
     KernelQuery,
+    MappedMedia,
     MediaFeatures,
+    Modality,
     Model,
     ModelSpec,
     Parallel,
@@ -117,7 +119,6 @@ class Rank:
                 self.model,
                 self._checked(tensors),
                 needs_head=config.task != "embed",
-                needs_encoder=self.place.rank == 0,
             )
         self.weights.check()
         geometry = self.model.kv_geometry
@@ -226,6 +227,11 @@ class Rank:
         if hidden.shape != embeds.shape:
             raise RequestError(f"the model gave {tuple(hidden.shape)} for embeddings {tuple(embeds.shape)}")
         return StepOutput(hidden=hidden, logits=self._logits(hidden, step.logit_rows))
+
+    @torch.inference_mode()
+    def encode(self, modality: Modality, items: Sequence[MappedMedia]) -> Sequence[Tensor]:
+        """Encode several items of one modality -> (E, H) each."""
+        return self.model.encode(modality, items)
 
     def _logits(self, hidden: Tensor, rows: Iterable[int]) -> Tensor:
         wanted = list(rows)

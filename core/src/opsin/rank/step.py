@@ -1,12 +1,16 @@
-"""What crosses the wall between the engine and what computes its steps: plain numbers in, tensors out."""
+"""What crosses the wall between the engine and what computes its steps: plain numbers in, tensors out; and
+media, where several ranks encode them."""
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
+
+from opsin.api import MappedMedia, Modality
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,3 +49,40 @@ class StepOutput:
 
     hidden: Tensor
     logits: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeInput:
+    """Media that a rank encodes by itself, while others encode theirs."""
+
+    modality: Modality
+    items: Sequence[MappedMedia]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """What a rank has encoded.
+
+    Attributes:
+        outputs: (E, H) of each item, in host memory; empty if there is an error.
+        error: why they could not be encoded; the rank goes on.
+    """
+
+    outputs: Sequence[Tensor] = ()
+    error: str = ""
+
+
+def deal(sizes: Sequence[int], world_size: int) -> list[list[int]]:
+    """Which items each rank gets: the largest first, each to the rank that has least (Graham 1969, LPT).
+
+    Args:
+        sizes: of the items.
+        world_size: ranks.
+    """
+    ranks = [(0, rank) for rank in range(world_size)]
+    dealt: list[list[int]] = [[] for _ in range(world_size)]
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        load, rank = heapq.heappop(ranks)
+        dealt[rank].append(index)
+        heapq.heappush(ranks, (load + sizes[index], rank))
+    return dealt

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ from opsin.api import Device, Parallel, RankLink
 from opsin.config import EngineConfig
 from opsin.errors import DeviceLostError
 from opsin.rank.placement import Placement
+from opsin.rank.step import Encoded, EncodeInput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,11 @@ class Failure:
 
     kind: str
     text: str
+
+
+def send(connection: Connection, message: Any) -> None:
+    """Send a message by plain pickle: a connection's own would pass tensors as files that both ends open."""
+    connection.send_bytes(pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
 
 
 def meeting_store(port: int, timeout: float) -> Any:
@@ -138,10 +145,23 @@ class _FollowingRank:
         self._rank = Following(config, files.load(config.model, config.revision), plugins, place)
 
     def run(self) -> None:
-        """Compute steps until there are no more."""
+        """Compute steps and encode media until there are no more."""
         self._work.send("ready")
-        while (step := self._work.recv()) is not None:
-            self._rank.compute(step)
+        while (given := self._work.recv()) is not None:
+            if isinstance(given, EncodeInput):
+                send(self._work, self._encoded(given))
+            else:
+                self._rank.compute(given)
+
+    def _encoded(self, given: EncodeInput) -> Encoded:
+        """What cannot be encoded fails by itself, as it does on rank 0."""
+        try:
+            outputs = self._rank.encode(given.modality, given.items)
+        except DeviceLostError:
+            raise
+        except Exception as error:
+            return Encoded(error=f"{type(error).__name__}: {error}")
+        return Encoded(outputs=[output.to("cpu", copy=True) for output in outputs])
 
 
 def main() -> None:
