@@ -29,6 +29,7 @@ from opsin.server.ui import UI_PATHS
 from tests.server.in_thread import MODEL, Running, golden_config, running
 from tests.server.messages import CAT, data_url, image, text, user
 from tests.server.pictures import picture
+from tests.server.process import serve
 
 CHAT = "/v1/chat/completions"
 
@@ -99,7 +100,7 @@ def test_metrics(server: Running) -> None:
     assert answers[1]["prompt_tokens_details"]["cached_tokens"] > 0
     for gauge in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
         assert after[f"opsin:{gauge}"] == 0
-    assert all(name.startswith("opsin:") for name in after)
+    assert all(name.startswith(("opsin:", "process_")) for name in after)
 
 
 def test_metrics_of_speculation(server: Running) -> None:
@@ -388,3 +389,51 @@ def test_client_that_leaves_while_its_picture_is_fetched(server: Running) -> Non
         while fetching.recv(4096):
             pass
         fetching.close()
+
+
+# --------------------------------------------------------------------------------------------------
+# For programs that watch
+# --------------------------------------------------------------------------------------------------
+
+
+def test_lines_of_json(tmp_path: Path) -> None:
+    with serve(
+        MODEL,
+        "--dtype",
+        "float32",
+        "--kv-cache-memory",
+        str(2**22),
+        "--log-format",
+        "json",
+        log=tmp_path / "log",
+    ) as process:
+        assert requests.get(f"{process.url}/health", headers={"X-Request-Id": "mine"}, timeout=10).ok
+    lines = [line for line in (tmp_path / "log").read_text().splitlines() if not line.startswith("opsin: ")]
+    records = [json.loads(line) for line in lines]
+    assert {"time", "level", "logger", "message"} <= set.intersection(*map(set, records))
+    [access] = [record for record in records if record.get("request_id") == "mine"]
+    assert (access["method"], access["path"], access["status"]) == ("GET", "/health", 200)
+    assert access["seconds"] >= 0
+
+
+def test_metrics_under_vllms_names() -> None:
+    with running(golden_config(), ServerSettings(vllm_metric_names=True)) as started:
+        text = started.get("/metrics").text
+    own = {line for line in text.splitlines() if line.startswith("opsin:")}
+    others = {line for line in text.splitlines() if line.startswith("vllm:")}
+    assert {line.replace("opsin:", "vllm:") for line in own} == others
+    assert any(line.startswith("vllm:num_requests_running{") for line in others)
+    assert "process_resident_memory_bytes" in text
+
+
+def test_the_fingerprint_is_the_models(server: Running) -> None:
+    client = server.client()
+    first = client.chat.completions.create(model="golden", messages=user("Hello"), max_tokens=2)
+    stream = client.chat.completions.create(model="golden", messages=user("Hello"), max_tokens=2, stream=True)
+    found = {first.system_fingerprint, *(chunk.system_fingerprint for chunk in stream)}
+    found.add(client.completions.create(model="golden", prompt="Hello", max_tokens=2).system_fingerprint)
+    [fingerprint] = found
+    assert fingerprint is not None
+    with running(golden_config(quantization="int8")) as other:
+        answer = other.client().chat.completions.create(model=MODEL, messages=user("Hello"), max_tokens=2)
+    assert answer.system_fingerprint != fingerprint

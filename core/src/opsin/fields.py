@@ -52,6 +52,11 @@ def _hints(settings: type) -> dict[str, Any]:
     return get_type_hints(settings, include_extras=True)
 
 
+@cache
+def _defaults(settings: Any) -> dict[str, Any]:
+    return {field.name: field.default for field in fields(settings) if field.default is not MISSING}
+
+
 def check_fields(settings: object) -> None:
     """Check that the fields of a dataclass have the values that their types describe.
 
@@ -61,8 +66,11 @@ def check_fields(settings: object) -> None:
         ConfigError: a value is not of its field's type.
     """
     kind: Any = type(settings)
+    defaults = _defaults(kind)
     for name, hint in _hints(kind).items():
         value = getattr(settings, name)
+        if name in defaults and value is defaults[name]:  # of most fields; requests check some dozens each
+            continue
         if getattr(value, "ndim", None) == 0:
             value = value.item()
         expected = expectation(hint, value)

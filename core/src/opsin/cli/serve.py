@@ -12,6 +12,7 @@ from opsin.cli.errors import Debug, reported, usage
 from opsin.cli.flags import build, takes
 from opsin.config import EngineConfig
 from opsin.plugins.known_packages import known_packages
+from opsin.server.logs import set_up
 from opsin.server.settings import Listen, ServerSettings, require_packages, require_ray
 
 _RAY_HELP = "Serve on the Ray cluster of RAY_ADDRESS, or on one that is started here. Needs opsin[ray]."
@@ -54,9 +55,8 @@ def run(
     server = build(ServerSettings, settings)
     listen = build(Listen, settings)
     require_packages("opsin serve")
-    level = server.log_level.upper()
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    if level != "DEBUG":
+    set_up(server.log_level, server.log_format)
+    if server.log_level != "debug":
         logging.getLogger("httpx2").setLevel(logging.WARNING)
     logging.getLogger("opsin.access").disabled = not server.access_log
     if on_ray:

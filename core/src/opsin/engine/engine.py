@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 from opsin.api import ModelSpec, Pooling, ProcessedPrompt, Tokenizer
@@ -40,6 +42,8 @@ class EngineInfo:
         vocab_size: token ids are below it.
         hidden_size: width of an embedding.
         generation_config: the checkpoint's generation_config.json.
+        fingerprint: of what answers depend on besides the request: opsin's version, checkpoint, dtype, forms
+            of weights, adapters.
     """
 
     config: EngineConfig
@@ -47,6 +51,7 @@ class EngineInfo:
     vocab_size: int
     hidden_size: int
     generation_config: Mapping[str, Any]
+    fingerprint: str = ""
 
     def default_params(self, **changes: Any) -> SamplingParams:
         """Sampling defaults of the checkpoint, overridden by ``changes``."""
@@ -99,12 +104,18 @@ class Engine:
             vocab_size=self.executor.model.vocab_size,
             media_width=self.executor.media_width,
         )
+        identity = (
+            *(self.checkpoint.revision_key, self.resolved.dtype, str(self.executor.weight_forms)),
+            *(str(config.lora), str(config.lora_scale)),
+        )
+        told = hashlib.blake2b("|".join((version("opsin"), *identity)).encode(), digest_size=6)
         self.info = EngineInfo(
             config=config,
             max_model_len=self.resolved.max_model_len,
             vocab_size=self.executor.model.vocab_size,
             hidden_size=self.executor.model.hidden_size,
             generation_config=self.checkpoint.generation_config,
+            fingerprint=f"opsin_{told.hexdigest()}",
         )
         speculative = config.speculative
         self.drafter = None if speculative is None else Drafter(speculative, self.resolved.max_model_len)
@@ -117,9 +128,7 @@ class Engine:
             max_encoder_tokens=config.max_encoder_tokens,
             embed_bytes=self.executor.media_width * self.executor.dtype.itemsize,
             prefix_caching=config.enable_prefix_caching,
-            root_key="|".join(
-                (self.checkpoint.revision_key, self.resolved.dtype, str(self.executor.weight_forms))
-            ).encode(),
+            root_key="|".join(identity).encode(),
             drafter=self.drafter,
         )
         self._requests: dict[str, RequestState | PoolingState] = {}

@@ -10,6 +10,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 
 from opsin.rank.placement import place_ranks
+from opsin.server.logs import set_up
 from opsin.server.replicas.job import Job
 from opsin.server.run import serve
 from opsin.server.settings import Listen
@@ -21,9 +22,7 @@ def main() -> None:
     threading.Thread(target=_end_with_door, args=(alive,), daemon=True).start()
     with Connection(job_end) as connection:
         job: Job = connection.recv()
-    logging.basicConfig(
-        level=job.settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    set_up(job.settings.log_level, job.settings.log_format)
     for noisy in ("httpx2", "opsin.access"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     place = place_ranks(job.count)[job.number]

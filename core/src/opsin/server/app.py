@@ -33,7 +33,7 @@ from opsin.server.http.disconnect import ClientGone, while_connected
 from opsin.server.http.errors import ApiError, ErrorBody, api_error
 from opsin.server.http.event_stream import EventStream, NamedEventStream
 from opsin.server.http.middleware import OPEN_PATHS, Admit, ApiKeys, KnownHosts, RequestLog, RootPath
-from opsin.server.metrics import Metrics
+from opsin.server.metrics import PREFIX, Metrics
 from opsin.server.schema import responses
 from opsin.server.schema.chat import ChatRequest
 from opsin.server.schema.messages_api import CountTokensRequest, MessagesRequest
@@ -238,7 +238,12 @@ class App:
             stats = await self.host.engine().stats()
         except OpsinError:  # it is loading, or has failed
             stats = None
-        return Response(self._metrics.text(stats), media_type=CONTENT_TYPE_LATEST)
+        return self._told(self._metrics.text(stats))
+
+    def _told(self, text: bytes) -> Response:
+        if self._settings.vllm_metric_names:
+            text += text.replace(PREFIX.encode(), b"vllm:")
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     async def load(self) -> Response:
         """How many requests there are at the moment."""

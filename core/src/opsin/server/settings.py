@@ -70,6 +70,8 @@ class ServerSettings:
         root_path: prefix under which a proxy shows the server, such as /vision.
         ui: whether the playground page is served at /.
         log_level: least important messages that are logged.
+        log_format: form of log lines: ``text``, or ``json`` with one object a line.
+        vllm_metric_names: whether metrics are shown under vLLM's names, too, which begin with ``vllm:``.
         access_log: whether each request is logged, in one line.
         shutdown_timeout: seconds that accepted requests may go on after SIGTERM. Default: to their end.
 
@@ -102,6 +104,8 @@ class ServerSettings:
     root_path: str = ""
     ui: bool = True
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
+    vllm_metric_names: bool = False
     access_log: bool = True
     shutdown_timeout: Annotated[float, Range(0)] | None = None
     api_key: Sequence[str] = ()

@@ -48,6 +48,7 @@ class ChatCompletions:
             object="chat.completion",
             created=chat.created,
             model=chat.model,
+            system_fingerprint=self._serving.info.fingerprint,
             choices=[chat.choice(sample) for sample in output.outputs],
             usage=usage(output),
             prompt_logprobs=prompt_logprobs(output.prompt_logprobs),
@@ -119,6 +120,7 @@ class _Chat(Job[ChatChunkChoice, ChatChunk]):
             object="chat.completion.chunk",
             created=self.created,
             model=self.model,
+            system_fingerprint=self.serving.info.fingerprint,
             choices=choices,
         )
 

@@ -106,7 +106,12 @@ class _Completion(Job[CompletionChoice, Completion]):
 
     def chunk(self, choices: list[CompletionChoice]) -> Completion:
         return Completion(
-            id=self.id, object="text_completion", created=self.created, model=self.model, choices=choices
+            id=self.id,
+            object="text_completion",
+            created=self.created,
+            model=self.model,
+            system_fingerprint=self.serving.info.fingerprint,
+            choices=choices,
         )
 
     def new_choices(self, number: int, sample: CompletionOutput) -> Iterator[CompletionChoice]:

@@ -69,14 +69,20 @@ class RequestLog:
         finally:
             route = getattr(scope.get("route"), "path", "unknown")
             self._metrics.answered(scope["method"], route, status or 0)
+            client = (scope.get("client") or ("-",))[0]
+            path = scope["path"].encode("unicode_escape").decode()[:200]
+            seconds = time.monotonic() - started
             access.info(
                 '%s "%s %s" %s %.3fs id=%s',
-                (scope.get("client") or ("-",))[0],
-                scope["method"],
-                scope["path"].encode("unicode_escape").decode()[:200],
-                status or "-",
-                time.monotonic() - started,
-                request_id,
+                *(client, scope["method"], path, status or "-", seconds, request_id),
+                extra={
+                    "client": client,
+                    "method": scope["method"],
+                    "path": path,
+                    "status": status,
+                    "seconds": round(seconds, 4),
+                    "request_id": request_id,
+                },
             )
 
 

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 import httpx2
-from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
@@ -56,7 +55,7 @@ class Door(App):
     async def metrics(self) -> Response:
         """Metrics in Prometheus' text format: of all replicas together, and of each."""
         await self._replicas.read_metrics()
-        return Response(self._metrics.http_text(self._replicas.totals), media_type=CONTENT_TYPE_LATEST)
+        return self._told(self._metrics.http_text(self._replicas.totals))
 
     async def model(self, model: str) -> Response:
         """One served model."""

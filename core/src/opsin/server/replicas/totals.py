@@ -28,7 +28,7 @@ class Totals(Collector):
         self._latest[replica] = [
             family
             for family in text_string_to_metric_families(text)
-            if family.name != _COUNTED_AT_THE_DOOR and not family.name.endswith("_created")
+            if family.name.startswith(PREFIX) and family.name != _COUNTED_AT_THE_DOOR
         ]
 
     def ended(self, replica: int) -> None:

@@ -80,6 +80,7 @@ class _Answer(BaseModel):
     object: str
     created: int
     model: str
+    system_fingerprint: str | None = None
 
 
 class ChatCompletion(_Answer):
