@@ -28,7 +28,7 @@ from tests.server.process import serve
 
 CHAT = "/v1/chat/completions"
 FLAGS = ("--dtype", "float32", "--kv-cache-memory", str(2**23))
-HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 @contextmanager
@@ -58,7 +58,7 @@ def rest_of(client: socket.socket) -> bytes:
 
 def get_health(client: socket.socket) -> None:
     """Ask on a connection that stays open, and read the whole answer."""
-    client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
     answer = b""
     while b'{"status":"ok"}' not in answer:
         piece = client.recv(1000)
@@ -164,7 +164,7 @@ def test_beyond_the_limit_a_new_connection_is_refused_if_none_is_idle() -> None:
 def unread(url: str) -> socket.socket:
     """A client that asks for much and reads nothing."""
     client = connect(url, receive_buffer=4096)
-    client.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 300)
+    client.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 300)
     return client
 
 
@@ -234,7 +234,7 @@ def test_running_out_of_files_neither_fills_the_log_nor_ends_the_server(tmp_path
         server = stack.enter_context(serve(MODEL, *FLAGS, log=tmp_path / "log", launcher=launcher))
         clients = [stack.enter_context(connect(server.url)) for _ in range(150)]
         for client in clients:
-            client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         time.sleep(1)
         for client in clients:
             client.close()
