@@ -64,7 +64,7 @@ def test_faults_are_not_counted_by_the_thousand(name: str) -> None:
     with pytest.raises(ValidationError) as caught:
         model.model_validate_json(json.dumps(content))
     assert caught.value.error_count() <= 2 * MAX_FAULTS
-    assert len(str(body._refused(caught.value))) < 500
+    assert len(str(body.refused(caught.value))) < 500
 
 
 def test_a_few_unknown_fields_are_named_one_by_one(server: Running) -> None:
@@ -79,12 +79,12 @@ def test_a_few_unknown_fields_are_named_one_by_one(server: Running) -> None:
 
 def test_more_values_than_any_prompt_has_are_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body, "_MAX_JSON_VALUES", 1000)
-    body._validated(CompletionRequest, json.dumps({"prompt": [1] * 990}).encode())
+    body.validated(CompletionRequest, json.dumps({"prompt": [1] * 990}).encode())
     with pytest.raises(ApiError, match="too many values; at most 1000"):
-        body._validated(CompletionRequest, json.dumps({"prompt": [1] * 1001}).encode())
+        body.validated(CompletionRequest, json.dumps({"prompt": [1] * 1001}).encode())
 
 
 def test_a_picture_is_one_value_however_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body, "_MAX_JSON_VALUES", 1000)
     url = "data:image/png;base64," + "A" * 10_000
-    body._validated(ChatRequest, json.dumps(part(type="image_url", image_url={"url": url})).encode())
+    body.validated(ChatRequest, json.dumps(part(type="image_url", image_url={"url": url})).encode())

@@ -138,7 +138,7 @@ def test_errors_are_anthropics(locked: Running, client: anthropic.Anthropic) -> 
     with pytest.raises(anthropic.NotFoundError) as unknown:
         client.messages.create(messages=asked, **{**FIXED, "model": "other"})
     assert unknown.value.body["error"]["type"] == "not_found_error"
-    with pytest.raises(anthropic.BadRequestError, match="blocks of type 'document'"):
+    with pytest.raises(anthropic.BadRequestError, match=r"messages\[0\].content\[0\]: unknown or missing"):
         client.messages.create(messages=[{"role": "user", "content": [{"type": "document"}]}], **FIXED)
     with pytest.raises(anthropic.AuthenticationError):
         client.with_options(api_key="wrong").messages.create(messages=asked, **FIXED)

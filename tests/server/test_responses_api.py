@@ -185,8 +185,10 @@ def test_nothing_is_kept_by_default(server: Running) -> None:
     ("fields", "message"),
     [
         ({"input": []}, "input"),
-        ({"input": [{"type": "computer_call"}]}, "items of type 'computer_call' are not known"),
-        ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "messages"),
+        ({"input": [{"type": "computer_call"}]}, 'input[0]: unknown or missing "type"'),
+        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, 'input[0]: unknown or missing "type"'),
+        ({"input": [{"role": "user", "contents": "x"}]}, "did you mean 'content'"),
+        ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "input[0].content[0]: unknown"),
         ({"input": "x", "background": True}, "background is not supported"),
         ({"input": "x", "max_output_token": 4}, "did you mean 'max_output_tokens'"),
         ({"input": "x", "tools": [{"type": "web_search"}]}, "tools"),

@@ -110,7 +110,7 @@ PUBLIC_ADDRESSES = ["8.8.8.8", "1.1.1.1", "::ffff:8.8.8.8", "64:ff9b::808:808", 
 def test_a_name_that_leads_to_an_address_that_is_not_public(address: str) -> None:
     error = refusal("http://pictures.example/a.png", Names([address]))
     assert error.status == HTTPStatus.FORBIDDEN
-    assert str(error).endswith(" 'pictures.example' is not on the public internet")
+    assert " 'pictures.example' is not on the public internet" in str(error)
 
 
 @pytest.mark.parametrize("address", REFUSED_ADDRESSES.values(), ids=REFUSED_ADDRESSES)
@@ -381,4 +381,4 @@ def test_a_name_without_an_address(failure: Exception) -> None:
 
     error = refusal("http://nowhere.example/a.png", resolver)
     assert error.status == HTTPStatus.BAD_GATEWAY
-    assert str(error) == "messages[0].content[0]: 'nowhere.example' has no known address"
+    assert str(error) == "messages[0].content[0]: 'nowhere.example' cannot be reached"

@@ -141,9 +141,7 @@ class App:
                 CORSMiddleware,
                 allow_origins=list(settings.allowed_origins),
                 allow_methods=["GET", "POST"],
-                allow_headers=[
-                    "*"
-                ],  # clients of many kinds send headers of their own, such as x-stainless-os
+                allow_headers=["*"],  # clients send headers of their own, such as x-stainless-os
                 expose_headers=["X-Request-Id", "Retry-After"],
             )
         self.api.add_middleware(RootPath, root_path=settings.root_path)
@@ -178,7 +176,7 @@ class App:
             if body is not None:
                 content = {"application/json": {"schema": {"$ref": _SCHEMA.format(model=body.__name__)}}}
                 extra = {"requestBody": {"required": True, "content": content}}
-            methods = ["GET", "HEAD"] if body is None else ["POST"]
+            methods = ["GET"] if body is None else ["POST"]
             told: dict[str, Any] = {"content": {"text/plain": {}}} if answer is None else {"model": answer}
             self.api.add_api_route(
                 path,
@@ -188,6 +186,9 @@ class App:
                 responses={200: told},
                 openapi_extra=extra,
             )
+            if body is None:  # apart: in one route they would be two operations of one name
+                self.api.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
+                methods = ["GET", "HEAD"]
             for alias in _ALIASES.get(path, ()):
                 self.api.add_api_route(alias, endpoint, methods=methods, include_in_schema=False)
 

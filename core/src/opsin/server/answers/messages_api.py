@@ -13,7 +13,6 @@ from pydantic import RootModel, ValidationError
 from opsin.server.answers.chat import ChatCompletions
 from opsin.server.answers.tokens import Tokenization
 from opsin.server.http.body import refused
-from opsin.server.http.errors import bad_request
 from opsin.server.schema.chat import ChatRequest
 from opsin.server.schema.messages_api import CountTokensRequest, MessagesRequest
 from opsin.server.schema.prompts import TokenizeRequest
@@ -83,8 +82,6 @@ def _chat(request: MessagesRequest) -> ChatRequest:
         return ChatRequest.model_validate({k: v for k, v in body.items() if v is not None})
     except ValidationError as error:
         raise refused(error) from None
-    except ValueError as error:
-        raise bad_request(str(error), "messages") from None
 
 
 def _message(model: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pydantic import RootModel, ValidationError
 
 from opsin.server.answers.chat import ChatCompletions
 from opsin.server.http.body import refused
-from opsin.server.http.errors import ApiError, bad_request
+from opsin.server.http.errors import ApiError
 from opsin.server.schema.chat import ChatRequest
 from opsin.server.schema.responses import ChatChunk, ChatCompletion, FunctionCall, ToolCall, ToolCallDelta
 from opsin.server.schema.responses_api import ResponsesRequest
@@ -111,8 +111,6 @@ class Responses:
             return ChatRequest.model_validate({k: v for k, v in body.items() if v is not None}), earlier
         except ValidationError as error:
             raise refused(error) from None
-        except ValueError as error:
-            raise bad_request(str(error), "input") from None
 
     def _finished(
         self,

@@ -147,7 +147,7 @@ class PinnedHTTP:
         except (OSError, UnicodeError):
             addresses = []
         if not addresses:
-            raise ApiError(502, f"{host} cannot be reached")
+            raise ApiError(502, f"{shown(url)} cannot be reached")
         # All of them: otherwise a name with a public and a private address would be a matter of luck.
         loopback, private = self._settings.allow_loopback_media, self._private
         if not all(is_allowed(text, allow_loopback=loopback, private=private) for text in addresses):

@@ -11,7 +11,7 @@ from opsin.inputs.chat import ChatOptions
 from opsin.inputs.conversation import NO_SIZE, SIZE_FIELDS, Role
 from opsin.params import MAX_LOGPROBS
 from opsin.server.schema.sampling import SamplingRequest
-from opsin.server.schema.strict import FIRST_FAULT, RequestBody, StrictModel, field_error
+from opsin.server.schema.strict import FIRST_FAULT, RequestBody, StrictModel, content_kind, field_error
 
 
 class _Part(StrictModel):
@@ -129,13 +129,9 @@ Part = Annotated[
 ]
 
 
-def _content_kind(value: Any) -> str:
-    return "as_text" if isinstance(value, str) else "as_parts"
-
-
 Content = Annotated[
     Annotated[str, Tag("as_text")] | Annotated[list[Part], FIRST_FAULT, Tag("as_parts")],
-    Discriminator(_content_kind),
+    Discriminator(content_kind),
 ]
 
 

@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
-from opsin.server.schema.strict import FIRST_FAULT, RequestBody, StrictModel, field_error
+from opsin.server.schema.strict import FIRST_FAULT, RequestBody, StrictModel, content_kind
 
 
 class AnthropicTool(StrictModel):
@@ -44,11 +44,97 @@ class OutputConfig(StrictModel):
     format: OutputFormat | None = None
 
 
+class _Block(RequestBody):
+    ignored: ClassVar[frozenset[str]] = frozenset({"cache_control", "citations", "caller"})
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+
+class TextBlock(_Block):
+    """Text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Base64Source(StrictModel):
+    """A picture's file in base64."""
+
+    type: Literal["base64"]
+    media_type: str
+    data: str
+
+
+class UrlSource(StrictModel):
+    """Where a picture is."""
+
+    type: Literal["url"]
+    url: str
+
+
+class ImageBlock(_Block):
+    """A picture."""
+
+    type: Literal["image"]
+    source: Annotated[Base64Source | UrlSource, Field(discriminator="type")]
+
+
+class ToolUseBlock(_Block):
+    """A call that the model made."""
+
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: dict[str, Any]
+
+
+class ToolResultBlock(_Block):
+    """What a call gave."""
+
+    type: Literal["tool_result"]
+    tool_use_id: str
+    content: (
+        Annotated[
+            Annotated[str, Tag("as_text")]
+            | Annotated[
+                list[Annotated[TextBlock | ImageBlock, Field(discriminator="type")]],
+                FIRST_FAULT,
+                Tag("as_parts"),
+            ],
+            Discriminator(content_kind),
+        ]
+        | None
+    ) = None
+    is_error: bool | None = None
+    """Accepted; a chat has no place for it, the result says it itself."""
+
+
+class ThinkingBlock(_Block):
+    """What a model thought. Not shown to it again, as chat templates leave earlier thoughts out."""
+
+    type: Literal["thinking", "redacted_thinking"]
+    thinking: str | None = None
+    signature: str | None = None
+    data: str | None = None
+
+
 class AnthropicMessage(StrictModel):
     """A message: a text, or blocks of text, pictures, calls and results."""
 
     role: Literal["user", "assistant", "system"]
-    content: str | Annotated[list[dict[str, Any]], FIRST_FAULT]
+    content: Annotated[
+        Annotated[str, Tag("as_text")]
+        | Annotated[
+            list[
+                Annotated[
+                    TextBlock | ImageBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock,
+                    Field(discriminator="type"),
+                ]
+            ],
+            FIRST_FAULT,
+            Tag("as_parts"),
+        ],
+        Discriminator(content_kind),
+    ]
 
 
 class CountTokensRequest(RequestBody):
@@ -66,18 +152,20 @@ class CountTokensRequest(RequestBody):
 
     messages: Annotated[list[AnthropicMessage], Field(min_length=1, max_length=10_000)]
     model: Annotated[str | None, Field(max_length=1024)] = None
-    system: str | Annotated[list[dict[str, Any]], FIRST_FAULT] | None = None
+    system: (
+        Annotated[
+            Annotated[str, Tag("as_text")] | Annotated[list[TextBlock], FIRST_FAULT, Tag("as_parts")],
+            Discriminator(content_kind),
+        ]
+        | None
+    ) = None
     tools: Annotated[list[AnthropicTool] | None, Field(max_length=256)] = None
     tool_choice: AnthropicChoice | None = None
     output_config: OutputConfig | None = None
 
     def chat_messages(self) -> list[dict[str, Any]]:
-        """The same as messages of a chat.
-
-        Raises:
-            PydanticCustomError: a block is of a kind that is not known.
-        """
-        system = [] if self.system is None else [{"role": "system", "content": _texts(self.system)}]
+        """The same as messages of a chat."""
+        system = [] if self.system is None else [{"role": "system", "content": _text(self.system)}]
         return [*system, *(part for message in self.messages for part in _chat_messages(message))]
 
     def chat_tools(self) -> list[dict[str, Any]] | None:
@@ -144,45 +232,28 @@ def _chat_messages(message: AnthropicMessage) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = []
     parts: list[dict[str, Any]] = []
     for block in message.content:
-        kind = block.get("type")
-        if kind == "tool_result":
-            content = _parts(block.get("content") or "")
-            results.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": content})
-        elif kind == "tool_use":
-            function = {"name": block.get("name"), "arguments": json.dumps(block.get("input") or {})}
-            calls.append({"id": block.get("id"), "type": "function", "function": function})
-        elif kind not in ("thinking", "redacted_thinking"):
-            parts += _parts([block])
+        if isinstance(block, ToolResultBlock):
+            content = block.content or ""
+            given = content if isinstance(content, str) else [_part(part) for part in content]
+            results.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": given})
+        elif isinstance(block, ToolUseBlock):
+            function = {"name": block.name, "arguments": json.dumps(block.input)}
+            calls.append({"id": block.id, "type": "function", "function": function})
+        elif not isinstance(block, ThinkingBlock):
+            parts.append(_part(block))
     said: dict[str, Any] = {"role": message.role, "content": parts or None}
     if calls:
         said["tool_calls"] = calls
     return [*results, *([said] if parts or calls else [])]
 
 
-def _parts(content: str | Sequence[Mapping[str, Any]]) -> Any:
-    if isinstance(content, str):
-        return content
-    parts = []
-    for block in content:
-        kind = block.get("type")
-        if kind == "text":
-            parts.append({"type": "text", "text": block.get("text")})
-        elif kind == "image":
-            parts.append({"type": "image_url", "image_url": {"url": _url(block.get("source") or {})}})
-        else:
-            raise field_error("messages", f"blocks of type {str(kind)[:40]!r} are not known here")
-    return parts
+def _part(block: TextBlock | ImageBlock) -> dict[str, Any]:
+    if isinstance(block, TextBlock):
+        return {"type": "text", "text": block.text}
+    source = block.source
+    url = source.url if isinstance(source, UrlSource) else f"data:{source.media_type};base64,{source.data}"
+    return {"type": "image_url", "image_url": {"url": url}}
 
 
-def _url(source: Mapping[str, Any]) -> str:
-    if source.get("type") == "base64":
-        return f"data:{source.get('media_type')};base64,{source.get('data')}"
-    if source.get("type") == "url":
-        return str(source.get("url"))
-    raise field_error("messages", "a picture's source is of type base64 or url")
-
-
-def _texts(blocks: str | Sequence[Mapping[str, Any]]) -> str:
-    if isinstance(blocks, str):
-        return blocks
-    return "\n\n".join(str(block.get("text", "")) for block in blocks)
+def _text(system: str | Sequence[TextBlock]) -> str:
+    return system if isinstance(system, str) else "\n\n".join(block.text for block in system)

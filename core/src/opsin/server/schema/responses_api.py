@@ -5,13 +5,105 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag, model_validator
 
+from opsin.inputs.conversation import Role
 from opsin.params import MAX_LOGPROBS
+from opsin.server.schema.chat import ImageUrlPart, InputImagePart, TextPart
 from opsin.server.schema.sampling import StreamOptions
-from opsin.server.schema.strict import FIRST_FAULT, RequestBody, StrictModel, field_error
+from opsin.server.schema.strict import FIRST_FAULT, RequestBody, StrictModel, content_kind
 
-_IGNORED_ITEMS = ("reasoning", "item_reference")
+
+class OutputTextPart(RequestBody):
+    """What the model said before: text like any other."""
+
+    ignored: ClassVar[frozenset[str]] = frozenset({"annotations", "logprobs"})
+
+    type: Literal["output_text"]
+    text: str
+
+
+class RefusalPart(StrictModel):
+    """What the model would not do, in its words."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+_Parts = list[
+    Annotated[
+        TextPart | ImageUrlPart | InputImagePart | OutputTextPart | RefusalPart, Field(discriminator="type")
+    ]
+]
+_Content = Annotated[
+    Annotated[str, Tag("as_text")] | Annotated[_Parts, FIRST_FAULT, Tag("as_parts")],
+    Discriminator(content_kind),
+]
+
+
+_MOST_FIELDS = 64
+
+
+class _Item(RequestBody):
+    ignored: ClassVar[frozenset[str]] = frozenset({"id", "status", "phase", "namespace", "caller"})
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_echoed(cls, data: Any) -> Any:
+        """Clients send items of answers back as their library holds them: with its unset fields as null."""
+        if not isinstance(data, dict) or len(data) > _MOST_FIELDS:
+            return data
+        return {name: value for name, value in data.items() if value is not None}
+
+
+class MessageItem(_Item):
+    """A message; the only item that may leave its type out."""
+
+    type: Literal["message"] = "message"
+    role: Role
+    content: _Content
+
+
+class CallItem(_Item):
+    """A call that the model made."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str = "{}"
+
+
+class ResultItem(_Item):
+    """What a call gave."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: _Content
+
+
+class ReasoningItem(_Item):
+    """What a model thought. Not shown to it again, as chat templates leave earlier thoughts out."""
+
+    type: Literal["reasoning"]
+    summary: list[Any] | None = None
+    content: list[Any] | None = None
+    encrypted_content: str | None = None
+
+
+def _item_kind(value: Any) -> str:
+    return str(value.get("type", "message")) if isinstance(value, dict) else str(getattr(value, "type", ""))
+
+
+_Items = list[
+    Annotated[
+        Annotated[MessageItem, Tag("message")]
+        | Annotated[CallItem, Tag("function_call")]
+        | Annotated[ResultItem, Tag("function_call_output")]
+        | Annotated[ReasoningItem, Tag("reasoning")],
+        Discriminator(_item_kind),
+    ]
+]
 
 
 class TextFormat(StrictModel):
@@ -63,7 +155,11 @@ class ResponsesRequest(RequestBody):
         "prompt": (),
     }
 
-    input: str | Annotated[list[dict[str, Any]], FIRST_FAULT, Field(min_length=1, max_length=10_000)]
+    input: Annotated[
+        Annotated[str, Tag("as_text")]
+        | Annotated[_Items, FIRST_FAULT, Field(min_length=1, max_length=10_000), Tag("as_parts")],
+        Discriminator(content_kind),
+    ]
     model: Annotated[str | None, Field(max_length=1024)] = None
     instructions: str | None = None
     previous_response_id: Annotated[str | None, Field(max_length=256)] = None
@@ -81,30 +177,23 @@ class ResponsesRequest(RequestBody):
     metadata: dict[str, str] | None = None
 
     def messages(self) -> list[dict[str, Any]]:
-        """The input as messages of a chat, without the instructions.
-
-        Raises:
-            PydanticCustomError: an item is of a kind that is not known.
-        """
+        """The input as messages of a chat, without the instructions."""
         if isinstance(self.input, str):
             return [{"role": "user", "content": self.input}]
         messages: list[dict[str, Any]] = []
-        for number, item in enumerate(self.input):
-            kind = item.get("type", "message")
-            if kind == "message":
-                messages.append({"role": item.get("role"), "content": _content(item.get("content"))})
-            elif kind == "function_call":
-                function = {"name": item.get("name"), "arguments": item.get("arguments", "{}")}
-                call = {"id": item.get("call_id"), "type": "function", "function": function}
+        for item in self.input:
+            if isinstance(item, MessageItem):
+                messages.append({"role": item.role, "content": _content(item.content)})
+            elif isinstance(item, CallItem):
+                function = {"name": item.name, "arguments": item.arguments}
+                call = {"id": item.call_id, "type": "function", "function": function}
                 if messages and messages[-1]["role"] == "assistant":
                     messages[-1].setdefault("tool_calls", []).append(call)
                 else:
                     messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
-            elif kind == "function_call_output":
-                result = {"role": "tool", "tool_call_id": item.get("call_id")}
-                messages.append({**result, "content": _content(item.get("output"))})
-            elif kind not in _IGNORED_ITEMS:
-                raise field_error("input", f"input[{number}]: items of type {str(kind)[:40]!r} are not known")
+            elif isinstance(item, ResultItem):
+                result = {"role": "tool", "tool_call_id": item.call_id}
+                messages.append({**result, "content": _content(item.output)})
         return messages
 
     def chat(self, earlier: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -146,18 +235,15 @@ class ResponsesRequest(RequestBody):
         return body
 
 
-def _content(content: Any) -> Any:
-    """Parts as a chat has them: what the model said before is text like any other."""
-    if not isinstance(content, list):
+def _content(content: str | _Parts) -> Any:
+    """Parts as a chat has them."""
+    if isinstance(content, str):
         return content
-    parts = []
+    parts: list[dict[str, Any]] = []
     for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind in ("output_text", "refusal"):
-            parts.append({"type": "text", "text": part.get("text", part.get("refusal", ""))})
-        elif kind == "input_image":
-            kept = {name: value for name, value in part.items() if name in ("type", "image_url", "detail")}
-            parts.append({name: value for name, value in kept.items() if value is not None})
+        if isinstance(part, (OutputTextPart, RefusalPart)):
+            text = part.text if isinstance(part, OutputTextPart) else part.refusal
+            parts.append({"type": "text", "text": text})
         else:
-            parts.append(part)
+            parts.append(part.model_dump(exclude_none=True))
     return parts

@@ -23,6 +23,11 @@ def field_error(name: str, text: str) -> PydanticCustomError:
     return PydanticCustomError("field", "{text}", {"text": text, "param": plain(name)})
 
 
+def content_kind(value: Any) -> str:
+    """The tag of a message's content: a text, or a list of parts."""
+    return "as_text" if isinstance(value, str) else "as_parts"
+
+
 def plain(name: str) -> str:
     """A client's name, shortened and without characters that could have a meaning elsewhere."""
     return re.sub(r"[^\w-]", "?", name[:40], flags=re.ASCII)
