@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.mlu_sim import CARD, installed, use_ops
+from tests.mlu_sim import CARD, SWITCHES, installed, use_ops
 from tests.mlu_sim.remote import run_in_simulator
 
 FOLDER = Path(__file__).parent
@@ -36,6 +37,21 @@ def _fresh_card() -> Iterator[None]:
     CARD.wide.clear()
     yield
     use_ops(OLD)
+
+
+@contextmanager
+def exactly() -> Iterator[None]:
+    """A card whose kernels all take float32, used so: token for token, nothing is a matter of rounding."""
+    with SWITCHES.changed(float32="right"), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPSIN_MLU_FLOAT32", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def exact() -> Iterator[None]:
+    """`exactly`, for a whole file."""
+    with exactly():
+        yield
 
 
 @pytest.fixture

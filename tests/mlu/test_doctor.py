@@ -71,11 +71,29 @@ def test_a_wrong_kernel_fails_visibly() -> None:
 
     torch_mlu_ops.apply_rotary = apply_rotary
     report = examine("mlu", selftest=True)
-    results = {result["op"]: result for result in report["selftest"]}
-    assert len(results["rotary"]["failures"]) == results["rotary"]["cases"]
-    assert not results["rms_norm"]["failures"]
     [line] = report["advice"]
-    assert line.startswith(f"self-test: rotary in float16 failed {results['rotary']['cases']} of")
+    assert line.startswith("rotary in float16 is not used: tried by the names of its arguments")
+    assert "rotated queries: off by" in line
+    results = {result["op"]: result for result in report["selftest"] if result["dtype"] == "float16"}
+    assert results["rotary"]["on_reference"] == results["rotary"]["cases"]
+    assert results["rms_norm"]["on_device"] == results["rms_norm"]["cases"]
+
+
+@pytest.mark.usefixtures("_few_cases")
+def test_a_kernel_that_is_wrong_where_it_was_not_tried_fails_visibly() -> None:
+    """The small case is right; the contract's cases are many."""
+    import torch_mlu_ops
+
+    right = torch_mlu_ops.fused_rms_norm
+
+    def fused_rms_norm(x: Any, *others: Any, **named: Any) -> Any:
+        result = right(x, *others, **named)
+        return result * 2 if x.shape[-1] == 96 and not isinstance(result, tuple) else result
+
+    torch_mlu_ops.fused_rms_norm = fused_rms_norm
+    report = examine("mlu", selftest=True)
+    [line] = report["advice"]
+    assert line.startswith("self-test: rms_norm in float16 failed")
 
 
 def test_the_command_itself() -> None:
@@ -88,4 +106,4 @@ def test_the_command_itself() -> None:
     [mlu] = [device for device in report["devices"] if device["name"] == "mlu"]
     assert mlu["reason"] == "2 × MLU370-S4, torch_mlu_ops 1.8.0"
     assert report["opened"]["torch device"] == "mlu:1"
-    assert report["opened"]["decode window"] == "-1 means none"
+    assert "windows -1 for none" in report["opened"]["  paged_attention 64 decoding in float16"]

@@ -13,6 +13,8 @@ from tests.models.families import FAMILIES, encoded
 from tests.models.golden import GOLDEN, cases, picture
 from tests.models.test_invariance import requests, tokens
 
+pytestmark = pytest.mark.usefixtures("exact")
+
 COUNT = 6
 
 QUICK = ("llava_next", "minicpmv26", "phi3v", "qwen2vl")
@@ -42,7 +44,7 @@ def expected(family: str) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def llm(family: str) -> Iterator[LLM]:
+def llm(family: str, exact: None) -> Iterator[LLM]:
     with load(family) as loaded:
         yield loaded
 

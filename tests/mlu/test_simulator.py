@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.mlu_sim import CARD
+from tests.mlu_sim import CARD, SWITCHES, use_ops
 
 
 @pytest.fixture(autouse=True)
@@ -159,36 +159,80 @@ def test_flash_attention_refuses(tmo: Any) -> None:
     refused(lambda: flash(tmo, q, k, longest=2), "below the longest")
     refused(lambda: flash(tmo, q, k, lens=on_card(torch.tensor([0, 3]))), "int32")
     refused(lambda: flash(tmo, q.transpose(0, 1).contiguous().transpose(0, 1), k), "contiguous")
-    refused(lambda: flash(tmo, q, half(2, 1, 32, 64), tables=int32([0])), "block size of 16")
+    apart = half(3, 3, 64)[:, :2]
+    assert flash(tmo, apart, k).shape == q.shape
+    with SWITCHES.changed(views="refused"):
+        refused(lambda: flash(tmo, apart, k), "q must be contiguous")
+    refused(lambda: flash(tmo, q, half(2, 1, 32, 64), tables=int32([0, 1])), "block size of 16")
+    refused(lambda: flash(tmo, q, half(2, 1, 16, 64), tables=int32([0])), "one column")
     refused(lambda: flash(tmo, q, k, dtype=torch.bfloat16), "compute_dtype")
 
 
-def decode(tmo: Any, q: Tensor, cache: Tensor, out: Tensor, longest: int = 5, window: int = 0) -> Any:
+def decode(tmo: Any, q: Tensor, cache: Tensor, out: Tensor, longest: int = 5, window: int = -1) -> Any:
     return tmo.single_query_cached_kv_attn(
-        q, cache, cache, out, int32([0]), int32(5), None, None, None, longest, window, window, 1.0
+        q, cache, cache, out, int32([0, 0]), int32(5), None, None, None, longest, window, window, 1.0
     )
 
 
-def test_decoding_refuses(tmo: Any, ops: str) -> None:
+def test_decoding_refuses(ops: str) -> None:
     import torch_mlu_ops
 
     tmo = torch_mlu_ops
-    window = 0 if ops == "1.3.2" else -1
     q, cache = half(1, 1, 2, 64), half(1, 1, 16, 64)
     out = torch.empty_like(q)
-    given = decode(tmo, q, cache, out, window=window)
+    given = decode(tmo, q, cache, out)
     assert given is None if ops == "1.3.2" else given is out
-    refused(lambda: decode(tmo, q, cache, q, window=window), "not q")
-    refused(lambda: decode(tmo, q, cache, out, longest=4, window=window), "max_context_len 4 < 5")
-    decode(tmo, q, cache, out, longest=0, window=window)
+    refused(lambda: decode(tmo, q, cache, q), "not q")
+    refused(lambda: decode(tmo, q, cache, out, longest=4), "max_context_len 4 < 5")
+    decode(tmo, q, cache, out, longest=0)
     many = half(1, 1, 129, 64)
-    refused(lambda: decode(tmo, many, cache, torch.empty_like(many), window=window), "at most 128")
+    refused(lambda: decode(tmo, many, cache, torch.empty_like(many)), "at most 128")
     if ops == "1.3.2":
-        refused(lambda: decode(tmo, q, cache, out, window=-1), "means none")
+        refused(lambda: decode(tmo, q, cache, out, window=0), "windows_size_right < 0")
+        with SWITCHES.changed(window="0"):
+            decode(tmo, q, cache, out, window=0)
+            refused(lambda: decode(tmo, q, cache, out, window=-1), "0, 0 means none")
     else:
         whole = out.clone()
         decode(tmo, q, cache, out, window=0)
         assert not torch.equal(out.cpu(), whole.cpu()), "0 is a window of one token"
+
+
+def test_fresh_memory_holds_anything() -> None:
+    assert torch.empty(3, device="mlu").isnan().all()
+    assert torch.empty(3, dtype=torch.int32, device="mlu").tolist() != [0, 0, 0]
+    assert torch.zeros(3, device="mlu").tolist() == [0, 0, 0]
+    with SWITCHES.changed(memory="zeros"):
+        assert not torch.empty(3, device="mlu").isnan().any()
+
+
+def test_norms_and_caches_take_no_float32(tmo: Any) -> None:
+    x, weight = half(4, 32).float(), half(32).float()
+    refused(lambda: tmo.fused_rms_norm(x, None, weight, None, None, 1e-6, False), "float32 is not supported")
+    with SWITCHES.changed(float32="right"):
+        tmo.fused_rms_norm(x, None, weight, None, None, 1e-6, False)
+
+
+def test_a_switch_that_is_not_there() -> None:
+    with pytest.raises(ValueError, match="no switch 'windows': there are window, rotary"):
+        SWITCHES.set(windows="0")
+
+
+def test_names_of_arguments() -> None:
+    import inspect
+
+    for names, told in (("printed", "(input, filter, bias, residual"), ("hidden", "(*args")):
+        with SWITCHES.changed(names=names):
+            use_ops("1.3.2")
+            import torch_mlu_ops
+
+            assert str(inspect.signature(torch_mlu_ops.matmul)).startswith(told)
+    with SWITCHES.changed(names="untold"):
+        use_ops("1.3.2")
+        import torch_mlu_ops as untold
+
+        with pytest.raises(ValueError, match="no signature"):
+            inspect.signature(untold.matmul)
 
 
 def test_products_refuse(tmo: Any) -> None:

@@ -4,6 +4,7 @@ For tests only, in a process of its own (a torch backend cannot be taken out aga
 
     python -m tests.mlu_sim -m pytest tests/mlu/simulated
     python -m tests.mlu_sim --ops 1.8.0 -m opsin doctor --device mlu --selftest
+    python -m tests.mlu_sim --switch gelu=tanh --switch names=hidden -m opsin doctor --device mlu
 
 Tensors have real strides and real aliasing; every op runs on the CPU over the same bytes. What the card does
 not do, or does otherwise, the simulator does not do, or does likewise: see `card` and `dispatch`. It needs
@@ -13,5 +14,6 @@ torch >= 2.9 (private constructors) and was written against 2.13. Not simulated:
 
 from tests.mlu_sim.card import CARD, Card
 from tests.mlu_sim.install import install, installed, use_ops
+from tests.mlu_sim.switches import SWITCHES, Switches
 
-__all__ = ["CARD", "Card", "install", "installed", "use_ops"]
+__all__ = ["CARD", "SWITCHES", "Card", "Switches", "install", "installed", "use_ops"]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tests.mlu_sim.card import CARD
+from tests.mlu_sim.switches import SWITCHES
 from tests.mlu_sim.tensors import CPU, CPU_KEY, adopt, alias, on_mlu, place
 
 _INDEXING = {"aten::index", "aten::index_put_", "aten::_index_put_impl_"}
@@ -48,6 +49,9 @@ _MOVES = {  # ops that only move bits
     "aten::zero_",
     "aten::zeros",
 }
+
+
+_FRESH = {"aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty"}
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,17 @@ def fallback(op: Any, *args: Any, **kwargs: Any) -> Any:
     with torch._C._AutoDispatchBelowAutograd():  # type: ignore[attr-defined]
         result = (op.overloadpacket if wrapped else op)(*cpu_args, **cpu_kwargs)
         call.follow()
+        if facts.name in _FRESH and SWITCHES.memory == "NaN":
+            _poison(result)
         return call.lift(result)
+
+
+def _poison(fresh: Tensor) -> None:
+    """Memory that nobody has written holds anything."""
+    if fresh.is_floating_point():
+        fresh.fill_(float("nan"))
+    elif fresh.dtype in (torch.int32, torch.int64):
+        fresh.fill_(2**30)
 
 
 class _Call:

@@ -14,6 +14,8 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from tests.mlu_sim import cncl, dispatch, torch_mlu_module
 from tests.mlu_sim.card import CARD
+from tests.mlu_sim.names import PRINTED, renamed
+from tests.mlu_sim.switches import SWITCHES
 
 GENERATIONS = {"1.3.2": "tests.mlu_sim.ops_1_3", "1.8.0": "tests.mlu_sim.ops_1_8"}
 """Version of the fake torch_mlu_ops -> its module. ``none``: not installed."""
@@ -79,6 +81,8 @@ def _copy(module: ModuleType) -> ModuleType:
     copied.__dict__.update(
         {k: v for k, v in vars(module).items() if not k.startswith("__") or k == "__version__"}
     )
+    for name in PRINTED:
+        setattr(copied, name, renamed(name, getattr(module, name), SWITCHES.names))
     return copied
 
 

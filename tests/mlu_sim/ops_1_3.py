@@ -1,6 +1,7 @@
-"""torch_mlu_ops of the MLU370's container: the argument lists of vLLM's pull request 10315 (2024-11).
+"""torch_mlu_ops 1.3.2, of the MLU370's container: what its manual (2025-01) says each function does.
 
-Decoding takes windows of 0, 0 for none. Head size 80 and weight-only products are not there.
+Names and order of arguments are those of callers (vLLM pull request 10315, dlinfer 90d8a9e); see `names` for
+the manual's.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ import torch
 from torch import Tensor
 
 from tests.mlu_sim import ops_rules as rules
+from tests.mlu_sim.switches import SWITCHES
 
 __version__ = "1.3.2"
 
 _HEAD_SIZES = frozenset({32, 64, 96, 128, 160, 192, 224, 256})
 _MODES = ("none", "silu", "gelu")
+_ACTIVE_MODES = ("silu", "gelu", "quick_gelu")
 
 
 def fused_rms_norm(
@@ -25,8 +28,10 @@ def fused_rms_norm(
     eps: float,
     store_output_before_norm: bool,
     quant_scale: Tensor | None = None,
+    out: Tensor | None = None,
+    dynamic_quant: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    rules.need(quant_scale is None, "fused_rms_norm: quant_scale is not simulated")
+    rules.need(quant_scale is None and out is None and not dynamic_quant, "fused_rms_norm: not simulated")
     return rules.norm("fused_rms_norm", x, residual, gamma, beta, bias, eps, store_output_before_norm, False)
 
 
@@ -39,13 +44,16 @@ def fused_layer_norm(
     eps: float,
     store_output_before_norm: bool,
     quant_scale: Tensor | None = None,
+    out: Tensor | None = None,
+    dynamic_quant: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    rules.need(quant_scale is None, "fused_layer_norm: quant_scale is not simulated")
+    rules.need(quant_scale is None and out is None and not dynamic_quant, "fused_layer_norm: not simulated")
     return rules.norm("fused_layer_norm", x, residual, gamma, beta, bias, eps, store_output_before_norm, True)
 
 
-def active(input: Tensor, act_mode: str, is_gated: bool) -> Tensor:
-    return rules.active(input, rules.activation("active", act_mode, _MODES), is_gated)
+def active(input: Tensor, act_mode: str, is_gated: bool, active_coef: float = 1.0) -> Tensor:
+    rules.need(active_coef == 1.0, "active: not simulated")
+    return rules.active(input, rules.activation("active", act_mode, _ACTIVE_MODES), is_gated)
 
 
 def apply_rotary(
@@ -58,7 +66,7 @@ def apply_rotary(
     discrete: bool,
     dynamic_ntk: bool,
     max_seqlen: int,
-) -> Tensor:
+) -> Tensor | None:
     return rules.rotary(
         input, sin_cache, cos_cache, position_ids, cu_seqlens, interleaved, discrete, dynamic_ntk, max_seqlen
     )
@@ -111,13 +119,22 @@ def single_query_cached_kv_attn(
     windows_size_left: int,
     windows_size_right: int,
     softmax_scale: float,
+    return_lse: bool = False,
+    kv_cache_quant_bit_size: int = -1,
 ) -> None:
+    op = "single_query_cached_kv_attn"
     unused = (k_cache_quant_scale, v_cache_quant_scale, alibi_slopes)
-    rules.need(all(x is None for x in unused), "single_query_cached_kv_attn: not simulated")
-    windows = (windows_size_left, windows_size_right)
-    rules.need(windows == (0, 0), f"single_query_cached_kv_attn: windows {windows}; (0, 0) means none")
+    known = all(x is None for x in unused) and not return_lse and kv_cache_quant_bit_size == -1
+    rules.need(known, f"{op}: not simulated")
+    left, right = windows_size_left, windows_size_right
+    if SWITCHES.window == "-1":
+        rules.need(right < 0, f"{op}: only support windows_size_right < 0 currently.")
+    elif (left, right) == (0, 0):
+        left = right = -1
+    else:
+        rules.need(SWITCHES.window == "both", f"{op}: windows {left}, {right}; 0, 0 means none")
     rules.decode(
-        q, k_cache, v_cache, out, block_tables, context_lens, max_contxt_len, -1, -1, softmax_scale,
+        q, k_cache, v_cache, out, block_tables, context_lens, max_contxt_len, left, right, softmax_scale,
         _HEAD_SIZES,
     )  # fmt: skip
 
@@ -130,5 +147,25 @@ def matmul(
     act_mode: str = "none",
     alpha: float = 1.0,
     beta: float = 0.0,
+    fast_act: bool = True,
+    approximate: bool = True,
 ) -> Tensor:
     return rules.product("matmul", a, b, bias, c, rules.activation("matmul", act_mode, _MODES), alpha, beta)
+
+
+def weight_only_quant_matmul(
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    zero: Tensor | None = None,
+    bias: Tensor | None = None,
+    c: Tensor | None = None,
+    act_mode: str = "none",
+    quant_bit_size: int = 8,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+) -> Tensor:
+    op = "weight_only_quant_matmul"
+    rules.need(zero is None, f"{op}: zero points are not supported")
+    act = rules.activation(op, act_mode, _MODES)
+    return rules.few_bits_product(a, b, scale, bias, c, act, quant_bit_size, alpha, beta)

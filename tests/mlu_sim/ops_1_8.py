@@ -53,7 +53,7 @@ def active(
     input: Tensor, act_mode: str, is_gated: bool, bias: Tensor | None = None, active_coef: float = 1.0
 ) -> Tensor:
     rules.need(bias is None and active_coef == 1.0, "active: not simulated")
-    return rules.active(input, rules.activation("active", act_mode, _MODES), is_gated)
+    return rules.active(input, rules.activation("active", act_mode, (*_MODES, "quick_gelu")), is_gated)
 
 
 def apply_rotary(
@@ -68,7 +68,7 @@ def apply_rotary(
     max_seqlen: int,
     output: Tensor | None = None,
     is_inverse: bool = False,
-) -> Tensor:
+) -> Tensor | None:
     rules.need(output is None and not is_inverse, "apply_rotary: not simulated")
     return rules.rotary(
         input, sin_cache, cos_cache, position_ids, cu_seqlens, interleaved, discrete, dynamic_ntk, max_seqlen
@@ -174,6 +174,6 @@ def weight_only_quant_matmul(
     beta: float = 1.0,
 ) -> Tensor:
     op = "weight_only_quant_matmul"
-    rules.need(zero is None and quant_bit_size == 8, f"{op}: not simulated")
+    rules.need(zero is None, f"{op}: zero points are not supported")
     act = rules.activation(op, act_mode, _MODES)
-    return rules.product(op, a, b, bias, c, act, alpha, beta, scale)
+    return rules.few_bits_product(a, b, scale, bias, c, act, quant_bit_size, alpha, beta)

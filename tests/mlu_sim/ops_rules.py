@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.mlu_sim.card import CARD
+from tests.mlu_sim.switches import SWITCHES
 from tests.mlu_sim.tensors import adopt, alias
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -44,7 +45,32 @@ def alike(op: str, **tensors: Tensor | None) -> None:
     for name, x in given.items():
         need(x.is_contiguous(), f"{op}: {name} must be contiguous")
         need(x.dtype in _FLOATS, f"{op}: {name} is {x.dtype}")
-    need(len({x.dtype for x in given.values()}) == 1, f"{op}: all tensors must have one dtype")
+    need(len({x.dtype for x in given.values()}) <= 1, f"{op}: all tensors must have one dtype")
+
+
+def halves(op: str, x: Tensor) -> None:
+    """The manual lists float16 and bfloat16 only."""
+    refused = SWITCHES.float32 == "refused" and x.dtype == torch.float32
+    need(not refused, f"{op}: float32 is not supported")
+
+
+def rows_apart(op: str, **tensors: Tensor) -> dict[str, Tensor]:
+    """Host aliases of tensors (..., heads, D) whose rows may be further apart than they are long."""
+    taken = {}
+    for name, x in tensors.items():
+        need(x.dtype in _FLOATS, f"{op}: {name} is {x.dtype}")
+        dense = x.stride(-1) == 1 and x.stride(-2) == x.shape[-1]
+        need(dense, f"{op}: the last two dimensions of {name} must be contiguous")
+        if not x.is_contiguous():
+            need(SWITCHES.views != "refused", f"{op}: {name} must be contiguous")
+        taken[name] = _unstrided(x) if SWITCHES.views == "ignored" else alias(x)
+    need(len({x.dtype for x in tensors.values()}) == 1, f"{op}: all tensors must have one dtype")
+    return taken
+
+
+def _unstrided(x: Tensor) -> Tensor:
+    """What a kernel reads that takes every tensor for contiguous."""
+    return alias(x).as_strided(x.shape, torch.empty(x.shape, device="meta").stride())
 
 
 def int32(op: str, dims: int, **tensors: Tensor | None) -> None:
@@ -76,6 +102,7 @@ def norm(
     tensors = {"x": x, "residual": residual, "gamma": gamma, "beta": beta, "bias": bias}
     enter(op, **tensors)
     alike(op, **tensors)
+    halves(op, x)
     need(residual is None or residual.shape == x.shape, f"{op}: residual and x differ in shape")
     h = alias(x)
     for added in (bias, residual):
@@ -116,8 +143,8 @@ def rotary(
     discrete: bool,
     dynamic_ntk: bool,
     max_seqlen: int,
-) -> Tensor:
-    """In place on x (B, S, H, D) or (total, H, D)."""
+) -> Tensor | None:
+    """On x (B, S, H, D) or (total, H, D); where the result stands is a switch."""
     op = "apply_rotary"
     enter(op, input=x, sin_cache=sin, cos_cache=cos, position_ids=positions, cu_seqlens=cu_seqlens)
     alike(op, sin_cache=sin, cos_cache=cos)
@@ -129,9 +156,9 @@ def rotary(
     need(2 <= size <= 256 and width % 2 == 0 and width <= size, f"{op}: head {size}, rotary_dim {width}")
     need(not dynamic_ntk, f"{op}: dynamic_ntk is not simulated")
     int32(op, 1, cu_seqlens=cu_seqlens)
-    flat = alias(x).flatten(0, 1) if x.dim() == 4 else alias(x)
-    if x.dim() == 4:
-        flat = alias(x).view(-1, *x.shape[2:])
+    halves(op, x)
+    whole = _unstrided(x) if SWITCHES.rows == "ignored" else alias(x)
+    flat = whole.view(-1, *x.shape[2:]) if x.dim() == 4 else whole
     rows = _rotary_rows(op, x, flat.shape[0], positions, cu_seqlens, discrete, max_seqlen)
     need(int(rows.max()) < sin.shape[0], f"{op}: a position beyond rotary_seq_len={sin.shape[0]}")
     s, c = alias(sin)[rows][:, None].float(), alias(cos)[rows][:, None].float()
@@ -140,8 +167,13 @@ def rotary(
         turned = torch.stack((-part[..., 1::2], part[..., ::2]), -1).flatten(-2)
     else:
         turned = torch.cat((-part[..., width // 2 :], part[..., : width // 2]), -1)
-    flat[..., :width] = (part * c + turned * s).to(x.dtype)
-    return x
+    rotated = (part * c + turned * s).to(x.dtype)
+    if SWITCHES.rotary == "elsewhere":
+        flat = flat.clone()
+    flat[..., :width] = rotated
+    if SWITCHES.rotary == "elsewhere":
+        return adopt(flat.contiguous(), x.device.index)
+    return x if SWITCHES.rotary == "in place" else None
 
 
 def _rotary_rows(
@@ -172,7 +204,10 @@ def write_paged(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: T
     """k, v (T, K, D) into caches (blocks, K, block_size, D); negative slots are skipped."""
     op = "reshape_paged_cache"
     enter(op, k=k, v=v, k_cache=k_cache, v_cache=v_cache, slot_mapping=slots)
-    alike(op, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+    alike(op, k_cache=k_cache, v_cache=v_cache)
+    need(k.dtype == v.dtype == k_cache.dtype, f"{op}: all tensors must have one dtype")
+    halves(op, k)
+    host = rows_apart(op, k=k, v=v)
     int32(op, 1, slot_mapping=slots)
     blocks, heads, size, width = k_cache.shape
     need(
@@ -185,8 +220,8 @@ def write_paged(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: T
     block, offset = rows[kept] // size, rows[kept] % size
     # A public test of another project saw half of the cache unwritten for tiny heads.
     written = width if width >= 32 else width // 2
-    for x, cache in ((k, k_cache), (v, v_cache)):
-        alias(cache)[block, :, offset, :written] = alias(x)[kept][..., :written]
+    for x, cache in ((host["k"], k_cache), (host["v"], v_cache)):
+        alias(cache)[block, :, offset, :written] = x[kept][..., :written]
 
 
 def attend(
@@ -213,8 +248,16 @@ def attend(
 def _context(cache: Tensor, table: list[int], length: int) -> Tensor:
     """(length, K, D) of one sequence."""
     size = cache.shape[2]
-    blocks = cache[table[: -(-length // size)]]
-    return blocks.transpose(1, 2).flatten(0, 1)[:length]
+    blocks = cache[table[: -(-length // size)]].transpose(1, 2).flatten(0, 1)
+    if SWITCHES.tail == "loaded":  # times a weight of 0, which NaN survives
+        return blocks[:length] + (blocks[length:].sum(0, keepdim=True) * 0 if len(blocks) > length else 0)
+    return blocks[:length]
+
+
+def _not_one_column(op: str, tables: Tensor) -> None:
+    """The manual takes a table of one column for keys that are not paged; what becomes of them is open."""
+    paged = tables.shape[1] > 1 or SWITCHES.one_column == "paged"
+    need(paged, f"{op}: block tables of one column mean that nothing is paged")
 
 
 def flash(
@@ -237,7 +280,9 @@ def flash(
     """Attention of segments; paged where there are tables."""
     op = "flash_attention"
     enter(op, q=q, k=k, v=v, out=out, cu_seq_lens_q=cu_q, cu_seq_lens_kv=cu_kv, block_tables=tables)
-    alike(op, q=q, k=k, v=v, out=out)
+    host = rows_apart(op, q=q, k=k, v=v)
+    alike(op, out=out)
+    need(out is None or out.dtype == q.dtype, f"{op}: all tensors must have one dtype")
     int32(op, 1, cu_seq_lens_q=cu_q, cu_seq_lens_kv=cu_kv)
     int32(op, 2, block_tables=tables)
     need(q.dim() == 3, f"{op}: the simulator takes q (total_q, Hq, D) only")
@@ -250,12 +295,13 @@ def flash(
     need(starts[-1] == q.shape[0], f"{op}: cu_seq_lens_q ends at {starts[-1]}, q has {q.shape[0]} rows")
     need(max_q >= max(lens) and max_kv >= max(kv_lens), f"{op}: max_seq_len_* below the longest")
     result = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype)
-    host_q, host_k, host_v = alias(q), alias(k), alias(v)
+    host_q, host_k, host_v = host["q"], host["k"], host["v"]
     if tables is None:
         need(kv_starts[-1] == k.shape[0], f"{op}: cu_seq_lens_kv ends at {kv_starts[-1]}, k has {k.shape[0]}")
     else:
         need(k.dim() == 4 and k.shape[2] == 16, f"{op}: paged keys need a block size of 16")
         need(tables.shape[0] == len(lens), f"{op}: one block table per sequence")
+        _not_one_column(op, tables)
     for i, (start, length, kv_length) in enumerate(zip(starts, lens, kv_lens)):
         if tables is None:
             rows = slice(kv_starts[i], kv_starts[i] + kv_length)
@@ -289,9 +335,13 @@ def decode(
     """q (B, seq_q, N, D) over caches (blocks, K, block_size, D). Windows: -1 is none."""
     op = "single_query_cached_kv_attn"
     enter(op, q=q, k_cache=k_cache, v_cache=v_cache, out=out, block_tables=tables, context_lens=lengths)
-    alike(op, q=q, k_cache=k_cache, v_cache=v_cache, out=out)
+    alike(op, k_cache=k_cache, v_cache=v_cache)
+    need(q.dtype == k_cache.dtype == out.dtype, f"{op}: all tensors must have one dtype")
+    host_q = rows_apart(op, q=q)["q"]
+    rows_apart(op, out=out)
     int32(op, 2, block_tables=tables)
     int32(op, 1, context_lens=lengths)
+    _not_one_column(op, tables)
     need(q.dim() == 4 and q.shape[0] == len(lengths) == len(tables), f"{op}: q is (B, seq_q, Hq, D)")
     need(q.shape[-1] in head_sizes, f"{op}: head size {q.shape[-1]}; supported: {sorted(head_sizes)}")
     need(k_cache.shape[2] in (1, 2, 4, 8, 16, 32, 64), f"{op}: block size {k_cache.shape[2]}")
@@ -304,7 +354,7 @@ def decode(
         need(length > 0, f"{op}: context_lens[{i}] is {length}")
         table = alias(tables)[i].tolist()
         keys, values = (_context(alias(cache), table, length) for cache in (k_cache, v_cache))
-        alias(out)[i] = attend(alias(q)[i], keys, values, scale, True, left, right)
+        alias(out)[i] = attend(host_q[i], keys, values, scale, True, left, right)
     return out
 
 
@@ -317,32 +367,64 @@ def product(
     act: Callable[[Tensor], Tensor],
     alpha: float,
     beta: float,
-    scale: Tensor | None = None,
 ) -> Tensor:
-    """act(alpha * a @ b.T + beta * c + bias), b scaled per row if it is int8."""
-    enter(op, a=a, b=b, bias=bias, c=c, scale=scale)
+    """act(alpha * (a @ b.T + bias) + beta * c)."""
+    _check_product(op, a, b, bias, c)
+    need(a.shape[1] == b.shape[1], f"{op}: a is {tuple(a.shape)}, b {tuple(b.shape)}")
+    need(a.dtype == b.dtype, f"{op}: a is {a.dtype}, b {b.dtype}")
+    need(bias is None or SWITCHES.bias == "any" or bias.dim() == 2, f"{op}: bias must be (1, N)")
+    y = alpha * (alias(a).float() @ alias(b).float().t() + (0 if bias is None else alias(bias).float()))
+    y = y if c is None else y + beta * alias(c).float()
+    return adopt(act(y).to(a.dtype), a.device.index)
+
+
+def _check_product(op: str, a: Tensor, b: Tensor, bias: Tensor | None, c: Tensor | None) -> None:
+    enter(op, a=a, b=b, bias=bias, c=c)
     alike(op, a=a, bias=bias, c=c)
     need(a.dim() == 2 and b.dim() == 2 and b.is_contiguous(), f"{op}: a (M, K) and b (N, K), contiguous")
-    need(a.shape[1] == b.shape[1], f"{op}: a is {tuple(a.shape)}, b {tuple(b.shape)}")
-    weight = alias(b).float()
-    if scale is None:
-        need(a.dtype == b.dtype, f"{op}: a is {a.dtype}, b {b.dtype}")
+
+
+def few_bits_product(
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    c: Tensor | None,
+    act: Callable[[Tensor], Tensor],
+    bits: int,
+    alpha: float,
+    beta: float,
+) -> Tensor:
+    """alpha * act(a @ (b * scale).T + bias) + beta * c, b int8 (N, K) or two codes of 4 bits in a byte."""
+    op = "weight_only_quant_matmul"
+    _check_product(op, a, b, bias, c)
+    enter(op, scale=scale)
+    need(b.dtype == torch.int8 and bits in (4, 8), f"{op}: b is {b.dtype} of {bits} bits")
+    codes = alias(b)
+    if bits == 4:
+        parts = [(codes << 4) >> 4, codes >> 4]
+        codes = torch.stack(parts if SWITCHES.halves == "low" else parts[::-1], -1).flatten(1)
+    need(a.shape[1] == codes.shape[1], f"{op}: a is {tuple(a.shape)}, b {tuple(b.shape)} of {bits} bits")
+    rows, wide = codes.shape
+    if scale.dim() == 1:
+        need(bits == 8, f"{op}: 4 bits need scales of groups")
+        need(scale.dtype == torch.float32 and len(scale) == rows, f"{op}: scale is float32 (N)")
+        scales = alias(scale)[:, None]
     else:
-        need(b.dtype == torch.int8 and a.dtype != torch.float32, f"{op}: fp16 times int8")
-        need(scale.dtype == torch.float32 and scale.shape == b.shape[:1], f"{op}: scale is float32 (N)")
-        weight = weight * alias(scale)[:, None]
-    y = alpha * (alias(a).float() @ weight.t())
-    if c is not None:
-        y = y + beta * alias(c).float()
-    if bias is not None:
-        y = y + alias(bias).float()
-    return adopt(act(y).to(a.dtype), a.device.index)
+        need(scale.dtype == a.dtype, f"{op}: scales of groups have the activations' dtype")
+        group = wide // scale.shape[1]
+        need(group in (64, 128, 256, 512) and group * scale.shape[1] == wide, f"{op}: groups of {group}")
+        scales = alias(scale).float().repeat_interleave(group, 1)
+    y = alias(a).float() @ (codes.float() * scales).t() + (0 if bias is None else alias(bias).float())
+    y = alpha * act(y) + (0 if c is None else beta * alias(c).float())
+    return adopt(y.to(a.dtype), a.device.index)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "silu": F.silu,
-    "gelu": F.gelu,
+    "gelu": lambda x: F.gelu(x, approximate="tanh" if SWITCHES.gelu == "tanh" else "none"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
 
 

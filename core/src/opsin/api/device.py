@@ -62,6 +62,8 @@ class Device:
             many), for a device that fills heads up; None: K * D.
         synchronize: wait until queued work is done; None where nothing is queued.
         details: facts for ``opsin doctor`` (threads, driver versions, switches).
+        declined: kernels of the device's own that are not used because they do not work here -> why; the
+            reference serves in their place. ``opsin doctor`` counts them as faults. Since 1.2.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Device:
     kv_row_elements: Callable[[KVGeometry], int] | None = None
     synchronize: Callable[[], None] | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
+    declined: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -98,6 +98,7 @@ def examine(device: str | None, *, selftest: bool = False, model: str | None = N
             if device is not None or selftest:
                 opened = found.open_device(chosen, index)
                 report["opened"] = _describe_opened(opened)
+                report["advice"] += [f"{name} is not used: {why}" for name, why in opened.declined.items()]
                 if selftest:
                     from opsin.cli import selftest as tests  # it imports torch
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -13,10 +14,14 @@ import torch
 
 from opsin.api import Capabilities, Device, KVGeometry, KVLayer, MemoryInfo, Probe
 from opsin_device_mlu.attention import allocate_kv, kv_head_size
-from opsin_device_mlu.ops import PACKAGE, Ops, find_ops, no_window, version_numbers
+from opsin_device_mlu.measured import Measured, measured
+from opsin_device_mlu.ops import PACKAGE, Ops, find_ops, version_numbers
 from opsin_device_mlu.settings import Settings
 
 SCORE, SCORE_WITHOUT_OPS = 100, 50
+
+_DECISIVE = ("paged_attention", "write_kv", "linear in")
+"""Kernels without which a card crawls."""
 
 KV_BLOCK_SIZE = 16
 """The only block size paged flash_attention is documented for."""
@@ -97,6 +102,32 @@ def visible_devices_variable() -> str | None:
     return next((name for name in _VISIBLE if name in os.environ), None)
 
 
+def current() -> tuple[str, str] | None:
+    """Torch's name and the vendor's name of the current card; None: torch_mlu is not in use."""
+    if "torch_mlu" not in sys.modules:
+        return None
+    try:
+        module = backend()
+    except Unusable:
+        return None
+    index = module.current_device()
+    return f"mlu:{index}", module.get_device_properties(index).name
+
+
+def known_kernels(module: Any, index: int, settings: Settings, ops: Ops) -> Measured:
+    """What is right on a card, tried now where it has not been before."""
+    found = measured(ops, settings, f"mlu:{index}", module.get_device_properties(index).name)
+    before = module.current_device()
+    module.set_device(index)  # the vendor's kernels launch on the current device
+    try:
+        sizes = sorted({kv_head_size(size, settings.head_sizes) for size in (64, 128)})
+        found.all([torch.float16], [size for size in sizes if size in settings.head_sizes])
+    finally:
+        if before < module.device_count():
+            module.set_device(before)
+    return found
+
+
 def probe() -> Probe:
     """Never raises."""
     try:
@@ -110,18 +141,28 @@ def probe() -> Probe:
     ops = find_ops(settings)
     count = module.device_count()
     cards = f"{count} × {module.get_device_properties(0).name}"
-    details = describe(module, 0, settings, ops)
     if ops.missing:
         reason = f"{cards}; {ops.missing}: everything runs on the reference kernels, slowly"
         step = "" if not settings.ops else f"install {PACKAGE} as the vendor's container has it: see {GUIDE}"
+        details = describe(module, 0, settings, ops, None)
         return Probe(score=SCORE_WITHOUT_OPS, reason=reason, next_step=step, details=details)
-    if ops.refused:
-        reason = f"{cards}; {len(ops.refused)} kernels of {PACKAGE} are not used"
-        return Probe(score=SCORE, reason=reason, next_step="; ".join(ops.refused.values()), details=details)
+    found = known_kernels(module, 0, settings, ops)
+    details = describe(module, 0, settings, ops, found)
+    slow = [name for name in found.declined if name.startswith(_DECISIVE)]
+    if found.declined:
+        reason = f"{cards}; {len(found.declined)} kernels of {PACKAGE} are not used"
+        if slow:
+            reason += f", among them {', '.join(slow)}: slow"
+        step = "; ".join(f"{name}: {why}" for name, why in found.declined.items())
+        return Probe(
+            score=SCORE_WITHOUT_OPS if slow else SCORE, reason=reason, next_step=step, details=details
+        )
     return Probe(score=SCORE, reason=f"{cards}, {PACKAGE} {ops.version}", details=details)
 
 
-def describe(module: Any, index: int, settings: Settings, ops: Ops) -> Mapping[str, Any]:
+def describe(
+    module: Any, index: int, settings: Settings, ops: Ops, found: Measured | None
+) -> Mapping[str, Any]:
     """Facts for ``opsin doctor``."""
     properties = module.get_device_properties(index)
     free, total = module.mem_get_info(index)
@@ -129,7 +170,8 @@ def describe(module: Any, index: int, settings: Settings, ops: Ops) -> Mapping[s
     torch_mlu = importlib.import_module("torch_mlu")
     stack = (torch.__version__, getattr(torch_mlu, "__version__", None), ops.version)
     known = tuple(".".join(map(str, version_numbers(version)[:2])) for version in stack) in KNOWN_STACKS
-    details: dict[str, Any] = {
+    declined = {} if found is None else found.declined
+    return {
         "card": f"{properties.name}, capability {properties.major}.{properties.minor}",
         "devices": f"{module.device_count()}" + (f" ({variable}={os.environ[variable]})" if variable else ""),
         "memory": f"{free / 2**30:.1f} GiB free of {total / 2**30:.1f} GiB",
@@ -139,13 +181,12 @@ def describe(module: Any, index: int, settings: Settings, ops: Ops) -> Mapping[s
         "stack": "the vendor's for the MLU370"
         if known
         else "not one this plugin was written for: run `opsin doctor --device mlu --selftest`",
-        "kernels not used": "; ".join(ops.refused.values()) or "none",
-        "decode window": f"{no_window(ops, settings)} means none",
+        "kernels not used": "; ".join(f"{name}: {why}" for name, why in declined.items()) or "none",
+        **({} if found is None else {f"  {name}": how for name, how in sorted(found.notes.items())}),
         "head sizes": ", ".join(map(str, settings.head_sizes)),
         "switches": ", ".join(f"{name}={value}" for name, value in settings.changed().items())
         or "all at their defaults",
     }
-    return details
 
 
 def capabilities(module: Any, index: int, settings: Settings) -> Capabilities:
@@ -163,13 +204,14 @@ def capabilities(module: Any, index: int, settings: Settings) -> Capabilities:
         kv_block_size=KV_BLOCK_SIZE,
         max_tensor_elements=MAX_TENSOR_ELEMENTS,
         kv_memory_share=KV_MEMORY_SHARE,
-        pinned_memory=settings.pinned_memory,
+        pinned_memory=_has_pinned_memory() if settings.pinned_memory is None else settings.pinned_memory,
         graphs=settings.graphs,
         communication="cncl",
         advice={
             "bfloat16": f"{properties.name} (capability {properties.major}.{properties.minor}) does not "
-            'compute in it; pass dtype="float16" (a bfloat16 checkpoint is cast while it is loaded), or '
-            'dtype="float32" if float16 overflows'
+            'compute in it; pass dtype="float16" (a bfloat16 checkpoint is cast while it is loaded), or, if '
+            'float16 overflows, dtype="float32": much slower, as the vendor\'s norms, rotary positions and '
+            "KV cache take no float32"
         },
     )
 
@@ -194,12 +236,8 @@ def open_device(index: int) -> Device:
             + (f' to "mlu:{count - 1}"' if count > 1 else "")
         )
     ops = find_ops(settings)
-    if settings.weight_int8 and not ops.has("weight_only_quant_matmul"):
-        raise ValueError(
-            f"OPSIN_MLU_WEIGHT_INT8=1 needs weight_only_quant_matmul, which "
-            f"{ops.missing or f'{PACKAGE} {ops.version} does not have'}; unset it"
-        )
     module.set_device(index)  # the vendor's kernels launch on the current device
+    found = None if ops.missing else known_kernels(module, index, settings, ops)
     name = f"mlu:{index}"
     return Device(
         name="mlu",
@@ -211,8 +249,16 @@ def open_device(index: int) -> Device:
             geometry.num_kv_heads * kv_head_size(geometry.head_size, settings.head_sizes)
         ),
         synchronize=partial(module.synchronize, index),
-        details=describe(module, index, settings, ops),
+        details=describe(module, index, settings, ops, found),
+        declined={} if found is None else found.declined,
     )
+
+
+def _has_pinned_memory() -> bool:
+    try:
+        return torch.empty(1, pin_memory=True).is_pinned()
+    except Exception:  # whatever a backend without it raises
+        return False
 
 
 def _memory(module: Any, index: int) -> MemoryInfo:

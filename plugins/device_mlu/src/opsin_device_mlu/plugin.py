@@ -20,6 +20,7 @@ OPS: tuple[OpName, ...] = (
     "paged_attention",
     "dense_attention",
     "prepare_linear",
+    "prepare_quantized_linear",
 )
 
 

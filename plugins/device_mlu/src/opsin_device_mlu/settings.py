@@ -22,25 +22,32 @@ class Settings:
 
     Attributes:
         ops: use torch_mlu_ops at all.
-        trust_signatures: call torch_mlu_ops even where its argument names are not the known ones.
-        decode_window: what means "no window" to the decoding kernel: 0 or -1; None: by its version.
+        measure: try each kernel on a small case before it is used; otherwise the first way to call it is
+            taken for right.
+        trust_signatures: call torch_mlu_ops in the order that callers are known to use, whatever the names of
+            its arguments are.
+        decode_window: what means "no window" to the decoding kernel: 0 or -1; None: -1, or 0 where that is
+            measured to be right.
         head_sizes: head sizes the attention kernels take as they are, ascending.
-        rotary_in_place: rotate q and k where they stand in the fused projection, without a copy.
-        fused_activation: let matmul apply SiLU and GELU.
+        rotary_in_place: rotate q and k where they stand in the fused projection, without a copy, where that
+            is measured to be right.
+        fused_activation: let matmul apply the activations that it is measured to apply rightly.
+        float32: try float32 also where the manual lists float16 and bfloat16 only.
         half_softmax: let attention compute in float16 instead of float32.
-        weight_int8: keep linear weights as int8 with a scale per row (float16 only).
-        pinned_memory, graphs: declared in the device's capabilities; the core does not use them yet.
+        pinned_memory: hand numbers over in pinned host memory; None: where there is such memory.
+        graphs: declared in the device's capabilities; the core does not use them yet.
     """
 
     ops: bool = True
+    measure: bool = True
     trust_signatures: bool = False
     decode_window: int | None = None
     head_sizes: tuple[int, ...] = HEAD_SIZES
     rotary_in_place: bool = True
     fused_activation: bool = True
+    float32: bool = False
     half_softmax: bool = False
-    weight_int8: bool = False
-    pinned_memory: bool = False
+    pinned_memory: bool | None = None
     graphs: bool = False
 
     @classmethod
@@ -84,6 +91,10 @@ def _window(variable: str, text: str) -> int | None:
     return None if text == "auto" else int(text)
 
 
+def _maybe(variable: str, text: str) -> bool | None:
+    return None if text == "auto" else _flag(variable, text)
+
+
 def _sizes(variable: str, text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and 0 < int(part) <= 256 for part in parts):
@@ -91,4 +102,8 @@ def _sizes(variable: str, text: str) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in parts}))
 
 
-_PARSERS: Mapping[str, Callable[[str, str], object]] = {"decode_window": _window, "head_sizes": _sizes}
+_PARSERS: Mapping[str, Callable[[str, str], object]] = {
+    "decode_window": _window,
+    "head_sizes": _sizes,
+    "pinned_memory": _maybe,
+}
