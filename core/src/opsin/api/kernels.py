@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from opsin.api.parallel import Parallel
@@ -104,6 +104,9 @@ class AttentionBatch:
         slots: for each of the T tokens, ``block * block_size + offset`` where its key and value go.
         block_size: tokens per block.
         device: torch device of the step's tensors.
+        upload: integers -> int32 (n,) on the device, which travel there with all other numbers of the step in
+            one transfer: to be read by kernels of the step, not by the plan. None: nobody collects them.
+            Since 1.2.
     """
 
     query_lens: Sequence[int]
@@ -112,6 +115,7 @@ class AttentionBatch:
     slots: Sequence[int]
     block_size: int
     device: str
+    upload: Callable[[Sequence[int]], Tensor] | None = field(default=None, compare=False, repr=False)
 
 
 class RMSNorm(Protocol):

@@ -15,7 +15,7 @@ from opsin.plugins import Plugins
 from opsin.rank.leader import LeadingRank
 from opsin.rank.local import Rank
 from opsin.rank.sizing import Resolved
-from opsin.rank.step import StepInput, StepOutput
+from opsin.rank.step import Embed, StepInput, StepOutput
 
 
 class Executor(Protocol):
@@ -49,7 +49,7 @@ class Executor(Protocol):
         """Encode several items of one modality -> (E, H) each."""
         ...
 
-    def compute(self, step: StepInput, embeds: Tensor, features: Tensor | None) -> StepOutput:
+    def compute(self, step: StepInput, embed: Embed) -> StepOutput:
         """Compute a step; see `opsin.rank.local.Rank.compute`."""
         ...
 

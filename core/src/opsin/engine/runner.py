@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opsin.api import MediaFeatures, Modality, PlacedMedia
+from opsin.api import Modality, PlacedMedia
 from opsin.engine.cache import EncoderCache
 from opsin.engine.executor import Executor
 from opsin.engine.pooling import pool
@@ -27,6 +27,8 @@ from opsin.errors import DeviceLostError, RequestError
 from opsin.rank.step import StepInput
 
 T = TypeVar("T")
+
+_Rows = np.ndarray[tuple[int], np.dtype[np.intp]]
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +117,8 @@ class Runner:
     def _compute(self, result: StepTokens, chunks: SequenceOf[Chunk]) -> None:
         first_rows = list(accumulate((chunk.length for chunk in chunks[:-1]), initial=0))
         placed = list(zip(first_rows, chunks))
-        embeds, media = self._embeds(placed)
+        media = [self._rows(item, chunk, first_row) for first_row, chunk in placed for item in chunk.media()]
+        wide = [found for found, features in media if features.shape[1] > self._model.hidden_size]
         described = [(chunk, targets) for chunk in chunks if (targets := _described(chunk))]
         asked = [chunk for chunk in chunks if chunk.samples and chunk.sequence.pooling is None]
         row_of = {id(chunk): row for row, chunk in placed}
@@ -125,16 +128,16 @@ class Runner:
         rows += [row for chunk, end in ends for row in range(end - len(chunk.draft) - 1, end)]
         output = self.executor.compute(
             StepInput(
+                token_ids=[token for chunk in chunks for token in chunk.token_ids],
                 positions=np.concatenate([_positions(chunk) for chunk in chunks], axis=1),
                 query_lens=[chunk.length for chunk in chunks],
                 context_lens=[chunk.end for chunk in chunks],
                 block_tables=[chunk.sequence.block_ids for chunk in chunks],
                 slots=self._slots(chunks),
                 logit_rows=rows,
-                media_rows=() if media is None else media.rows.tolist(),
+                media_rows=[row for found in wide for row in found.tolist()],
             ),
-            embeds,
-            None if media is None else media.features,
+            partial(self._embeds, media),
         )
         pooled = [
             (chunk.sequence, *pool(chunk.sequence, chunk.start, output.hidden[row : row + chunk.length]))
@@ -157,33 +160,30 @@ class Runner:
             elif embedding is not None:
                 result.embeddings[sequence.seq_id] = embedding
 
-    def _embeds(self, placed: SequenceOf[tuple[int, Chunk]]) -> tuple[Tensor, MediaFeatures | None]:
-        """(T, H): token embeddings, with media embeddings in their places; and what else media say."""
-        ids = [token for _, chunk in placed for token in chunk.token_ids]
-        target = self._device
-        embeds = self._model.embed(torch.tensor(ids, dtype=torch.int64, device=target))
+    def _rows(self, item: PlacedMedia, chunk: Chunk, first_row: int) -> tuple[_Rows, Tensor]:
+        """Rows of the step that take an item's features, and those features."""
+        features = item.mapped.embeds
+        if features is None:
+            features = self.encoder_cache.get(item.key)
+            assert features is not None, "media are encoded before their tokens are computed"
+        flags = np.asarray(item.is_embed, dtype=bool)
+        begin, end = max(chunk.start, item.start), min(chunk.end, item.end)
+        inside = flags[begin - item.start : end - item.start]
+        seen = int(flags[: begin - item.start].sum())
+        rows = np.flatnonzero(inside) + first_row + begin - chunk.start
+        return rows, features[seen : seen + len(rows)]
+
+    def _embeds(self, media: SequenceOf[tuple[_Rows, Tensor]], ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`opsin.rank.step.Embed`."""
+        embeds = self._model.embed(ids)
         width = embeds.shape[1]
-        further: list[tuple[Tensor, Tensor]] = []
-        for first_row, chunk in placed:
-            for item in chunk.media():
-                features = item.mapped.embeds
-                if features is None:
-                    features = self.encoder_cache.get(item.key)
-                    assert features is not None, "media are encoded before their tokens are computed"
-                flags = np.asarray(item.is_embed, dtype=bool)
-                begin, end = max(chunk.start, item.start), min(chunk.end, item.end)
-                inside = flags[begin - item.start : end - item.start]
-                seen = int(flags[: begin - item.start].sum())
-                rows = torch.from_numpy(np.flatnonzero(inside) + first_row + begin - chunk.start)
-                wanted = features[seen : seen + len(rows)].to(target, self.executor.dtype)
-                rows = rows.to(target)
-                embeds[rows] = wanted[:, :width]
-                if wanted.shape[1] > width and len(rows):
-                    further.append((rows, wanted[:, width:]))
-        if not further:
-            return embeds, None
-        all_rows, columns = (torch.cat(parts) for parts in zip(*further))
-        return embeds, MediaFeatures(rows=all_rows, features=columns)
+        further: list[Tensor] = []
+        for rows, features in media:
+            wanted = features.to(self._device, self.executor.dtype)
+            embeds[torch.from_numpy(rows).to(self._device)] = wanted[:, :width]
+            if wanted.shape[1] > width and len(rows):
+                further.append(wanted[:, width:])
+        return embeds, torch.cat(further) if further else None
 
     def _slots(self, chunks: SequenceOf[Chunk]) -> list[int]:
         size = self._block_size

@@ -33,7 +33,7 @@ from opsin.errors import ConfigError, DeviceLostError, OpsinError, RequestError
 from opsin.plugins import Plugins
 from opsin.rank.local import Rank
 from opsin.rank.placement import place_ranks
-from opsin.rank.step import EncodeInput, StepInput, StepOutput, deal
+from opsin.rank.step import Embed, EncodeInput, StepInput, StepOutput, deal
 from opsin.rank.worker import Failure, Job, join, meeting_store, send
 
 logger = logging.getLogger(__name__)
@@ -191,9 +191,7 @@ class LeadingRank(Rank):
         for rank, placement in enumerate(self._placements):
             logger.info("rank %d: %s", rank, placement)
 
-    def compute(
-        self, step: StepInput, embeds: Tensor | None = None, features: Tensor | None = None
-    ) -> StepOutput:
+    def compute(self, step: StepInput, embed: Embed | None = None) -> StepOutput:
         """See `Rank.compute`.
 
         Raises:
@@ -201,10 +199,14 @@ class LeadingRank(Rank):
         """
         if self._lost is not None:
             raise DeviceLostError(self._lost)
+        # First, and outside: embeddings that cannot be made fail a request, and no rank waits for them.
+        assert embed is not None
+        ids = torch.tensor(step.token_ids, dtype=torch.int64, device=self.device.torch_device)
+        embeds = embed(ids)
         try:
             for follower in self._followers:
-                follower.send(step)
-            return super().compute(step, embeds, features)
+                follower.send(replace(step, token_ids=()))
+            return super().compute(step, lambda _: embeds)
         except BaseException as error:
             lost = self._lost_with(error)
             if not isinstance(error, Exception):

@@ -35,7 +35,8 @@ from opsin.errors import ConfigError, PluginError, RequestError
 from opsin.kernels import Kernels, allocate_kv
 from opsin.plugins import Plugins
 from opsin.rank.sizing import resolve, resolve_dtype, resolve_rounding
-from opsin.rank.step import StepInput, StepOutput
+from opsin.rank.step import Embed, StepInput, StepOutput
+from opsin.rank.uploads import Uploads
 
 T = TypeVar("T")
 
@@ -186,27 +187,22 @@ class Rank:
         return self.model.media_width if isinstance(self.model, WideMedia) else self.model.hidden_size
 
     @torch.inference_mode()
-    def compute(
-        self, step: StepInput, embeds: Tensor | None = None, features: Tensor | None = None
-    ) -> StepOutput:
+    def compute(self, step: StepInput, embed: Embed | None = None) -> StepOutput:
         """Compute a step; with several ranks, at the same time as all others.
 
         Args:
             step: the same on all ranks.
-            embeds: (T, H), media already in place; None on ranks other than the first.
-            features: (rows of ``step.media_rows``, columns) of media; as ``embeds``.
+            embed: puts embeddings and media together; None on ranks other than the first.
 
         Raises:
             RequestError: the model gave tensors of other shapes than it should.
             DeviceLostError: the device, or another rank, is gone.
         """
-        target = self.device.torch_device
-        embeds = self._from_first(embeds, (step.num_tokens, self.model.hidden_size))
-        media = None
-        if step.media_rows:
-            shape = (len(step.media_rows), self.media_width - self.model.hidden_size)
-            rows = torch.tensor(step.media_rows, dtype=torch.int64, device=target)
-            media = MediaFeatures(rows=rows, features=self._from_first(features, shape))
+        target, hidden_size = self.device.torch_device, self.model.hidden_size
+        numbers = Uploads(target, _room(step), pinned=self.device.capabilities.pinned_memory)
+        ids = None if embed is None else numbers.put(step.token_ids)
+        positions = numbers.put(step.positions.ravel())
+        rows, media_rows = numbers.put(step.logit_rows), numbers.put(step.media_rows)
         batch = AttentionBatch(
             query_lens=step.query_lens,
             context_lens=step.context_lens,
@@ -214,31 +210,39 @@ class Rank:
             slots=step.slots,
             block_size=self._block_size,
             device=target,
+            upload=numbers.put,
         )
+        plan = self.kernels.plan_attention(batch)
+        numbers.send()
+        embeds, features = (None, None) if embed is None or ids is None else embed(ids.long())
+        embeds = self._from_first(embeds, (step.num_tokens, hidden_size))
+        media = None
+        if step.media_rows:
+            shape = (len(step.media_rows), self.media_width - hidden_size)
+            media = MediaFeatures(rows=media_rows.long(), features=self._from_first(features, shape))
         hidden = self.model.forward(
             ForwardStep(
                 embeds=embeds,
-                positions=torch.from_numpy(step.positions).to(target),
+                positions=positions.long().view(step.positions.shape),
                 kv=self.kv,
-                plan=self.kernels.plan_attention(batch),
+                plan=plan,
                 media=media,
             )
         )
         if hidden.shape != embeds.shape:
             raise RequestError(f"the model gave {tuple(hidden.shape)} for embeddings {tuple(embeds.shape)}")
-        return StepOutput(hidden=hidden, logits=self._logits(hidden, step.logit_rows))
+        return StepOutput(hidden=hidden, logits=self._logits(hidden, rows))
 
     @torch.inference_mode()
     def encode(self, modality: Modality, items: Sequence[MappedMedia]) -> Sequence[Tensor]:
         """Encode several items of one modality -> (E, H) each."""
         return self.model.encode(modality, items)
 
-    def _logits(self, hidden: Tensor, rows: Iterable[int]) -> Tensor:
-        wanted = list(rows)
-        expected = (len(wanted), self.model.vocab_size)
-        if not wanted:
+    def _logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        expected = (len(rows), self.model.vocab_size)
+        if not len(rows):
             return hidden.new_empty(expected)
-        logits = self.model.logits(hidden.index_select(0, torch.tensor(wanted, device=hidden.device)))
+        logits = self.model.logits(hidden.index_select(0, rows))
         if tuple(logits.shape) != expected:
             raise RequestError(f"the model gave logits {tuple(logits.shape)}, expected {expected}")
         return logits
@@ -271,6 +275,14 @@ class Rank:
         """Release model and caches. May be called again."""
         for name in ("model", "kv"):
             vars(self).pop(name, None)
+
+
+def _room(step: StepInput) -> int:
+    """Numbers that a step may have to upload, those of a device's plan included."""
+    sequences, tokens = len(step.query_lens), step.num_tokens
+    columns = max(map(len, step.block_tables), default=0) + 2
+    alone = tokens * (2 + len(step.positions)) + len(step.logit_rows) + len(step.media_rows)
+    return alone + sequences * (columns + 64) + 256
 
 
 @contextmanager

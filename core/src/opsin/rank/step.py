@@ -4,7 +4,7 @@ media, where several ranks encode them."""
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,15 +15,17 @@ from opsin.api import MappedMedia, Modality
 
 @dataclass(frozen=True, kw_only=True)
 class StepInput:
-    """All that a rank needs of a step besides the embeddings: no sequences, no media, no texts.
+    """All that a rank needs of a step besides media: no sequences, no pictures, no texts.
 
     Attributes:
+        token_ids: of the T tokens; only rank 0 embeds them.
         positions: int64 (A, T), see `opsin.api.ForwardStep`.
         query_lens, context_lens, block_tables, slots: see `opsin.api.AttentionBatch`.
         logit_rows: of the T tokens, those whose logits are wanted, in this order.
         media_rows: of the T tokens, those that have further features, see `opsin.api.MediaFeatures`.
     """
 
+    token_ids: Sequence[int]
     positions: np.ndarray[tuple[int, int], np.dtype[np.int64]]
     query_lens: Sequence[int]
     context_lens: Sequence[int]
@@ -36,6 +38,11 @@ class StepInput:
     def num_tokens(self) -> int:
         """T."""
         return len(self.slots)
+
+
+Embed = Callable[["Tensor"], "tuple[Tensor, Tensor | None]"]
+"""Token ids int64 (T,) on the device -> embeddings (T, H) with media in their places, and the features
+(rows of ``media_rows``, columns) of media that have further ones."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -137,7 +137,7 @@ class MluPlan:
 
 
 def plan_attention(batch: AttentionBatch) -> MluPlan:
-    """`opsin.api.PlanAttention`. All numbers go to the card in one upload."""
+    """`opsin.api.PlanAttention`. Its numbers go to the card with all others of the step."""
     numbers = _Numbers()
     slots = numbers.add(batch.slots)
     drafts = list(_parts(batch, numbers))
@@ -170,7 +170,10 @@ class _Numbers:
         return first, shape
 
     def upload(self, batch: AttentionBatch) -> _Take:
-        there = torch.tensor(self._values, dtype=torch.int32).to(batch.device)
+        if batch.upload is not None:
+            there = batch.upload(self._values)
+        else:
+            there = torch.tensor(self._values, dtype=torch.int32).to(batch.device)
 
         def take(place: _Place) -> Tensor:
             first, shape = place

@@ -77,9 +77,10 @@ class ResampledTower(Module):
         table = self.position()[0]
         if shape == (self._side, self._side):
             return table
-        grid = table.float().view(1, self._side, self._side, -1).permute(0, 3, 1, 2)
+        # On the host: once per shape, and few accelerators have this interpolation.
+        grid = table.to("cpu", torch.float32).view(1, self._side, self._side, -1).permute(0, 3, 1, 2)
         grid = F.interpolate(grid, size=shape, mode="bicubic", antialias=True)
-        return grid[0].flatten(1).t().to(self._dtype)
+        return grid[0].flatten(1).t().to(self._device, self._dtype)
 
     def forward(self, patches: Tensor, shapes: Sequence[Shape]) -> Tensor:
         """patches (P, 3 * patch**2) of slices one after another -> (P, width)."""
