@@ -26,6 +26,8 @@ class Capabilities:
         pinned_memory, graphs: optional mechanisms, shown by ``opsin doctor``.
         communication: torch.distributed backend, shown by ``opsin doctor``.
         advice: per unsupported dtype, the sentence that says what to pass instead.
+        tolerances: per dtype, the error that the device's own arithmetic is known to make, as a share of the
+            largest number: what `opsin.testing.kernels` allows at least. Since 1.2.
     """
 
     dtypes: tuple[str, ...]
@@ -37,6 +39,7 @@ class Capabilities:
     graphs: bool = False
     communication: str = "gloo"
     advice: Mapping[str, str] = field(default_factory=dict)
+    tolerances: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

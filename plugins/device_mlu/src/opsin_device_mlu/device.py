@@ -36,6 +36,9 @@ KV_MEMORY_SHARE = 0.7
 BFLOAT16_MAJOR = 5
 """Capability from which torch_mlu calls bfloat16 supported; an MLU370 is 3."""
 
+FLOAT32_ERROR = 3e-3
+"""What the vendor's own tests allow a float32 product."""
+
 GUIDE = "docs/devices/mlu370.md"
 
 KNOWN_STACKS = {("2.5", "1.24", "1.3")}
@@ -207,6 +210,7 @@ def capabilities(module: Any, index: int, settings: Settings) -> Capabilities:
         pinned_memory=_has_pinned_memory() if settings.pinned_memory is None else settings.pinned_memory,
         graphs=settings.graphs,
         communication="cncl",
+        tolerances={"float32": FLOAT32_ERROR},
         advice={
             "bfloat16": f"{properties.name} (capability {properties.major}.{properties.minor}) does not "
             'compute in it; pass dtype="float16" (a bfloat16 checkpoint is cast while it is loaded), or, if '
