@@ -99,12 +99,14 @@ class DeviceSpec:
         torch_type: torch's device type; a device that opens as another one is warned about. None: any.
         probe: never raises; imports what it must.
         open: index -> an opened device; raises ValueError for an index or a setting that cannot be.
+        report: files for ``opsin doctor --report``, by name; never raises. None: there are none. Since 1.2.
     """
 
     name: str
     torch_type: str | None = None
     probe: Callable[[], Probe]
     open: Callable[[int], Device]
+    report: Callable[[], Mapping[str, str | bytes]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

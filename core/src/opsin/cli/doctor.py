@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from cyclopts import App, Parameter
@@ -13,6 +15,7 @@ from cyclopts import App, Parameter
 import opsin
 from opsin.cli.errors import Debug, reported
 from opsin.cli.plugins import AsJson, describe_plugins, print_plugins
+from opsin.errors import ConfigError
 
 if TYPE_CHECKING:
     from opsin.api import Device, DeviceSpec
@@ -56,15 +59,43 @@ def run(
         str | None,
         Parameter(help="Load this checkpoint on --device, and check it against the contract of models."),
     ] = None,
+    report: Annotated[
+        Path | None,
+        Parameter(help="Write all that was found, and what devices add to it, to this new ZIP file."),
+    ] = None,
     debug: Debug = False,
 ) -> int:
     """Probe devices and plugins; say why something does not work and what to do next."""
-    report = examine(device, selftest=selftest, model=model)
+    if report is not None and report.exists():
+        raise ConfigError(f"{report} is there already; name a new file")
+    found = examine(device, selftest=selftest, model=model)
     if as_json:
-        print(json.dumps(report, indent=2, default=str))
+        print(json.dumps(found, indent=2, default=str))
     else:
-        print_report(report)
-    return 1 if report["advice"] else 0
+        print_report(found)
+    if report is not None:
+        from opsin.cli.report import write_report
+
+        names = write_report(report, found, _files_of_devices())
+        print(f"Written to {report}: {', '.join(names)}", file=sys.stderr)
+    return 1 if found["advice"] else 0
+
+
+def _files_of_devices() -> dict[str, str | bytes]:
+    from opsin.errors import PluginError
+    from opsin.plugins import load_plugins
+
+    files: dict[str, str | bytes] = {}
+    try:
+        specs = load_plugins().devices()
+    except PluginError:
+        return files
+    for spec in specs:
+        try:
+            files |= {} if spec.report is None else spec.report()
+        except Exception as error:  # a report of what does not work goes on without what does not work
+            files[f"{spec.name}.txt"] = f"its report failed: {type(error).__name__}: {error}\n"
+    return files
 
 
 def examine(device: str | None, *, selftest: bool = False, model: str | None = None) -> dict[str, Any]:

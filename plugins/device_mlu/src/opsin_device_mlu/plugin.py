@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from opsin import hookimpl
@@ -36,6 +36,12 @@ def _open(index: int) -> Device:
     return open_device(index)
 
 
+def _report() -> Mapping[str, str | bytes]:
+    from opsin_device_mlu.report import files
+
+    return files()
+
+
 def _load(op: OpName) -> Callable[[], Callable[..., Any]]:
     def load() -> Callable[..., Any]:
         from opsin_device_mlu.kernels import load
@@ -53,7 +59,7 @@ def _supports(query: KernelQuery) -> bool:
 
 @hookimpl
 def opsin_register_devices() -> Sequence[DeviceSpec]:
-    return [DeviceSpec(name=NAME, torch_type="mlu", probe=_probe, open=_open)]
+    return [DeviceSpec(name=NAME, torch_type="mlu", probe=_probe, open=_open, report=_report)]
 
 
 @hookimpl
