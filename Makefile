@@ -16,7 +16,7 @@ SOURCES := $(patsubst %/__init__.py,%,$(wildcard core/src/*/__init__.py plugins/
 FORMATTED := $(wildcard core plugins demo tests benchmarks examples docs tools)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check format test test-full test-browser test-ranks test-ray test-resaved bench bench-serve bench-peers bench-speculation docs clean
+.PHONY: help setup demo check format test test-full test-browser test-ranks test-ray test-resaved test-floor bundle bench bench-serve bench-peers bench-speculation docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -94,6 +94,29 @@ test-resaved: $(STAMP) ## checkpoints saved again by older transformers (install
 	    exit 1; \
 	done
 	@$(PY) -m pytest -m resaved tests/checkpoints/test_resaved.py
+
+# What the vendor's container of the MLU370 has; torch's own wheel for it is a CUDA build of some gigabytes.
+FLOOR_PYTHON := python3.10
+FLOOR := .venv-floor/bin/python
+FLOOR_TOOLS := anthropic av hypothesis openai peft psutil pyarrow pytest pytest-timeout python-multipart requests trustme
+
+# They compare with transformers 5, which wants torch 2.6.
+FLOOR_LEFT_OUT = $(shell grep -rlE "image_processing_pil|processing_smolvlm|tests\.models\.(made|record)" tests plugins --include='test_*.py')
+
+test-floor: ## core, models and plugins under Python 3.10 and torch 2.5.0 (into .venv-floor/; FLOOR_PYTHON=PATH)
+	@test -x $(FLOOR) || $(FLOOR_PYTHON) -m venv .venv-floor || { \
+	  echo "make: no $(FLOOR_PYTHON) found; say FLOOR_PYTHON=/path/to/python3.10" >&2; exit 1; }
+	@printf 'torch==2.5.0\nnumpy<2\ntransformers<5\n' > .venv-floor/constraints.txt
+	@$(FLOOR) -m pip install --quiet --disable-pip-version-check -c .venv-floor/constraints.txt $(PIP_EXTRA) \
+	  ./core[serve] $(wildcard plugins/* demo/checkpoints/*) $(FLOOR_TOOLS)
+	@echo "== left out, as they compare with transformers 5: $(FLOOR_LEFT_OUT)"
+	@OMP_WAIT_POLICY=passive $(FLOOR) -m pytest tests/core tests/models tests/checkpoints plugins \
+	  $(addprefix --ignore=,$(FLOOR_LEFT_OUT)) -m "not slow and not ray and not bench and not browser and not resaved"
+
+bundle: ## wheels for a machine without network into bundle/, for FLOOR_PYTHON, torch left out
+	@test -x .venv-bundle/bin/python || $(FLOOR_PYTHON) -m venv .venv-bundle || { \
+	  echo "make: no $(FLOOR_PYTHON) found; say FLOOR_PYTHON=/path/to/python3.10" >&2; exit 1; }
+	@.venv-bundle/bin/python tools/bundle.py bundle --constraint 'numpy<2' --constraint 'transformers<5'
 
 bench: $(STAMP) ## measure against transformers, write a Markdown table
 	@$(PY) benchmarks/run.py

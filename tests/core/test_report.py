@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from opsin.cli.report import without_names, write_report
+from opsin.cli.doctor.report import without_names, write_report
 
 
 def test_names_are_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -208,6 +208,8 @@ def _layout(x: Tensor) -> tuple[Any, ...]:
 
 
 def _copy_from(op: Any, source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
+    if on_mlu(target) != on_mlu(source):
+        CARD.trace["upload" if on_mlu(target) else "download"] += 1
     with torch.no_grad():
         to, of = (alias(x) if on_mlu(x) else x for x in (target, source))
         to.copy_(of)

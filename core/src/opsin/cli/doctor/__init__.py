@@ -74,7 +74,7 @@ def run(
     else:
         print_report(found)
     if report is not None:
-        from opsin.cli.report import write_report
+        from opsin.cli.doctor.report import write_report
 
         names = write_report(report, found, _files_of_devices())
         print(f"Written to {report}: {', '.join(names)}", file=sys.stderr)
@@ -131,12 +131,12 @@ def examine(device: str | None, *, selftest: bool = False, model: str | None = N
                 report["opened"] = _describe_opened(opened)
                 report["advice"] += [f"{name} is not used: {why}" for name, why in opened.declined.items()]
                 if selftest:
-                    from opsin.cli import selftest as tests  # it imports torch
+                    from opsin.cli.doctor import selftest as tests  # it imports torch
 
                     report["selftest"] = tests.selftest(opened, found.kernel_specs(chosen.name))
                     report["advice"] += tests.advice(report["selftest"])
             if model is not None:
-                from opsin.cli import selftest as tests
+                from opsin.cli.doctor import selftest as tests
 
                 report["model"] = tests.check_checkpoint(model, found, report["device"])
                 report["advice"] += tests.failed_checks(model, report["model"])
@@ -213,7 +213,7 @@ def print_report(report: Mapping[str, Any]) -> None:
         ]
         print_table("Tensor-parallel ranks", ("how many", "rank", "host cores"), placed)
     if "selftest" in report:
-        from opsin.cli.selftest import rows
+        from opsin.cli.doctor.selftest import rows
 
         columns = ("op", "dtype", "cases", "by the device", "by the reference", "failed", "worst error")
         print_table(f"Self-test of {report['device']}", columns, rows(report["selftest"]))
