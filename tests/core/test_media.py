@@ -173,9 +173,9 @@ def test_the_byte_cap_holds_for_every_source(tmp_path: Path) -> None:
 
 
 def test_nothing_is_fetched_and_files_only_where_they_may_be_read(tmp_path: Path) -> None:
-    with pytest.raises(MediaError, match="http URLs are not fetched here"):
+    with pytest.raises(MediaError, match="http URLs are fetched in chats only"):
         image_item("http://host/a.png")
-    with pytest.raises(MediaError, match="frame 1: https URLs are not fetched here"):
+    with pytest.raises(MediaError, match="frame 1: https URLs are fetched in chats only"):
         video_item(["HTTPS://host/a.png"])
     path = tmp_path / "x.png"
     path.write_bytes(PNG)

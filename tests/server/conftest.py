@@ -10,8 +10,8 @@ import pytest
 
 from opsin import EngineConfig
 from opsin.cli import main
+from opsin.fetch.settings import FetchSettings
 from opsin.server import run as run_module
-from opsin.server.fetch.settings import FetchSettings
 from opsin.server.settings import Listen, RequestLimits, ServerSettings
 from tests.server.in_thread import Running, golden_config, running
 

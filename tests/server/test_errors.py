@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 import pytest
 import requests
 
+from opsin.fetch.settings import FetchSettings
 from opsin.server.answers import chat as module
-from opsin.server.fetch.settings import FetchSettings
 from opsin.server.settings import RequestLimits, ServerSettings
 from tests.server.asset_server import AssetServer, asset_server
 from tests.server.in_thread import Running, golden_config, running

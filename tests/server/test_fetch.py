@@ -1,4 +1,4 @@
-"""`opsin.server.fetch`: what the assets behind URLs answer, how much of it is read, and for how long."""
+"""`opsin.fetch`: what the assets behind URLs answer, how much of it is read, and for how long."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 
-from opsin.errors import ConfigError, MediaError
+from opsin.errors import ConfigError, FetchError, MediaError
+from opsin.fetch.fetcher import MediaFetcher
+from opsin.fetch.settings import FetchSettings
 from opsin.inputs.conversation import Conversation
-from opsin.server.fetch.fetcher import MediaFetcher
-from opsin.server.fetch.settings import FetchSettings
-from opsin.server.http.errors import ApiError
 from tests.server.asset_server import Asset, AssetServer, asset_server
 from tests.server.pictures import gif, picture
 
@@ -60,8 +59,8 @@ def resolved(messages: Sequence[Any], **settings: Any) -> list[Any]:
     return [part.value for part in found.media]
 
 
-def refusal(*parts: Any, **settings: Any) -> ApiError:
-    with pytest.raises(ApiError) as caught:
+def refusal(*parts: Any, **settings: Any) -> FetchError:
+    with pytest.raises(FetchError) as caught:
         resolved([user(*parts)], **settings)
     return caught.value
 
@@ -238,7 +237,7 @@ def test_the_deadline_covers_the_resolver_and_redirects() -> None:
         fetcher = MediaFetcher(FetchSettings(image_fetch_timeout=0.1), resolver=stuck)
         await fetcher.resolve(Conversation.parse([user(image("http://pictures.example/a.png"))]))
 
-    with pytest.raises(ApiError, match=r"'pictures\.example' was not done within 0\.1 s") as caught:
+    with pytest.raises(FetchError, match=r"'pictures\.example' was not done within 0\.1 s") as caught:
         asyncio.run(fetch())
     assert caught.value.status == HTTPStatus.GATEWAY_TIMEOUT
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from opsin.server.fetch.settings import FetchSettings
+from opsin.fetch.settings import FetchSettings
 from opsin.server.settings import ServerSettings
 from tests.server.in_thread import MODEL, Running, golden_config, running
 from tests.server.messages import CAT, data_url, image, text, user

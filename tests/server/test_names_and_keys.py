@@ -16,8 +16,8 @@ import pytest
 import requests
 
 from opsin.errors import ConfigError
-from opsin.server.fetch.addresses import is_allowed
-from opsin.server.fetch.settings import FetchSettings
+from opsin.fetch.addresses import is_allowed
+from opsin.fetch.settings import FetchSettings
 from opsin.server.settings import Listen, ServerSettings
 from tests.server.conftest import Parse
 from tests.server.in_thread import MODEL, Running, golden_config, running

@@ -18,7 +18,7 @@ import torch
 from PIL import ImageFile
 from safetensors.torch import save
 
-from opsin.server.fetch.settings import FetchSettings
+from opsin.fetch.settings import FetchSettings
 from opsin.server.http import middleware
 from opsin.server.settings import ServerSettings
 from tests.server.asset_server import Asset, AssetServer, asset_server

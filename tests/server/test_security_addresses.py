@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 import trustme
 
-from opsin.errors import MediaError, OpsinError
+from opsin.errors import FetchError, MediaError, OpsinError
+from opsin.fetch.addresses import is_allowed
+from opsin.fetch.fetcher import MediaFetcher
+from opsin.fetch.pinned_http import Resolver
+from opsin.fetch.settings import FetchSettings
 from opsin.inputs.conversation import Conversation
-from opsin.server.fetch.addresses import is_allowed
-from opsin.server.fetch.fetcher import MediaFetcher
-from opsin.server.fetch.pinned_http import Resolver
-from opsin.server.fetch.settings import FetchSettings
-from opsin.server.http.errors import ApiError
 from tests.server.asset_server import asset_server, free_port
 from tests.server.pictures import picture
 
@@ -55,8 +54,8 @@ def fetched(
     return asyncio.run(fetch())
 
 
-def refusal(url: str, resolver: Resolver | None = None, **settings: Any) -> ApiError:
-    with pytest.raises(ApiError) as caught:
+def refusal(url: str, resolver: Resolver | None = None, **settings: Any) -> FetchError:
+    with pytest.raises(FetchError) as caught:
         fetched(url, resolver, **settings)
     assert caught.value.param == "image_url"
     assert str(caught.value).startswith("messages[0].content[0]: ")

@@ -17,9 +17,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from opsin.errors import MediaError
+from opsin.fetch.fetcher import MediaFetcher
+from opsin.fetch.settings import FetchSettings
 from opsin.inputs.conversation import Conversation
-from opsin.server.fetch.fetcher import MediaFetcher
-from opsin.server.fetch.settings import FetchSettings
 
 ROWS = torch.linspace(-1, 1, 24).reshape(4, 6)
 GRID = torch.tensor([[1, 4, 4]])

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
-from opsin.errors import ConfigError, MediaError
+from opsin.errors import ConfigError, FetchError, MediaError
+from opsin.fetch.fetcher import MediaFetcher
+from opsin.fetch.settings import FetchSettings
 from opsin.inputs.conversation import Conversation
-from opsin.server.fetch.fetcher import MediaFetcher
-from opsin.server.fetch.settings import FetchSettings
-from opsin.server.http.errors import ApiError
 from tests.server.pictures import picture
 
 PICTURE = picture()
@@ -54,7 +53,7 @@ def test_files_of_the_shared_folder(shared: Path, path: str, prefix: str) -> Non
 
 
 def test_without_the_flag_no_file_is_read(shared: Path) -> None:
-    with pytest.raises(ApiError, match="--allowed-local-media-path") as caught:
+    with pytest.raises(FetchError, match="--allowed-local-media-path") as caught:
         read(f"file://{shared}/a.png", None)
     assert caught.value.status == HTTPStatus.FORBIDDEN
 
@@ -77,7 +76,7 @@ def test_without_the_flag_no_file_is_read(shared: Path) -> None:
 )
 def test_paths_that_lead_outside(shared: Path, path: str) -> None:
     """All with one answer, whether something is there or not."""
-    with pytest.raises(ApiError, match=": the file:// URL does not lead into the folder") as caught:
+    with pytest.raises(FetchError, match=": the file:// URL does not lead into the folder") as caught:
         read(f"file://{shared}/{path}", shared)
     assert caught.value.status == HTTPStatus.FORBIDDEN
     assert str(shared) not in str(caught.value)
@@ -85,7 +84,7 @@ def test_paths_that_lead_outside(shared: Path, path: str) -> None:
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "file:a.png", "file://", "file://elsewhere/a.png"])
 def test_urls_that_lead_elsewhere(shared: Path, url: str) -> None:
-    with pytest.raises(ApiError) as caught:
+    with pytest.raises(FetchError) as caught:
         read(url, shared)
     assert caught.value.status == HTTPStatus.FORBIDDEN
 
@@ -96,12 +95,12 @@ def test_symbolic_links_are_followed_and_must_stay_inside(shared: Path) -> None:
     (shared / "in.png").symlink_to("deep/ä b.png")
     (shared / "loop.png").symlink_to("loop.png")
     for name in ("out.png", "outside/secret.png", "outside/shared-not/secret.png"):
-        with pytest.raises(ApiError, match="does not lead into") as caught:
+        with pytest.raises(FetchError, match="does not lead into") as caught:
             read(f"file://{shared}/{name}", shared)
         assert caught.value.status == HTTPStatus.FORBIDDEN
     assert read(f"file://{shared}/in.png", shared) == PICTURE
     assert read(f"file://{shared}/outside/shared/a.png", shared) == PICTURE
-    with pytest.raises((ApiError, MediaError)):
+    with pytest.raises((FetchError, MediaError)):
         read(f"file://{shared}/loop.png", shared)
 
 

@@ -17,7 +17,7 @@ from opsin.cli import app, main
 from opsin.cli.flags import described
 from opsin.config import SpeculativeConfig
 from opsin.errors import ConfigError
-from opsin.server.fetch.settings import FetchSettings
+from opsin.fetch.settings import FetchSettings
 from opsin.server.settings import Listen, RequestLimits, ServerSettings
 from tests.server.conftest import Parse
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from opsin import EngineConfig
-from opsin.server.fetch.settings import FetchSettings
+from opsin.fetch.settings import FetchSettings
 from opsin.server.settings import ServerSettings
 from tests.server.asset_server import AssetServer, asset_server
 from tests.server.in_thread import Running, running

@@ -17,6 +17,8 @@ from tqdm import tqdm
 from opsin.api import ProcessedPrompt
 from opsin.engine.engine import Engine
 from opsin.errors import BatchInterrupted, ConfigError, OpsinError, RequestError, RequestsFailed
+from opsin.fetch.library import fetched
+from opsin.fetch.settings import FetchSettings
 from opsin.inputs.chat import ChatOptions
 from opsin.inputs.feed import Feed
 from opsin.params import PoolingParams, RequestOutputKind, SamplingParams
@@ -48,10 +50,11 @@ class Batches:
 
     Args:
         engine: that nobody else steps.
+        fetch: how http(s) URLs in conversations are fetched; None: they are not.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, fetch: FetchSettings | None = None) -> None:
+        self.engine, self._fetch = engine, fetch
         self._ids = itertools.count()
         self._receivers: dict[str, Callable[[Output], object]] = {}
 
@@ -148,7 +151,10 @@ class Batches:
         frontend = self.engine.frontend
         try:
             if options is not None:
-                prompt = frontend.renderer.render(frontend.conversation(prompt), options)
+                conversation = frontend.conversation(prompt)
+                if self._fetch is not None:
+                    conversation = fetched(conversation, self._fetch)
+                prompt = frontend.renderer.render(conversation, options)
             processed = frontend.processor.process(
                 prompt,
                 min_new_tokens=int(isinstance(params, SamplingParams)),

@@ -54,6 +54,20 @@ class MediaError(RequestError):
     """A media item cannot be used: undecodable, too large, too many, wrong shape."""
 
 
+class FetchError(RequestError):
+    """A URL may not or cannot be fetched.
+
+    Attributes:
+        status: as an HTTP status: 403 (it is not allowed), 422 (it leads to an error or to something that is
+            no picture), 502 or 504 (it may work later).
+        param: the kind of URL, e.g. ``"image_url"``.
+    """
+
+    def __init__(self, status: int, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.param = status, param
+
+
 class PromptTooLongError(RequestError):
     """The expanded prompt does not fit into the context."""
 

@@ -21,6 +21,8 @@ from opsin.errors import (
     ConfigError,
     require_known,
 )
+from opsin.fetch.library import default_settings
+from opsin.fetch.settings import FetchSettings
 from opsin.fields import parameters_of
 from opsin.inputs.chat import ChatOptions, Tool
 from opsin.inputs.prompt import PromptInput
@@ -42,13 +44,15 @@ T = TypeVar("T")
 
 
 def _signature() -> inspect.Signature:
-    """`LLM`'s: `model`, ``plugins``, and the other fields of `EngineConfig`."""
-    own = inspect.Parameter(
-        "plugins", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Plugins | None
-    )
+    """`LLM`'s: `model`, ``plugins``, ``fetch_urls``, and the other fields of `EngineConfig`."""
+    only = inspect.Parameter.KEYWORD_ONLY
+    own = [
+        inspect.Parameter("plugins", only, default=None, annotation=Plugins | None),
+        inspect.Parameter("fetch_urls", only, default=True, annotation=bool | FetchSettings),
+    ]
     model, *settings = parameters_of(EngineConfig)
     local = [p.replace(default=True) if p.name == "local_media" else p for p in settings]
-    return inspect.Signature([model, own, *local])
+    return inspect.Signature([model, *own, *local])
 
 
 class LLM:
@@ -66,12 +70,23 @@ class LLM:
 
     __signature__ = _signature()
 
-    def __init__(self, model: str, *, plugins: Plugins | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        plugins: Plugins | None = None,
+        fetch_urls: bool | FetchSettings = True,
+        **settings: Any,
+    ) -> None:
         """Load a model.
 
         Args:
             model: a folder, the name of an installed checkpoint (``opsin plugins`` lists them) or a hub id.
             plugins: already loaded plugins. Default: those installed.
+            fetch_urls: whether `chat` fetches the http(s) URLs of pictures and videos, by the rules of
+                `opsin serve`: public addresses only, within limits of time and size; or those rules, changed
+                (`opsin.fetch.settings.FetchSettings`). Needs ``opsin[serve]``. With vLLM's
+                ``allowed_media_domains=[...]`` it fetches from those hosts only.
             settings: fields of `EngineConfig`; `help(EngineConfig)` describes them.
 
         Raises:
@@ -79,10 +94,15 @@ class LLM:
             MissingPluginError: no plugin provides the model's architecture or the device.
             CheckpointError: the checkpoint cannot be found or is not complete.
         """
+        domains = settings.pop("allowed_media_domains", None)
         # The caller is this machine's user, who may read its files anyway.
         given = {"local_media": True, **engine_settings("LLM", settings)}
         self.engine = Engine(EngineConfig(model=model, **given), plugins)
-        self._batches = Batches(self.engine)
+        if fetch_urls is True:
+            fetch_urls = default_settings(self.engine.config.max_media_bytes)
+        if domains is not None and fetch_urls:
+            fetch_urls = replace(fetch_urls, allowed_media_domains=domains)
+        self._batches = Batches(self.engine, fetch_urls or None)
 
     def __getattr__(self, name: str) -> Any:
         if name in METHODS:
@@ -164,7 +184,7 @@ class LLM:
 
         Args:
             messages: OpenAI-style messages; content parts as in `opsin.inputs.conversation`: ``text``,
-                ``image_url`` (``data:`` URLs), ``image_pil``, ``video`` and more.
+                ``image_url`` (``data:``, ``file:`` and http(s) URLs), ``image_pil``, ``video`` and more.
             sampling_params: as in `generate`.
             use_tqdm: as in `generate`.
             on_error: as in `generate`.

@@ -140,9 +140,9 @@ ENGINE: Names = {
         "code_revision safetensors_load_strategy use_tqdm_on_load pt_load_map_location ignore_patterns "
         "model_loader_extra_config",
     ),
-    **_each(
-        NoEffect("`LLM` reads the files that its user may read, and fetches no URLs"),
-        "allowed_local_media_path allowed_media_domains",
+    "allowed_local_media_path": NoEffect("`LLM` reads the files that its user may read"),
+    "allowed_media_domains": NoEffect(
+        "of an engine, which fetches nothing; of `LLM`, the hosts of its `fetch_urls`"
     ),
     "served_model_name": NoEffect("a name for clients of `opsin serve`"),
     "max_logprobs": NoEffect("a request may ask for up to 20, or with -1 for all"),

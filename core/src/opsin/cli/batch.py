@@ -15,8 +15,8 @@ from opsin.cli.errors import Debug, reported, usage
 from opsin.cli.flags import build, takes
 from opsin.config import EngineConfig
 from opsin.errors import ConfigError
+from opsin.fetch.settings import FetchSettings
 from opsin.plugins.known_packages import known_packages
-from opsin.server.fetch.settings import FetchSettings
 from opsin.server.settings import RequestLimits, ServerSettings, require_packages, require_ray
 
 SOME_FAILED = 3

@@ -279,7 +279,10 @@ def _content(
     elif (scheme := _scheme(value)) == "data":
         return decode_data_url(str(value), limits.max_media_bytes)
     elif scheme in ("http", "https"):
-        raise MediaError(f"{scheme} URLs are not fetched here; download it and pass the bytes or a data: URL")
+        raise MediaError(
+            f"{scheme} URLs are fetched in chats only, and not with fetch_urls=False; download it and pass "
+            "the bytes or a data: URL"
+        )
     elif scheme not in ("", "file"):
         raise MediaError(f"URLs with {scheme[:20]}:// are not supported; expected data:, http:// or https://")
     elif not local_files:

@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 from opsin.async_engine import AsyncEngine
 from opsin.config import EngineConfig
+from opsin.fetch.fetcher import MediaFetcher
 from opsin.ray.placed import actor_options, settled
 from opsin.server.batch.job import Done, left
 from opsin.server.batch.output import Output
 from opsin.server.batch.rows import Row, Source
 from opsin.server.batch.runner import answer
-from opsin.server.fetch.fetcher import MediaFetcher
 from opsin.server.metrics import Metrics
 from opsin.server.serving import Serving
 from opsin.server.settings import ServerSettings

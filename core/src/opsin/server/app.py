@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response
 
 import opsin
 from opsin.errors import OpsinError
+from opsin.fetch.fetcher import MediaFetcher
 from opsin.server.answers.chat import ChatCompletions
 from opsin.server.answers.completions import Completions
 from opsin.server.answers.embeddings import Embeddings
@@ -26,7 +27,6 @@ from opsin.server.answers.scores import Scores
 from opsin.server.answers.tokens import Tokenization
 from opsin.server.batch.api import BatchApi
 from opsin.server.engine_host import Host
-from opsin.server.fetch.fetcher import MediaFetcher
 from opsin.server.http.admission import Admission
 from opsin.server.http.body import read_body
 from opsin.server.http.disconnect import ClientGone, while_connected

@@ -11,11 +11,11 @@ from opsin.api import ProcessedPrompt
 from opsin.async_engine import AsyncEngine
 from opsin.engine.engine import EngineInfo
 from opsin.errors import MediaError
+from opsin.fetch.fetcher import MediaFetcher
+from opsin.fetch.gather import all_of
 from opsin.inputs.chat import ChatOptions
 from opsin.inputs.frontend import Frontend
-from opsin.server.fetch.fetcher import MediaFetcher
 from opsin.server.http.errors import ApiError, bad_request
-from opsin.server.http.gather import all_of
 from opsin.server.metrics import Metrics
 from opsin.server.schema.chat import ChatFields
 from opsin.server.schema.prompts import PlainPrompt, Prompts

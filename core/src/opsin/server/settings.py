@@ -11,9 +11,9 @@ from typing import Annotated, Literal
 
 from opsin.config import EngineConfig
 from opsin.errors import ConfigError
+from opsin.fetch.settings import FetchSettings
 from opsin.fields import NonNegative, Positive, Range, check_fields
 from opsin.params import MAX_LOGPROBS
-from opsin.server.fetch.settings import FetchSettings
 
 
 @dataclass(frozen=True, kw_only=True)

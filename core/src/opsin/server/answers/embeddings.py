@@ -7,11 +7,11 @@ import time
 import uuid
 
 from opsin.api import ProcessedPrompt
+from opsin.fetch.gather import all_of
 from opsin.params import PoolingParams
 from opsin.results import PoolingRequestOutput
 from opsin.server.answers.generation import usage
 from opsin.server.http.errors import bad_request
-from opsin.server.http.gather import all_of
 from opsin.server.schema.prompts import EmbeddingRequest
 from opsin.server.schema.responses import Embedding, EmbeddingList
 from opsin.server.serving import Serving

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 from opsin.api import ProcessedPrompt
+from opsin.fetch.gather import all_of
 from opsin.params import BeamSearchParams, SamplingParams
 from opsin.results import CompletionOutput, Logprob, Output, RequestMetrics, RequestOutput
-from opsin.server.http.gather import all_of, merged
+from opsin.server.http.gather import merged
 from opsin.server.metrics import Progress
 from opsin.server.schema.responses import (
     ChatChunk,

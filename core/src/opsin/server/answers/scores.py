@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opsin.fetch.gather import all_of
 from opsin.params import PoolingParams
 from opsin.results import PoolingRequestOutput
 from opsin.server.answers.generation import usage
 from opsin.server.http.errors import bad_request
-from opsin.server.http.gather import all_of
 from opsin.server.schema.prompts import PoolingRequest, RerankRequest, ScoreRequest
 from opsin.server.schema.responses import (
     Pooled,

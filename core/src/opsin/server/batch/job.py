@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from opsin.async_engine import AsyncEngine
 from opsin.config import EngineConfig
+from opsin.fetch.fetcher import MediaFetcher
 from opsin.server.batch.output import Output
 from opsin.server.batch.rows import Row, Source, key_of
 from opsin.server.batch.runner import lines
-from opsin.server.fetch.fetcher import MediaFetcher
 from opsin.server.metrics import Metrics
 from opsin.server.serving import Serving
 from opsin.server.settings import ServerSettings

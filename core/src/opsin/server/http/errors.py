@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from opsin.errors import OpsinError, RequestError
+from opsin.errors import FetchError, OpsinError, RequestError
 
 _TYPES: Mapping[int, str] = {
     400: "BadRequestError",
@@ -101,6 +101,8 @@ def api_error(error: BaseException, request_id: str) -> ApiError:
     """Any exception as an answer; what was not raised on purpose is a 500 without details."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, FetchError):
+        return ApiError(error.status, str(error), param=error.param)
     if isinstance(error, RequestError):
         return bad_request(str(error))
     return ApiError(500, f"internal error; the server's log has the details under request id {request_id}")

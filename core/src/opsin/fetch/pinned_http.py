@@ -19,14 +19,13 @@ import socket
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from functools import lru_cache
+from importlib.metadata import version
 
 import httpx2
 
-import opsin
-from opsin.errors import MediaError
-from opsin.server.fetch.addresses import is_allowed
-from opsin.server.fetch.settings import FetchSettings
-from opsin.server.http.errors import ApiError
+from opsin.errors import FetchError, MediaError
+from opsin.fetch.addresses import is_allowed
+from opsin.fetch.settings import FetchSettings
 
 Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
 """Host name or literal address, port -> addresses, best first. Raises OSError if there are none."""
@@ -77,7 +76,7 @@ class PinnedHTTP:
             accept: the Accept header.
 
         Raises:
-            ApiError: not allowed, an error status, not reachable, or not in time.
+            FetchError: not allowed, an error status, not reachable, or not in time.
             MediaError: not a URL.
         """
         parsed, deadline_s = parse_url(url), self._settings.image_fetch_timeout
@@ -85,13 +84,13 @@ class PinnedHTTP:
         try:
             await asyncio.wait_for(self._follow(parsed, receive, accept), deadline_s)
         except (asyncio.TimeoutError, httpx2.TimeoutException):
-            raise ApiError(
+            raise FetchError(
                 504,
                 f"fetching from {host} was not done within {deadline_s:g} s; "
                 "--image-fetch-timeout or OPSIN_IMAGE_FETCH_TIMEOUT sets it",
             ) from None
         except httpx2.TransportError:
-            raise ApiError(502, f"{host} cannot be reached") from None
+            raise FetchError(502, f"{host} cannot be reached") from None
 
     async def aclose(self) -> None:
         """Close what is open."""
@@ -109,7 +108,7 @@ class PinnedHTTP:
                 url = parse_url(location, base=url)
             finally:
                 await response.aclose()
-        raise ApiError(403, f"{shown(url)} is the end of more than {most} redirects")
+        raise FetchError(403, f"{shown(url)} is the end of more than {most} redirects")
 
     async def _send(self, url: httpx2.URL, accept: str) -> httpx2.Response:
         addresses = await self._addresses(url)
@@ -117,7 +116,7 @@ class PinnedHTTP:
         connect_s = self._settings.image_fetch_timeout / len(addresses)
         headers = {
             "Host": url.netloc.decode("ascii"),
-            "User-Agent": f"opsin/{opsin.__version__}",
+            "User-Agent": f"opsin/{version('opsin')}",
             "Accept": accept,
             "Accept-Encoding": "identity",  # what is not compressed cannot unpack to more than it was
         }
@@ -140,18 +139,18 @@ class PinnedHTTP:
         """The addresses of a URL's host, all of them allowed."""
         host = url.raw_host.decode("ascii")
         if self._domains is not None and _canonical(host) not in self._domains:
-            raise ApiError(403, f"{shown(url)} is not among the domains this server fetches from")
+            raise FetchError(403, f"{shown(url)} is not among the domains this server fetches from")
         port = url.port or {"http": 80, "https": 443}[url.scheme]
         try:
             addresses = await self._resolver(host, port)
         except (OSError, UnicodeError):
             addresses = []
         if not addresses:
-            raise ApiError(502, f"{shown(url)} cannot be reached")
+            raise FetchError(502, f"{shown(url)} cannot be reached")
         # All of them: otherwise a name with a public and a private address would be a matter of luck.
         loopback, private = self._settings.allow_loopback_media, self._private
         if not all(is_allowed(text, allow_loopback=loopback, private=private) for text in addresses):
-            raise ApiError(
+            raise FetchError(
                 403,
                 f"{shown(url)} is not on the public internet (the operator can allow a private network with "
                 "--allow-private-media)",
@@ -163,26 +162,26 @@ def parse_url(text: str, base: httpx2.URL | None = None) -> httpx2.URL:
     """An http(s) URL, or a redirect's target relative to ``base``.
 
     Raises:
-        ApiError: it may not be fetched, wherever it leads.
+        FetchError: it may not be fetched, wherever it leads.
         MediaError: it is not a URL.
     """
     if len(text) > MAX_URL_CHARS:
         raise MediaError(f"the URL has {len(text)} characters; at most {MAX_URL_CHARS} are accepted")
     if "\\" in text or any(character <= " " or character == "\x7f" for character in text):
         # Parsers disagree on where the host ends in these.
-        raise ApiError(403, "the URL has a backslash, blank or control character; percent-encode it")
+        raise FetchError(403, "the URL has a backslash, blank or control character; percent-encode it")
     try:
         url = httpx2.URL(text) if base is None else base.join(text)
         port = url.port
     except (httpx2.InvalidURL, UnicodeError, ValueError, TypeError):
         raise MediaError("the URL is malformed; expected http(s)://host/path") from None
     if url.scheme not in ("http", "https"):
-        raise ApiError(
+        raise FetchError(
             403,
             f"{url.scheme[:20] or 'other'}: URLs are not fetched; expected data:, http:// or https://",
         )
     if url.userinfo or "@" in url.netloc.decode("ascii"):
-        raise ApiError(403, "URLs with a user name or password are not fetched")
+        raise FetchError(403, "URLs with a user name or password are not fetched")
     if not url.raw_host or b"%" in url.raw_host or (port is not None and not 1 <= port <= 65535):
         raise MediaError("the URL names no host and port; expected http(s)://host/path")
     return url
@@ -196,11 +195,11 @@ def shown(url: httpx2.URL) -> str:
 async def _read(url: httpx2.URL, response: httpx2.Response, receive: Callable[[bytes], None]) -> None:
     status = response.status_code
     if status >= 500 or status in _TEMPORARY:
-        raise ApiError(502, f"{shown(url)} answered with status {status}")
+        raise FetchError(502, f"{shown(url)} answered with status {status}")
     if not 200 <= status < 300:
-        raise ApiError(422, f"{shown(url)} answered with status {status}")
+        raise FetchError(422, f"{shown(url)} answered with status {status}")
     if response.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
-        raise ApiError(422, f"{shown(url)} answered with compressed content")
+        raise FetchError(422, f"{shown(url)} answered with compressed content")
     assert isinstance(response.stream, httpx2.AsyncByteStream)
     async for piece in response.stream:
         receive(piece)

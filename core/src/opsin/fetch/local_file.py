@@ -7,8 +7,7 @@ import stat
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from opsin.errors import MediaError
-from opsin.server.http.errors import ApiError
+from opsin.errors import FetchError, MediaError
 
 
 def read_local_file(url: str, root: Path | None, max_bytes: int) -> bytes:
@@ -20,17 +19,17 @@ def read_local_file(url: str, root: Path | None, max_bytes: int) -> bytes:
         max_bytes: most bytes of content.
 
     Raises:
-        ApiError: FORBIDDEN: it is not under ``root`` once symbolic links are followed. Whether it exists
+        FetchError: FORBIDDEN: it is not under ``root`` once symbolic links are followed. Whether it exists
             is not told.
         MediaError: it is under ``root`` but cannot be read, or is too large.
     """
     if root is None:
-        raise ApiError(
+        raise FetchError(
             403,
             "file:// URLs are not read by this server; pass a data: URL (the operator can share a folder "
             "with --allowed-local-media-path)",
         )
-    outside = ApiError(403, "the file:// URL does not lead into the folder that this server shares")
+    outside = FetchError(403, "the file:// URL does not lead into the folder that this server shares")
     unreadable = MediaError("the file:// URL leads to nothing that can be read")
     try:
         parts = urlsplit(url)

@@ -8,16 +8,15 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 from opsin.api import Modality
-from opsin.errors import MediaError
+from opsin.errors import FetchError, MediaError
+from opsin.fetch.embeds import decode_embeds
+from opsin.fetch.gather import all_of
+from opsin.fetch.local_file import read_local_file
+from opsin.fetch.pinned_http import PinnedHTTP, Resolver, system_resolver
+from opsin.fetch.settings import FetchSettings
+from opsin.fetch.sniff import SNIFFED_BYTES, modality_of
 from opsin.inputs.conversation import Conversation, MediaPart
 from opsin.inputs.media import is_timed
-from opsin.server.fetch.embeds import decode_embeds
-from opsin.server.fetch.local_file import read_local_file
-from opsin.server.fetch.pinned_http import PinnedHTTP, Resolver, system_resolver
-from opsin.server.fetch.settings import FetchSettings
-from opsin.server.fetch.sniff import SNIFFED_BYTES, modality_of
-from opsin.server.http.errors import ApiError
-from opsin.server.http.gather import all_of
 
 T = TypeVar("T")
 RunBlocking = Callable[..., Awaitable[Any]]
@@ -50,21 +49,26 @@ class MediaFetcher:
         self._slots = asyncio.Semaphore(settings.max_concurrent)
         self._http = PinnedHTTP(settings, resolver=resolver, tls=tls)
 
-    async def resolve(self, conversation: Conversation) -> Conversation:
+    async def resolve(
+        self, conversation: Conversation, wanted: Callable[[MediaPart], bool] | None = None
+    ) -> Conversation:
         """Put content in the place of URLs: the result needs neither network nor files.
 
         http(s) and ``file://`` URLs become bytes, embeddings become tensors; ``data:`` URLs stay, to be
         decoded where pictures are. A URL that a request names several times is fetched once. The first
-        failure ends all fetches of the request.
+        failure ends all fetches of the request. With ``wanted``, other parts stay as they are.
 
         Raises:
-            ApiError: a URL may not or cannot be fetched; the status is 403 (it is not allowed), 422 (it leads
-                to an error or to something that is no picture), 502 or 504 (it may work later).
+            FetchError: a URL may not or cannot be fetched.
             MediaError: content is too large or is no embeddings.
         """
         request = _Request(self._settings, self._run_blocking, self._http, self._slots)
+        parts = [part for part in conversation.media if wanted is None or wanted(part)]
         try:
-            return conversation.with_values(await all_of(request.value(part) for part in conversation.media))
+            found = iter(await all_of(request.value(part) for part in parts))
+            return conversation.with_values(
+                [next(found) if wanted is None or wanted(part) else part.value for part in conversation.media]
+            )
         finally:
             request.cancel()
 
@@ -111,8 +115,8 @@ class _Request:
         """The result; errors begin with the place and name the parameter."""
         try:
             return await result
-        except ApiError as error:
-            raise ApiError(error.status, f"{part.where}: {error}", param=param) from None
+        except FetchError as error:
+            raise FetchError(error.status, f"{part.where}: {error}", param=param) from None
         except MediaError as error:
             raise MediaError(f"{part.where}: {error}") from None
 
@@ -147,7 +151,7 @@ class _Request:
 
         def check_kind() -> None:
             if not _looks_like(modality, content):
-                raise ApiError(422, f"the URL answers with something that is no {modality}")
+                raise FetchError(422, f"the URL answers with something that is no {modality}")
 
         def receive(piece: bytes) -> None:
             self._spend(len(piece))
