@@ -69,9 +69,9 @@ def test_the_switch(url: str) -> None:
 
 
 def test_only_hosts_that_are_named(url: str) -> None:
-    with load(fetch_urls=HERE, allowed_media_domains=["pictures.example"]) as llm:
-        with pytest.raises(FetchError, match="not among the domains"):
-            llm.chat(asked(url), PARAMS, use_tqdm=False)
+    refused = pytest.raises(FetchError, match="not among the domains")
+    with load(fetch_urls=HERE, allowed_media_domains=["pictures.example"]) as llm, refused:
+        llm.chat(asked(url), PARAMS, use_tqdm=False)
     with load(fetch_urls=HERE, allowed_media_domains=["127.0.0.1"]) as llm:
         assert llm.chat(asked(url), PARAMS, use_tqdm=False)[0].error is None
 
