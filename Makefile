@@ -113,7 +113,7 @@ test-floor: ## core, models and plugins under Python 3.10 and torch 2.5.0 (into 
 	  echo "make: no $(FLOOR_PYTHON) found; say FLOOR_PYTHON=/path/to/python3.10" >&2; exit 1; }
 	@printf 'torch==2.5.0\nnumpy<2\ntransformers<5\n' > .venv-floor/constraints.txt
 	@$(FLOOR) -m pip install --quiet --disable-pip-version-check -c .venv-floor/constraints.txt $(PIP_EXTRA) \
-	  ./core[serve] $(wildcard plugins/* demo/checkpoints/*) $(FLOOR_TOOLS)
+	  -e ./core[serve] $(addprefix -e ,$(wildcard plugins/* demo/checkpoints/*)) $(FLOOR_TOOLS)
 	@echo "== left out: $(FLOOR_LEFT_OUT); $(FLOOR_JPEG)"
 	@OMP_WAIT_POLICY=passive $(FLOOR) -m pytest $(FLOOR_TESTS) \
 	  $(addprefix --ignore=,$(FLOOR_LEFT_OUT)) -k "not ($(FLOOR_JPEG))" -m "not slow and not ray and not bench and not browser and not resaved"

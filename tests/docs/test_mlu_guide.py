@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib.metadata import Distribution, PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,65 @@ def test_a_self_test(line: str, tmp_path: Path) -> None:
     done = in_the_simulator(line, tmp_path)
     assert done.returncode == 0, done.stdout[-2000:]
     assert "Everything is in order." in done.stdout
+
+
+def closure(name: str) -> list[Distribution]:
+    """A distribution and all that it needs here."""
+    found: dict[str, Distribution] = {}
+    todo = [name]
+    while todo:
+        one = re.match(r"[\w.-]+", todo.pop())[0].lower()  # type: ignore[index]
+        if one in found:
+            continue
+        try:
+            found[one] = Distribution.from_name(one)
+        except PackageNotFoundError:  # of another platform, or an extra
+            continue
+        todo += [needed for needed in found[one].requires or () if "extra ==" not in needed]
+    return list(found.values())
+
+
+@pytest.mark.slow
+def test_the_bundle_installs_without_a_network(tmp_path: Path) -> None:
+    """Beside a torch that is there already, as a vendor's: an environment of its own that sees it."""
+    bundle, fresh = tmp_path / "bundle", tmp_path / "opsin"
+    subprocess.run([sys.executable, ROOT / "tools/bundle.py", bundle], check=True, capture_output=True)
+    assert not list(bundle.glob("torch-*")), "torch comes with the machine"
+    subprocess.run([sys.executable, "-m", "venv", fresh], check=True)
+    vendor = tmp_path / "vendor"
+    vendor.mkdir()
+    for distribution in closure("torch"):
+        for file in distribution.files or ():
+            top = vendor / file.parts[0]
+            if file.parts[0] != ".." and not top.exists():
+                top.symlink_to(Path(str(distribution.locate_file(file.parts[0]))))
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    (fresh / "lib" / version / "site-packages/vendor.pth").write_text(f"{vendor}\n")
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    names = [
+        "opsin[serve]",
+        *(f"opsin-{n}" for n in ("models-qwen2vl", "device-cpu", "device-mlu", "tiny-qwen2vl")),
+    ]
+    install = [
+        fresh / "bin/python",
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-index",
+        "--find-links",
+        bundle,
+        *names,
+    ]
+    done = subprocess.run(install, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    asked = ["opsin/tiny-qwen2vl", "--device", "cpu", "--image", ROOT / "docs/images/scene.png"]
+    done = subprocess.run(
+        [fresh / "bin/opsin", "generate", *asked, "Describe the picture."],
+        env={**environment, "HF_HUB_OFFLINE": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "A yellow cross in the centre" in done.stdout, done.stderr[-2000:]

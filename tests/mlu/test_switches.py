@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -154,3 +155,26 @@ def test_without_measuring_the_likeliest_way_is_taken(monkeypatch: pytest.Monkey
         opened = open_device(0)
         assert "windows -1" in opened.details["  paged_attention 64 decoding in float16"]
     assert not any(name.startswith("tmo::") for name in trace)
+
+
+TINY = [
+    "opsin/tiny-qwen2vl",
+    *(pytest.param(f"opsin/tiny-{name}", marks=pytest.mark.slow) for name in ("llava", "phi3v", "minicpmv")),
+]
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_a_model_that_answers_truly_does_so_under_each_reading(model: str) -> None:
+    """Longer answers than those of the recorded cases, about a real picture."""
+    scene = Path(__file__).parents[2] / "docs/images/scene.png"
+    params = SamplingParams(temperature=0, max_tokens=24)
+    parts = [{"type": "image", "image": str(scene)}, {"type": "text", "text": "Describe the picture."}]
+    answers = {}
+    for reading in EACH:
+        with SWITCHES.changed(**reading):
+            use_ops("1.3.2")
+            with LLM(model, device="mlu", kv_cache_memory=2**24) as llm:
+                [output] = llm.chat([{"role": "user", "content": parts}], params, use_tqdm=False)
+        answers[named(reading)] = output.outputs[0].text.strip()
+    expected = "A yellow cross in the centre and a black cross at the bottom left."
+    assert answers == dict.fromkeys(answers, expected)

@@ -155,6 +155,28 @@ def test_a_long_context_is_the_same_on_any_number_of_threads() -> None:
     assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_of_an_earlier_call_are_not_let_through(dtype: torch.dtype) -> None:
+    """Partial results are kept in memory that is used again: one request's NaN is no other's."""
+    from opsin_device_cpu.compiled import attention
+
+    length, geometry = 9_000, KVGeometry(num_layers=1, num_kv_heads=1, head_size=64)
+    (layer,) = attention.allocate_kv(-(-length // SIZE), SIZE, geometry, dtype)
+    layer.memory.normal_(generator=torch.Generator().manual_seed(0))
+    plan = attention.plan_attention(batch([(3, length)], [list(range(-(-length // SIZE)))]))
+    q = torch.randn(3, 7, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    before = torch.get_num_threads()
+    try:
+        native.set_threads(1)
+        expected = attention.paged_attention(q, layer, plan, 0.125)
+        native.set_threads(2)
+        for poison in (float("nan"), float("inf")):
+            attention.paged_attention(torch.full_like(q, poison), layer, plan, 0.125)
+            assert torch.equal(attention.paged_attention(q, layer, plan, 0.125), expected)
+    finally:
+        native.set_threads(before)
+
+
 def test_a_sequence_may_read_what_another_writes_in_the_same_step() -> None:
     from opsin_device_cpu.compiled import attention
 

@@ -122,7 +122,8 @@ OPSIN_ALWAYS_INLINE void add_values(const float* weights, const T* const* blocks
   OPSIN_UNROLL for (int m = 0; m < M; m++) {
     float* to = values + m * stride + column;
     OPSIN_UNROLL for (int j = 0; j < NV; j++) {
-      Vec before = load(to + j * kLanes) * splat(old[m]);
+      // Not times 0: partial results are written into memory that holds anything, even NaN of another request.
+      Vec before = old[m] == 0.0f ? zero() : load(to + j * kLanes) * splat(old[m]);
       store(to + j * kLanes, fma(sums[m][j], splat(fresh[m]), before));
     }
   }
