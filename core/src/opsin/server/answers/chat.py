@@ -44,7 +44,7 @@ class ChatCompletions:
         chat = await self._prepare(request)
         [output] = await chat.finished()
         return ChatCompletion(
-            id=chat.id,
+            id=chat.answer_id,
             object="chat.completion",
             created=chat.created,
             model=chat.model,
@@ -116,7 +116,7 @@ class _Chat(Job[ChatChunkChoice, ChatChunk]):
 
     def chunk(self, choices: list[ChatChunkChoice]) -> ChatChunk:
         return ChatChunk(
-            id=self.id,
+            id=self.answer_id,
             object="chat.completion.chunk",
             created=self.created,
             model=self.model,

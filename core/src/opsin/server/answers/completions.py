@@ -106,7 +106,7 @@ class _Completion(Job[CompletionChoice, Completion]):
 
     def chunk(self, choices: list[CompletionChoice]) -> Completion:
         return Completion(
-            id=self.id,
+            id=self.answer_id,
             object="text_completion",
             created=self.created,
             model=self.model,

@@ -79,6 +79,12 @@ class Job(ABC, Generic[ChoiceT, ChunkT]):
         """Samples to give for each prompt."""
         return self.request.n or 1
 
+    @property
+    def answer_id(self) -> str:
+        """The answer's id: with the request's own name for it, if it has one, as vLLM's."""
+        given = self.request.request_id
+        return self.id if given is None else f"{self.id.partition('-')[0]}-{given}"
+
     @abstractmethod
     def new_choices(self, number: int, sample: CompletionOutput) -> Iterable[ChoiceT]:
         """What is new of a sample of prompt ``number``; it counts as sent from now on."""
