@@ -33,9 +33,13 @@ def ops(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def _fresh_card() -> Iterator[None]:
     """Nothing that a test did to card or package stays."""
+    from opsin_device_mlu.device import exact_angles
+
     CARD.trace.clear()
     CARD.wide.clear()
+    exact_angles.cache_clear()
     yield
+    exact_angles.cache_clear()
     use_ops(OLD)
 
 

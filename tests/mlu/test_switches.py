@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from opsin import LLM, SamplingParams
-from opsin_device_mlu.device import open_device, probe
+from opsin_device_mlu.device import exact_angles, open_device, probe
 from tests.mlu.test_golden import NUM_STEPS, safe_len
 from tests.mlu_sim import CARD, SWITCHES, use_ops
 from tests.mlu_sim.switches import EACH
@@ -76,6 +76,24 @@ def test_how_kernels_are_called_is_told(reading: dict[str, str], told: dict[str,
         details = open_device(0).details
     for kernel, how in told.items():
         assert how in details[f"  {kernel} in float16"], kernel
+
+
+def test_rough_sines_are_left_to_the_host() -> None:
+    """A small model's prompt is short: what is looked at is where the table is made, and that it is right."""
+    traces = []
+    for angles, where in (("right", "on the card"), ("rough", "on the host: its sines are not precise")):
+        with SWITCHES.changed(angles=angles):
+            exact_angles.cache_clear()
+            with LLM(
+                str(GOLDEN / "qwen2vl" / "model"), device="mlu", dtype="float16", kv_cache_memory=2**24
+            ) as llm:
+                assert llm.engine.executor.device.details["rotary tables"] == where
+                with CARD.recorded() as trace:
+                    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+                    [output] = llm.generate(["a question"], params, use_tqdm=False)
+        traces.append((trace["aten::cos"], output.outputs[0].token_ids))
+    assert traces[0][0] > 0
+    assert traces[1] == (0, traces[0][1])
 
 
 def broken(name: str, change: Any) -> None:

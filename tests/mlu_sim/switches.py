@@ -29,6 +29,7 @@ class Switches:
             a decorator (``"hidden"``), or not told at all (``"untold"``, ``"untold printed"``).
         halves: an even input's code of 4 bits stands in the ``"low"`` or ``"high"`` half of a byte.
         bias: of matmul: ``"any"``, or ``"rows"`` (1, N).
+        angles: sines and cosines beyond 2 pi: ``"right"`` or ``"rough"``.
     """
 
     window: Literal["-1", "0", "both"] = "-1"
@@ -43,6 +44,7 @@ class Switches:
     names: Literal["known", "printed", "hidden", "untold", "untold printed"] = "known"
     halves: Literal["low", "high"] = "low"
     bias: Literal["any", "rows"] = "any"
+    angles: Literal["right", "rough"] = "right"
 
     def set(self, **values: str) -> None:
         """Another reading, in place.
@@ -88,6 +90,7 @@ EACH: tuple[dict[str, str], ...] = (
     {"names": "untold"},
     {"names": "untold printed"},
     {"bias": "rows"},
+    {"angles": "rough"},
     {"window": "0", "rotary": "elsewhere", "views": "refused", "gelu": "tanh", "names": "hidden"},
     {"rotary": "only in place", "rows": "ignored", "views": "ignored", "tail": "loaded", "names": "printed"},
 )

@@ -28,6 +28,8 @@ class Capabilities:
         advice: per unsupported dtype, the sentence that says what to pass instead.
         tolerances: per dtype, the error that the device's own arithmetic is known to make, as a share of the
             largest number: what `opsin.testing.kernels` allows at least. Since 1.2.
+        host_angles: sines and cosines of large angles are not precise here: positions stay on the host, and
+            `opsin.layers.RotaryTable` computes there. Since 1.2.
     """
 
     dtypes: tuple[str, ...]
@@ -40,6 +42,7 @@ class Capabilities:
     communication: str = "gloo"
     advice: Mapping[str, str] = field(default_factory=dict)
     tolerances: Mapping[str, float] = field(default_factory=dict)
+    host_angles: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,6 +67,7 @@ class RotaryTable(Module):
         self._factor = 1.0
         self._num_rows = 1 if sections is None else len(sections)
         self._axis: Tensor | None = None
+        self._copies: tuple[Tensor, Tensor | None] | None = None
         if sections is not None:
             assert sum(sections) == head_size // 2, (sections, head_size)
             axis = torch.repeat_interleave(torch.arange(len(sections)), torch.tensor(sections))
@@ -117,7 +118,9 @@ class RotaryTable(Module):
         return table
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """int64 (A, T) -> cos, sin, float32 (T, D), both halves equal.
+        """int64 (A, T) -> cos, sin, float32 (T, D) on the table's device, both halves equal.
+
+        They are computed where the positions are.
 
         With frequencies of several variants, (A + 1, T): the variant of each token is the last row.
         """
@@ -126,16 +129,27 @@ class RotaryTable(Module):
                 f"positions have {len(positions)} rows, expected {self._num_rows}: those of the axes, and "
                 "with switch_lengths the variants"
             )
-        inverse = self._inverse[0]
-        if len(self._inverse) > 1:
-            inverse = self._inverse.index_select(0, positions[-1])
-        if self._axis is None:
+        frequencies, axis = self._beside(positions)
+        inverse = frequencies[0]
+        if len(frequencies) > 1:
+            inverse = frequencies.index_select(0, positions[-1])
+        if axis is None:
             angles = positions[0].float().unsqueeze(1) * inverse
         else:
             # Frequency i turns with its axis' position (M-RoPE; Wang et al. 2024, section 2.1).
-            angles = positions.float().index_select(0, self._axis).t() * inverse
+            angles = positions.float().index_select(0, axis).t() * inverse
         angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos() * self._factor, angles.sin() * self._factor
+        there = self._inverse.device
+        return (angles.cos() * self._factor).to(there), (angles.sin() * self._factor).to(there)
+
+    def _beside(self, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Frequencies and axes where the positions are, see `opsin.api.Capabilities.host_angles`."""
+        if positions.device == self._inverse.device:
+            return self._inverse, self._axis
+        if self._copies is None:
+            axis = None if self._axis is None else self._axis.to(positions.device)
+            self._copies = self._inverse.to(positions.device), axis
+        return self._copies
 
 
 def interleaved_axes(sections: Sequence[int]) -> Tensor:

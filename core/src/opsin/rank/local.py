@@ -201,7 +201,8 @@ class Rank:
         target, hidden_size = self.device.torch_device, self.model.hidden_size
         numbers = Uploads(target, _room(step), pinned=self.device.capabilities.pinned_memory)
         ids = None if embed is None else numbers.put(step.token_ids)
-        positions = numbers.put(step.positions.ravel())
+        on_host = self.device.capabilities.host_angles
+        positions = torch.from_numpy(step.positions) if on_host else numbers.put(step.positions.ravel())
         rows, media_rows = numbers.put(step.logit_rows), numbers.put(step.media_rows)
         batch = AttentionBatch(
             query_lens=step.query_lens,

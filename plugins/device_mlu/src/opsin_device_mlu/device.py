@@ -7,7 +7,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -35,6 +35,9 @@ KV_MEMORY_SHARE = 0.7
 
 BFLOAT16_MAJOR = 5
 """Capability from which torch_mlu calls bfloat16 supported; an MLU370 is 3."""
+
+_ANGLE_ERROR = 2e-3
+"""A step of float16 just below 1 is 5e-4."""
 
 FLOAT32_ERROR = 3e-3
 """What the vendor's own tests allow a float32 product."""
@@ -184,6 +187,7 @@ def describe(
         "stack": "the vendor's for the MLU370"
         if known
         else "not one this plugin was written for: run `opsin doctor --device mlu --selftest`",
+        "rotary tables": "on the card" if exact_angles(index) else "on the host: its sines are not precise",
         "kernels not used": "; ".join(f"{name}: {why}" for name, why in declined.items()) or "none",
         **({} if found is None else {f"  {name}": how for name, how in sorted(found.notes.items())}),
         "head sizes": ", ".join(map(str, settings.head_sizes)),
@@ -211,6 +215,7 @@ def capabilities(module: Any, index: int, settings: Settings) -> Capabilities:
         graphs=settings.graphs,
         communication="cncl",
         tolerances={"float32": FLOAT32_ERROR},
+        host_angles=not exact_angles(index),
         advice={
             "bfloat16": f"{properties.name} (capability {properties.major}.{properties.minor}) does not "
             'compute in it; pass dtype="float16" (a bfloat16 checkpoint is cast while it is loaded), or, if '
@@ -256,6 +261,24 @@ def open_device(index: int) -> Device:
         details=describe(module, index, settings, ops, found),
         declined={} if found is None else found.declined,
     )
+
+
+@lru_cache(maxsize=16)
+def exact_angles(index: int) -> bool:
+    """Whether sines and cosines of positions up to 30,000 are right on a card.
+
+    The vendor tests them on [-2 pi, 2 pi] only; nobody says how larger angles are reduced.
+    """
+    angles = torch.tensor([1.0, 1_000.0, 30_000.0])[:, None] * 10_000.0 ** -(torch.arange(16) / 16)
+    try:
+        there = angles.to(f"mlu:{index}")
+        errors = [
+            (function(there).to("cpu") - function(angles)).abs().max().item()
+            for function in (torch.cos, torch.sin)
+        ]
+    except Exception:  # whatever a card raises
+        return False
+    return max(errors) <= _ANGLE_ERROR
 
 
 def _has_pinned_memory() -> bool:
