@@ -100,7 +100,7 @@ FLOOR_PYTHON := python3.10
 FLOOR := .venv-floor/bin/python
 FLOOR_TOOLS := anthropic av hypothesis matplotlib openai peft psutil pyarrow pytest pytest-timeout python-multipart requests trustme
 
-FLOOR_TESTS := tests/compat tests/core tests/models/test_golden.py tests/models/test_invariance.py tests/models/test_speculation.py \
+FLOOR_TESTS := tests/core tests/models/test_golden.py tests/models/test_invariance.py tests/models/test_speculation.py \
   tests/models/test_demo_model.py plugins
 # Left out: what compares with transformers 5, which wants torch 2.6, or installs packages; and two recorded cases and
 # one test with a JPEG file, which Pillow 12 (the last for Python 3.10) decodes a little otherwise than 13 does.
