@@ -360,7 +360,8 @@ def test_every_setting_of_the_engine_is_a_flag_and_a_keyword_with_one_default() 
         assert keywords[name].kind is (
             parameter.KEYWORD_ONLY if name != "model" else parameter.POSITIONAL_OR_KEYWORD
         )
-    assert set(keywords) == {*inspect.signature(EngineConfig).parameters, "plugins"}
+    own = {"plugins", "fetch_urls"}
+    assert set(keywords) == {*inspect.signature(EngineConfig).parameters, *own}
     assert BY_PYTHON_ONLY.isdisjoint(flags)
 
 
