@@ -37,7 +37,6 @@ def _fresh_card() -> Iterator[None]:
 
     CARD.trace.clear()
     CARD.wide.clear()
-    exact_angles.cache_clear()
     yield
     exact_angles.cache_clear()
     use_ops(OLD)

@@ -11,7 +11,7 @@ from tests.models.test_stored_forms import answers, compare
 
 
 @pytest.mark.parametrize("layout", ["gptq 4", "awq", "pack-quantized 8", "int-quantized", "nf4"])
-@pytest.mark.parametrize("family", ["qwen2vl", "phi3v"])
+@pytest.mark.parametrize("family", ["qwen2vl", pytest.param("phi3v", marks=pytest.mark.slow)])
 def test_the_card_gives_the_same(tmp_path: Path, family: str, layout: str) -> None:
     write(family, LAYOUTS[layout], tmp_path / "stored", tmp_path / "floats")
     stored = answers(tmp_path / "stored", family, device="mlu")

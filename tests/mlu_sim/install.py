@@ -6,6 +6,7 @@ import importlib
 import importlib.machinery
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -71,8 +72,19 @@ def use_ops(version: str) -> None:
     """Have this generation of torch_mlu_ops installed from now on, or ``"none"``."""
     if version != "none" and version not in GENERATIONS:
         raise ValueError(f"torch_mlu_ops {version} is not simulated: none, {', '.join(GENERATIONS)} are")
+    wanted = None if version == "none" else version
+    if wanted == _finder.ops and _untouched(sys.modules.get("torch_mlu_ops")):
+        return  # what is known of its kernels holds
     sys.modules.pop("torch_mlu_ops", None)
-    _finder.ops = None if version == "none" else version
+    _finder.ops = wanted
+
+
+def _untouched(module: ModuleType | None) -> bool:
+    """Whether a package is as it was made, and made under the reading of this moment."""
+    if module is None or not hasattr(module, "_made"):
+        return False
+    functions, reading = module._made
+    return reading == replace(SWITCHES) and all(getattr(module, n, None) is f for n, f in functions.items())
 
 
 def _copy(module: ModuleType) -> ModuleType:
@@ -83,6 +95,8 @@ def _copy(module: ModuleType) -> ModuleType:
     )
     for name in PRINTED:
         setattr(copied, name, renamed(name, getattr(module, name), SWITCHES.names))
+    made = {name: getattr(copied, name) for name in PRINTED}
+    copied._made = made, replace(SWITCHES)  # type: ignore[attr-defined]
     return copied
 
 

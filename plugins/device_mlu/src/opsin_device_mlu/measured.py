@@ -7,7 +7,7 @@ by card, functions and switches.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, TypeVar
@@ -152,7 +152,7 @@ class Measured:
                 self._kept[key] = Paged(self._writer(dtype, size), self._attention(dtype, size))
             except Declined as error:
                 self._kept[key] = error
-                self.declined.setdefault(_label(f"paged_attention {size}", dtype), str(error))
+                self._note(_label(f"paged_attention {size}", dtype), str(error))
         found: Paged = self._given(self._kept[key])
         return found
 
@@ -380,11 +380,17 @@ class Measured:
                 self._kept[key] = self._tried(name, dtype, candidates, trial)
             except Declined as error:
                 self._kept[key] = error
-                (self.declined if decisive else self.notes)[_label(name, dtype)] = f"{error}"
-                if decisive and not str(error).startswith(_NOT_LISTED):
-                    logger.warning("%s is not used: %s", _label(name, dtype), error)
+                self._note(_label(name, dtype), str(error), decisive=decisive)
         found: K = self._given(self._kept[key])
         return found
+
+    def _note(self, label: str, why: str, *, decisive: bool = True) -> None:
+        """A kernel that does not work is a fault; one that the manual does not promise is none."""
+        if not decisive or why.startswith(_NOT_LISTED):
+            self.notes[label] = f"not used: {why}"
+        elif label not in self.declined:
+            self.declined[label] = why
+            logger.warning("%s is not used: %s", label, why)
 
     def _tried(
         self,
@@ -473,8 +479,3 @@ def measured(ops: Ops, settings: Settings, device: str, card: str) -> Measured:
         card: the vendor's name of it.
     """
     return Measured(ops, settings, device)
-
-
-def report(known: Measured) -> Mapping[str, str]:
-    """Lines for ``opsin doctor``: kernel -> how it is called or why it is not used."""
-    return {**known.notes, **{name: f"not used: {why}" for name, why in known.declined.items()}}
