@@ -113,7 +113,7 @@ def test_the_bundle_installs_without_a_network(tmp_path: Path) -> None:
     bundle, fresh = tmp_path / "bundle", tmp_path / "opsin"
     subprocess.run([sys.executable, ROOT / "tools/bundle.py", bundle], check=True, capture_output=True)
     assert not list(bundle.glob("torch-*")), "torch comes with the machine"
-    subprocess.run([sys.executable, "-m", "venv", fresh], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", fresh], check=True)
     vendor = tmp_path / "vendor"
     vendor.mkdir()
     for distribution in closure("torch"):
@@ -128,17 +128,8 @@ def test_the_bundle_installs_without_a_network(tmp_path: Path) -> None:
         "opsin[serve]",
         *(f"opsin-{n}" for n in ("models-qwen2vl", "device-cpu", "device-mlu", "tiny-qwen2vl")),
     ]
-    install = [
-        fresh / "bin/python",
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-index",
-        "--find-links",
-        bundle,
-        *names,
-    ]
+    pip = [sys.executable, "-m", "pip", "--python", fresh / "bin/python", "install", "-q"]
+    install = [*pip, "--no-index", "--find-links", bundle, *names]
     done = subprocess.run(install, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     asked = ["opsin/tiny-qwen2vl", "--device", "cpu", "--image", ROOT / "docs/images/scene.png"]
