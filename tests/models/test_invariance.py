@@ -234,8 +234,6 @@ def same_tensors(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Ten
 
 def test_a_failing_encoder_fails_only_requests_with_that_picture(family: str) -> None:
     with load(family) as fresh:
-        model = fresh.engine.executor.model
-        encode = model.encode
         kind = FAMILIES[family]
 
         def failing(modality: str, items: Any) -> Any:
@@ -251,9 +249,10 @@ def test_a_failing_encoder_fails_only_requests_with_that_picture(family: str) ->
         healthy = fresh.generate(prompts, params, use_tqdm=False)
         broken = fresh.engine.frontend.processor.process(prompts[1]).media[0].mapped.tensors
     with load(family) as fresh:
-        model = fresh.engine.executor.model
-        encode = model.encode
-        model.encode = failing  # type: ignore[method-assign]
+        # Of all ranks: another process has an encoder of its own.
+        executor = fresh.engine.executor
+        encode = executor.encode
+        executor.encode = failing  # type: ignore[method-assign]
         outputs = fresh.generate(prompts, params, use_tqdm=False, on_error="return")
         for index, (output, before) in enumerate(zip(outputs, healthy)):
             if index == 1:
