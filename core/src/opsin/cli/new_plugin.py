@@ -73,9 +73,12 @@ def run(
 
 def _template(kind: str, name: str) -> Iterator[tuple[str, str]]:
     """(path, text) of each file of a new package."""
-    for path, text in _files(files("opsin").joinpath(f"data/new_plugin/{kind}"), ""):
-        path = path.removesuffix(".in").replace("newname", name)
-        yield re.sub("^github/", ".github/", path), _renamed(text, {"newname": name, "NewName": _class(name)})
+    group = "models" if kind == "model" else "device"
+    for part in ("both", kind):
+        for path, text in _files(files("opsin").joinpath(f"data/new_plugin/{part}"), ""):
+            path = _renamed(path.removesuffix(".in"), {"newname": name, "newgroup": group})
+            text = _renamed(text, {"newname": name, "NewName": _class(name)})
+            yield re.sub("^github/", ".github/", path), text
 
 
 def _files(folder: Traversable, path: str) -> Iterator[tuple[str, str]]:
