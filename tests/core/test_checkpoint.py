@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from importlib.metadata import EntryPoint, EntryPoints, PackageNotFoundError
 from pathlib import Path
@@ -304,6 +305,26 @@ def test_known_checkpoint_that_is_not_installed(
 def test_folder_that_does_not_exist(model: str) -> None:
     with pytest.raises(CheckpointError, match="the folder .* does not exist"):
         hub.locate(model)
+
+
+def test_what_could_have_been_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders beside it, installed checkpoints, folders here, and what the hub's cache holds."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    for name in ("my-model", "cache/models--maker--a-fine-model", "cache/datasets--maker--data"):
+        (tmp_path / name).mkdir(parents=True)
+    for wrong, meant in {
+        "./my-modle": "my-model",
+        f"{tmp_path}/mymodel": f"{tmp_path}/my-model",
+        "my-mdoel": "my-model",
+        "maker/fine-model": "maker/a-fine-model",
+        "opsin/tiny-qwen2-vl": "opsin/tiny-qwen2vl",
+    }.items():
+        with pytest.raises(CheckpointError, match=re.escape(f"(did you mean {meant!r}?)")):
+            hub.locate(wrong)
+    with pytest.raises(CheckpointError) as caught:
+        hub.locate("nobody/knows-this")
+    assert "did you mean" not in str(caught.value)
 
 
 def test_file_instead_of_a_folder(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
@@ -212,6 +213,57 @@ def test_generate_reads_the_question_from_standard_input(
         monkeypatch.setattr(sys, "stdin", stdin)
         run("generate", "some/model", "-")
     assert llm.asked[0][0]["content"] == [{"type": "text", "text": "How many?"}]
+
+
+def test_generate_answers_lines_in_their_order(
+    run: Run, llm: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, picture: str
+) -> None:
+    """As a pipe has them, without those that are empty; answers come as they are ready."""
+
+    def chat_iter(self: Any, chats: Any, params: Any) -> Iterator[tuple[int, RequestOutput]]:
+        outputs = [next(iter(self.stream_chat(chat, params))) for chat in chats]
+        FakeLLM.asked = (chats, params)
+        for index in (2, 0, 1):
+            answer = replace(outputs[index].outputs[0], text=f"answer\n{index}")
+            yield index, replace(outputs[index], outputs=[answer])
+
+    monkeypatch.setattr(FakeLLM, "chat_iter", chat_iter, raising=False)
+    for options in ([], ["--json"]):
+        (tmp_path / "questions").write_text("One?\n\n  Two?\nThree?")
+        with (tmp_path / "questions").open() as stdin:
+            monkeypatch.setattr(sys, "stdin", stdin)
+            result = run("generate", "some/model", "--lines", "--image", picture, *options)
+        assert result.status == 0
+        assert [chat[-1]["content"][1]["text"] for chat in llm.asked[0]] == ["One?", "Two?", "Three?"]
+        if options:
+            lines = [json.loads(line) for line in result.out.splitlines()]
+            assert [(x["question"], x["text"]) for x in lines] == [
+                ("One?", "answer\n0"),
+                ("Two?", "answer\n1"),
+                ("Three?", "answer\n2"),
+            ]
+        else:
+            assert result.out == "answer 0\nanswer 1\nanswer 2\n"
+    result = run("generate", "some/model", "What?", "--lines")
+    assert result.status == 1
+    assert "leave QUESTION out" in result.err
+
+
+def test_a_temperature_without_effect_is_said(run: Run, llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("generate", "some/model", "What?", "--temperature", "0.5").err == ""
+    best = SamplingParams(temperature=0.01, top_k=1)
+    monkeypatch.setattr(FakeLLM, "get_default_sampling_params", lambda self: best)
+    assert run("generate", "some/model", "What?").err == ""
+    assert "no effect" in run("generate", "some/model", "What?", "--temperature", "0.5").err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_commands_and_flags(run: Run, shell: str) -> None:
+    script = run("completion", shell).out
+    assert "serve" in script
+    assert "quantization" in script
+    if shell == "bash":
+        assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("option", ["--image", "--video"])

@@ -8,7 +8,7 @@ from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, v
 from pathlib import Path
 
 from opsin.api import CHECKPOINT_GROUP
-from opsin.errors import CheckpointError, MissingPluginError
+from opsin.errors import CheckpointError, MissingPluginError, did_you_mean
 from opsin.plugins.known_packages import known_packages, pip_install
 
 DATA_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -40,7 +40,8 @@ def locate(model: str, *, revision: str | None = None) -> Path:
     if model in known_packages().checkpoints:
         raise MissingPluginError(_not_installed(model))
     if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-        raise CheckpointError(f"the folder {model!r} does not exist")
+        beside = [str(folder.parent / name) for name in _folders(folder.parent)]
+        raise CheckpointError(f"the folder {model!r} does not exist{did_you_mean(str(folder), beside)}")
     if os.environ.get(MODELSCOPE_VARIABLE, "") not in ("", "0"):
         return _from_modelscope(model, revision)
     return _from_hugging_face(model, revision)
@@ -90,7 +91,9 @@ def _from_modelscope(model: str, revision: str | None) -> Path:
 def _from_hugging_face(model: str, revision: str | None) -> Path:
     from huggingface_hub import errors, snapshot_download
 
-    nowhere = f"{model!r} is neither a folder nor an installed checkpoint"
+    nowhere = (
+        f"{model!r}{did_you_mean(model, _known_models())} is neither a folder nor an installed checkpoint"
+    )
     explanations = {  # the first that fits
         errors.HFValidationError: f"{nowhere}, nor a hub id (owner/name)",
         errors.GatedRepoError: f"{model!r} may be downloaded only after its terms are accepted on the hub; "
@@ -105,6 +108,26 @@ def _from_hugging_face(model: str, revision: str | None) -> Path:
     except (OSError, errors.HFValidationError) as error:
         known = (text for kind, text in explanations.items() if isinstance(error, kind))
         raise CheckpointError(next(known, None) or _failed(model, "the hub", error)) from error
+
+
+def _known_models() -> list[str]:
+    """What could have been meant: installed checkpoints, folders here, and what the hub's cache holds."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    installed = {entry.name for entry in entry_points(group=CHECKPOINT_GROUP)}
+    cached = {
+        name.removeprefix("models--").replace("--", "/")
+        for name in _folders(Path(HF_HUB_CACHE))
+        if name.startswith("models--")
+    }
+    return sorted({*installed, *known_packages().checkpoints, *_folders(Path()), *cached})
+
+
+def _folders(parent: Path) -> list[str]:
+    try:
+        return [entry.name for entry in parent.iterdir() if entry.is_dir()]
+    except OSError:
+        return []
 
 
 def _failed(model: str, where: str, error: Exception) -> str:

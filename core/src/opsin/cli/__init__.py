@@ -1,5 +1,5 @@
-"""The command line: ``opsin`` ``serve``, ``generate``, ``batch``, ``bench``, ``plugins``, ``doctor``,
-``quantize``, ``new-plugin``.
+"""The command line: ``opsin`` ``serve``, ``chat``, ``generate``, ``batch``, ``bench``, ``plugins``,
+``doctor``, ``quantize``, ``new-plugin``, ``completion``.
 
 Each command is a module with an `app`, imported when it is used; whatever is heavy is imported inside of its
 function, so that help comes at once.
@@ -37,6 +37,7 @@ app = App(
 )
 _COMMANDS = {
     "serve": "Serve a model over HTTP, with OpenAI's API.",
+    "chat": "Talk with a model about pictures, in the terminal.",
     "generate": "Ask a model about pictures and videos.",
     "batch": "Answer many requests, from a file or a folder into a file.",
     "bench": "Measure how fast a model or a server is.",
@@ -44,8 +45,9 @@ _COMMANDS = {
     "doctor": "Say what works on this machine, and what to do about the rest.",
     "quantize": "Round a checkpoint's weights once, to 8 or 4 bits.",
     "new-plugin": "Write the package of a new model or device plugin.",
+    "completion": "Print a script that completes commands and flags in a shell.",
 }
-_WITH_ENGINE = ("serve", "generate", "batch")
+_WITH_ENGINE = ("serve", "chat", "generate", "batch")
 """Commands that load a model: vLLM's flags of an engine are known there."""
 
 for position, (name, text) in enumerate(_COMMANDS.items()):

@@ -7,19 +7,20 @@ import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter, validators
 
+from opsin.cli.asking import opened_all, sampled, without_effect
 from opsin.cli.errors import Debug, reported, usage
 from opsin.cli.flags import build, takes
 from opsin.config import EngineConfig
+from opsin.errors import ConfigError
 from opsin.plugins.known_packages import known_packages
 
 if TYPE_CHECKING:
-    from opsin.api import MediaItem
-    from opsin.config import MediaLimits
+    from opsin.llm import LLM
+    from opsin.params import SamplingParams
     from opsin.results import RequestOutput
 
 app = App(
@@ -29,6 +30,7 @@ app = App(
   opsin generate {next(iter(known_packages().checkpoints))} --image cat.jpg "What is in the picture?"
   opsin generate ./model --image a.png --image b.png "What differs?"
   opsin generate ./model --video frames/ "Which way does it move?" --json
+  opsin generate ./model --image a.png --lines < questions.txt > answers.txt
 
 Every flag can also be set in the environment, --max-tokens as OPSIN_MAX_TOKENS.
 """,
@@ -39,8 +41,9 @@ Every flag can also be set in the environment, --max-tokens as OPSIN_MAX_TOKENS.
 @reported
 @takes(EngineConfig)
 def run(
-    question: str,
+    question: str | None = None,
     *,
+    lines: bool = False,
     image: Sequence[str] = (),
     video: Sequence[str] = (),
     max_tokens: Annotated[int, Parameter(validator=validators.Number(gte=1))] = 512,
@@ -54,7 +57,8 @@ def run(
     """Ask a model about pictures and videos; the answer is printed as it is made.
 
     Args:
-        question: The question; - reads it from standard input.
+        question: The question; without it, or with -, it is read from standard input.
+        lines: Each line of standard input is a question of its own; each answer is a line.
         image: Picture: a file or data: URL. Also several times.
         video: Video file, or a folder of frames. Also several times.
         max_tokens: Most tokens to answer with.
@@ -67,11 +71,13 @@ def run(
     with usage():
         config = build(EngineConfig, settings)
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="opsin: %(message)s")
-    question = sys.stdin.read().strip() if question == "-" else question
-    media = _media(image, video, config) if image or video else []
-    content = [*media, {"type": "text", "text": question}]
-    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": content})
+    questions = _questions(question, lines)
+    media = opened_all(image, video, config)
+    beginning: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    chats = [
+        [*beginning, {"role": "user", "content": [*media, {"type": "text", "text": text}]}]
+        for text in questions
+    ]
 
     from opsin import LLM
 
@@ -79,9 +85,13 @@ def run(
     seed = settings.pop("seed", None)
     with LLM(**settings) as llm:
         loaded = time.perf_counter()
-        params = replace(llm.get_default_sampling_params(), max_tokens=max_tokens, seed=seed)
-        if temperature is not None:
-            params = replace(params, temperature=temperature)
+        params = sampled(llm.get_default_sampling_params(), max_tokens, temperature, seed)
+        if temperature is not None and (note := without_effect(params)):
+            print(f"opsin: {note}", file=sys.stderr)
+        if lines:
+            _answer_lines(llm, settings["model"], questions, chats, params, as_json)
+            return
+        [messages] = chats
         first: float | None = None
         printed = 0
         for output in llm.stream_chat(messages, params):
@@ -102,27 +112,49 @@ def run(
     print(json.dumps(_result(settings["model"], output, timings), indent=2, ensure_ascii=False))
 
 
-def _media(images: Sequence[str], videos: Sequence[str], limits: MediaLimits) -> list[dict[str, Any]]:
-    """Content parts; decoded before the model is loaded, so that a bad file is known at once."""
-    from opsin.inputs.media import errors_at, media_item
-
-    parts: list[tuple[str, MediaItem]] = []
-    for name in images:
-        with errors_at(f"--image {name:.80}"):
-            parts.append(("image", media_item("image", name, limits)))
-    for name in videos:
-        with errors_at(f"--video {name:.80}"):
-            parts.append(("video", media_item("video", name, limits)))
-    return [{"type": kind, kind: item} for kind, item in parts]
+def _questions(question: str | None, lines: bool) -> list[str]:
+    """What is asked: the argument, or what standard input has, whole or line by line."""
+    if lines:
+        if question not in (None, "-"):
+            raise ConfigError("--lines reads the questions from standard input; leave QUESTION out")
+        return [line for line in map(str.strip, sys.stdin) if line]
+    if question is None and sys.stdin.isatty():
+        raise ConfigError('QUESTION is missing; pass it as the last argument, e.g. "What is in the picture?"')
+    return [sys.stdin.read().strip() if question in (None, "-") else str(question)]
 
 
-def _result(model: str, output: RequestOutput, timings: Mapping[str, float | None]) -> dict[str, Any]:
+def _answer_lines(
+    llm: LLM,
+    model: str,
+    questions: Sequence[str],
+    chats: Sequence[Sequence[dict[str, Any]]],
+    params: SamplingParams,
+    as_json: bool,
+) -> None:
+    """All questions at once; each answer is a line, in the order of the questions."""
+    early: dict[int, RequestOutput] = {}
+    following = 0
+    for index, finished in llm.chat_iter(chats, params):
+        early[index] = finished
+        while (output := early.pop(following, None)) is not None:
+            if as_json:
+                about = {"question": questions[following], **_result(model, output)}
+                print(json.dumps(about, ensure_ascii=False), flush=True)
+            else:
+                print(" ".join(output.outputs[0].text.split()), flush=True)
+            following += 1
+
+
+def _result(
+    model: str, output: RequestOutput, timings: Mapping[str, float | None] | None = None
+) -> dict[str, Any]:
     answer = output.outputs[0]
+    measured = {name: None if value is None else round(value, 4) for name, value in (timings or {}).items()}
     return {
         "model": model,
         "text": answer.text,
         "finish_reason": answer.finish_reason,
         "prompt_tokens": len(output.prompt_token_ids),
         "completion_tokens": len(answer.token_ids),
-        "timings": {name: None if value is None else round(value, 4) for name, value in timings.items()},
+        **({"timings": measured} if measured else {}),
     }

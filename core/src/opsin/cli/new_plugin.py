@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
@@ -43,6 +44,7 @@ def run(
     folder: Annotated[
         Path | None, Parameter(help="Where to write; by default ./NAME. Must not exist.")
     ] = None,
+    as_json: Annotated[bool, Parameter("--json", help="Print one JSON object with the files.")] = False,
     debug: Debug = False,
 ) -> None:
     """Write the package of a new plugin, and say what to do next."""
@@ -61,6 +63,9 @@ def run(
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
     shown = f"{'models' if kind == 'model' else 'device'}_{name}"
+    if as_json:
+        print(json.dumps({"folder": str(target), "files": sorted(written)}, indent=2))
+        return
     print(
         f"Wrote {len(written)} files to {target}. Next:\n\n"
         f"  pip install -e {target}     # --no-deps --no-build-isolation without a network\n"
