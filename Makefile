@@ -74,7 +74,7 @@ test-browser: $(STAMP) ## the playground page in a real browser (needs Chromium;
 	@command -v "$(CHROMIUM)" >/dev/null || { \
 	  echo "make: no $(CHROMIUM) found; on Debian and Ubuntu: apt install chromium; or say CHROMIUM=PATH" >&2; \
 	  exit 1; }
-	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_EXTRA) playwright
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_EXTRA) playwright axe-playwright-python
 	@CHROMIUM="$(CHROMIUM)" $(PY) -m pytest -m browser tests/server/test_browser.py
 
 test-ranks: $(STAMP) ## recorded cases at 2 and 4 tensor-parallel ranks, invariance at 2

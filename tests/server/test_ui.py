@@ -20,7 +20,7 @@ def client() -> TestClient:
 
 
 def test_all_files_are_served_and_nothing_else(client: TestClient) -> None:
-    assert len(UI_PATHS) == len(CONTENT_TYPES) == 4
+    assert len(UI_PATHS) == len(CONTENT_TYPES) == 10
     for path in UI_PATHS:
         response = client.get(path)
         assert response.status_code == 200
@@ -76,7 +76,14 @@ def test_nothing_is_inline_and_all_that_is_loaded_is_here(client: TestClient) ->
     assert page.inline == []
     assert set(page.loads) == {"ui/app.js", "ui/style.css", "ui/icon.svg"}, "relative, for --root-path"
     assert len(page.ids) == len(set(page.ids))
-    script = client.get("/ui/app.js").text
+    own = [path for path in UI_PATHS if path.endswith(".js") and "vendor" not in path]
+    script = "".join(client.get(path).text for path in own)
     assert set(re.findall(r'find\("([\w-]+)"\)', script)) <= set(page.ids)
-    assert not re.search(r"innerHTML|insertAdjacentHTML|document\.write|eval\(|new Function", script)
+    imported = re.findall(r'from "\./([\w/.]+)"', script)
+    assert {f"/ui/{name}" for name in imported} == {path for path in UI_PATHS if path.endswith(".js")} - {
+        "/ui/app.js"
+    }
+    vendored = client.get("/ui/vendor/marked.js").text
+    for text in (script, vendored):
+        assert not re.search(r"innerHTML|insertAdjacentHTML|document\.write|eval\(|new Function", text)
     assert not re.search(r"https?://", script + client.get("/ui/style.css").text)

@@ -1,4 +1,4 @@
-"""The playground page at ``/``: four static files, and headers that restrict what they may do."""
+"""The playground page at ``/``: static files, and headers that restrict what they may do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from fastapi.responses import Response
 
 CONTENT_TYPES = {
     "index.html": "text/html; charset=utf-8",
-    "app.js": "text/javascript; charset=utf-8",
+    **dict.fromkeys(
+        ("app.js", "attachments.js", "chat.js", "markdown.js", "server.js", "store.js", "vendor/marked.js"),
+        "text/javascript; charset=utf-8",
+    ),
     "style.css": "text/css; charset=utf-8",
     "icon.svg": "image/svg+xml",
 }
@@ -22,8 +25,8 @@ UI_PATHS = frozenset({"/", *(f"/ui/{name}" for name in CONTENT_TYPES if name != 
 HEADERS = {
     # No inline script or style, nothing from elsewhere, no frame around it, no text made markup.
     "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; "
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; media-src data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; "
         "trusted-types 'none'"
     ),
     "X-Content-Type-Options": "nosniff",

@@ -1,40 +1,21 @@
-// The playground: pictures and a question in, the answer streamed. Talks to the same API as any other client.
-// No markup is ever made from text: everything shown goes through textContent.
+// The playground: a conversation about pictures and videos. It talks to the same API as any other client.
+
+import * as attachments from "./attachments.js";
+import { body, python } from "./chat.js";
+import { show } from "./markdown.js";
+import { events, Interrupted, key, request, ServerError, setKey } from "./server.js";
+import * as store from "./store.js";
 
 const find = (id) => document.getElementById(id);
-const api = (path) => new URL(path, document.baseURI).href;
-const KEY = "opsin-api-key";
-const LEAST_FOR_A_RATE = 10; // few tokens come in one piece, and their rate would be that of the network
+const LEAST_FOR_A_RATE = 100; // milliseconds: what comes in one piece has the rate of the network
+const NEAR_THE_END = 120; // pixels: whoever has scrolled further up reads there
 
-/** @type {{name: string, url: string}[]} pictures attached to the next question */
-let pictures = [];
+/** @type {import("./chat.js").Turn[]} */
+let turns = [];
 /** @type {AbortController | null} of the question being answered */
 let running = null;
 
 // --- the server -----------------------------------------------------------------------------------
-
-class ServerError extends Error {
-  constructor(status, message) {
-    super(message);
-    this.status = status;
-  }
-}
-
-async function request(path, options = {}) {
-  const key = sessionStorage.getItem(KEY);
-  const headers = { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
-  let response;
-  try {
-    response = await fetch(api(path), { ...options, headers });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new ServerError(0, "The server cannot be reached.");
-  }
-  if (response.ok) return response;
-  const body = await response.json().catch(() => ({}));
-  const message = body?.error?.message ?? `The server answered with status ${response.status}.`;
-  throw new ServerError(response.status, message);
-}
 
 async function connect() {
   const status = find("status");
@@ -53,7 +34,7 @@ async function connect() {
     status.textContent = error.message;
     if (error.status === 401) {
       status.textContent = "An API key is needed";
-      askForKey(sessionStorage.getItem(KEY) ? "The server does not accept this key." : undefined);
+      askForKey(key() ? "The server does not accept this key." : undefined);
     } else if (error.status === 503) {
       status.classList.remove("bad");
       status.textContent = "The model is loading …";
@@ -64,172 +45,70 @@ async function connect() {
   }
 }
 
-/** The JSON objects of a stream of server-sent events. */
-async function* events(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    const lines = (rest + value).split(/\r?\n/);
-    rest = lines.pop();
-    for (const line of lines) {
-      if (!line.startsWith("data:")) continue;
-      const data = line.slice(5).trim();
-      if (data === "[DONE]") return;
-      yield JSON.parse(data);
-    }
-  }
-}
-
-// --- pictures -------------------------------------------------------------------------------------
-
-function asDataUrl(file) {
-  return new Promise((resolve, reject) => {
-    const reader = new FileReader();
-    reader.onload = () => resolve(reader.result);
-    reader.onerror = () => reject(reader.error);
-    reader.readAsDataURL(file);
-  });
-}
-
-async function attach(files) {
-  const usable = [...files].filter((file) => file.type.startsWith("image/"));
-  problem(usable.length < files.length ? "Only pictures can be attached." : "");
-  for (const file of usable) {
-    pictures.push({ name: unusedName(file.name || "picture.png"), url: await asDataUrl(file) });
-  }
-  showPictures();
-}
-
-/** Pasted pictures all have one name; in the Python code each is a file. */
-function unusedName(name) {
-  const [, stem, ending] = /^(.*?)(\.[^.]*)?$/.exec(name);
-  const taken = new Set(pictures.map((picture) => picture.name));
-  let free = name;
-  for (let number = 2; taken.has(free); number++) free = `${stem}-${number}${ending ?? ""}`;
-  return free;
-}
-
-function showPictures() {
-  find("pictures").replaceChildren(
-    ...pictures.map((picture) => {
-      const item = find("picture-template").content.cloneNode(true);
-      const image = item.querySelector("img");
-      const size = item.querySelector(".size");
-      image.src = picture.url;
-      image.alt = picture.name;
-      image.onload = () => (size.textContent = `${image.naturalWidth} × ${image.naturalHeight}`);
-      item.querySelector(".name").textContent = item.querySelector(".name").title = picture.name;
-      const remove = item.querySelector(".remove");
-      remove.setAttribute("aria-label", `Remove ${picture.name}`);
-      remove.onclick = () => {
-        pictures = pictures.filter((other) => other !== picture);
-        showPictures();
-        find("choose").focus();
-      };
-      return item;
-    }),
-  );
-}
-
-const COLOURS = { red: "#d71e23", green: "#1e9632", blue: "#2346d7", yellow: "#f5dc28", purple: "#8728aa" };
-const SHAPES = {
-  circle: (pen, x, y, r) => pen.arc(x, y, r, 0, 2 * Math.PI),
-  square: (pen, x, y, r) => pen.rect(x - 0.7 * r, y - 0.7 * r, 1.4 * r, 1.4 * r),
-  triangle: (pen, x, y, r) => {
-    for (const turn of [0, 1, 2]) {
-      const angle = (turn / 3) * 2 * Math.PI - Math.PI / 2;
-      pen.lineTo(x + r * Math.cos(angle), y + r * Math.sin(angle));
-    }
-  },
-};
-
-/** A shape on a plain ground, and a question about it. */
-function drawExample() {
-  const pick = (things) => things[Math.floor(Math.random() * things.length)];
-  const shape = pick(Object.keys(SHAPES));
-  const canvas = document.createElement("canvas");
-  canvas.width = canvas.height = 112;
-  const pen = canvas.getContext("2d");
-  pen.fillStyle = "#8c8c8c";
-  pen.fillRect(0, 0, canvas.width, canvas.height);
-  pen.beginPath();
-  SHAPES[shape](pen, 56, 56, 26);
-  pen.closePath();
-  pen.fillStyle = pick(Object.values(COLOURS));
-  pen.fill();
-  pictures = [{ name: "example.png", url: canvas.toDataURL("image/png") }];
-  showPictures();
-  find("question").value = `What colour is the ${shape}?`;
-  find("question").focus();
-}
-
 // --- asking ---------------------------------------------------------------------------------------
 
 function problem(text) {
   find("problem").textContent = text;
 }
 
-function currentTurn() {
-  return {
-    model: find("model").value,
-    question: find("question").value.trim(),
-    pictures: [...pictures],
-    maxTokens: find("max-tokens").valueAsNumber,
-    temperature: find("temperature").valueAsNumber,
-  };
-}
-
-function body(turn) {
-  const parts = turn.pictures.map(({ url }) => ({ type: "image_url", image_url: { url } }));
-  return {
-    model: turn.model,
-    messages: [{ role: "user", content: [...parts, { type: "text", text: turn.question }] }],
-    ...(Number.isNaN(turn.maxTokens) ? {} : { max_tokens: turn.maxTokens }),
-    ...(Number.isNaN(turn.temperature) ? {} : { temperature: turn.temperature }),
-    stream: true,
-    stream_options: { include_usage: true },
-  };
+function settings() {
+  const number = (id) => (Number.isNaN(find(id).valueAsNumber) ? null : find(id).valueAsNumber);
+  return { system: find("system").value.trim(), temperature: number("temperature"), maxTokens: number("max-tokens") };
 }
 
 async function ask() {
-  const turn = currentTurn();
-  problem(turn.question ? "" : "Write a question first.");
-  if (!turn.question || find("send").disabled) return;
+  const question = find("question").value.trim();
+  const damaged = attachments.broken();
+  if (!question || damaged.length) {
+    problem(question ? `Remove ${damaged.join(" and ")} first.` : "Write a question first.");
+    return;
+  }
+  if (find("send").disabled) return;
+  problem("");
+  const turn = { question, attached: attachments.current(), answer: "", state: "running", figures: "" };
+  attachments.replace([]);
+  find("question").value = "";
+  fit();
+  await run(turn);
+}
+
+async function run(turn) {
+  turns.push(turn);
+  keep();
   const card = addCard(turn);
+  requestAnimationFrame(() => {
+    atEnd = true;
+    keepEnd();
+  });
   running = new AbortController();
   find("send").disabled = true;
   find("stop").hidden = false;
   try {
     await answer(turn, card, running.signal);
+    turn.state = "done";
+    find("announcer").textContent = `Answer: ${turn.answer}`;
   } catch (error) {
-    card.classList.add(error.name === "AbortError" ? "stopped" : "failed");
-    const figures = card.querySelector(".figures");
-    if (error.name === "AbortError") {
-      figures.textContent = [figures.textContent, "stopped"].filter(Boolean).join(" · ");
-    } else {
-      card.querySelector(".text").append(error.message);
-      find("announcer").textContent = `Failed: ${error.message}`;
-    }
+    if (error.name === "AbortError") turn.state = "stopped";
+    else turn.state = error instanceof Interrupted ? "interrupted" : "failed";
+    turn.fault = turn.state === "stopped" ? "Stopped" : error.message;
+    find("announcer").textContent = `${turn.state === "failed" ? "Failed: " : ""}${turn.fault}`;
     if (error.status === 401) askForKey("The server does not accept this key.");
   } finally {
-    card.classList.remove("running");
     running = null;
     find("send").disabled = false;
     find("stop").hidden = true;
+    update(card, turn);
+    keep();
   }
 }
 
 async function answer(turn, card, signal) {
-  const text = card.querySelector(".text");
-  const figures = card.querySelector(".figures");
   const start = performance.now();
   const seconds = (from, to) => ((to - from) / 1000).toFixed(2);
   const response = await request("v1/chat/completions", {
     method: "POST",
     headers: { "Content-Type": "application/json" },
-    body: JSON.stringify(body(turn)),
+    body: JSON.stringify(body(find("model").value, turns, settings())),
     signal,
   });
   let first = null;
@@ -244,100 +123,129 @@ async function answer(turn, card, signal) {
     if (!choice.delta.content) continue;
     if (first === null) {
       first = performance.now();
-      figures.textContent = `first after ${seconds(start, first)} s`;
+      turn.figures = `first after ${seconds(start, first)} s`;
     }
-    text.append(choice.delta.content);
+    turn.answer += choice.delta.content;
+    updateSoon(card, turn);
   }
   const end = performance.now();
   const shown = [];
   if (usage) shown.push(`${usage.prompt_tokens} prompt and ${usage.completion_tokens} answer tokens`);
   if (first !== null) shown.push(`first after ${seconds(start, first)} s`);
   shown.push(`all after ${seconds(start, end)} s`);
-  if (usage?.completion_tokens >= LEAST_FOR_A_RATE && end > first) {
+  if (usage && first !== null && end - first >= LEAST_FOR_A_RATE) {
     shown.push(`${Math.round(((usage.completion_tokens - 1) / (end - first)) * 1000)} tokens/s`);
   }
   if (reason === "length") shown.push("cut off at the most tokens");
-  figures.textContent = shown.join(" · ");
-  find("announcer").textContent = `Answer: ${text.textContent}`;
+  turn.figures = shown.join(" · ");
 }
 
+// --- what is shown --------------------------------------------------------------------------------
+
 function addCard(turn) {
-  const item = find("answer-template").content.cloneNode(true);
-  const card = item.querySelector("article");
-  card.classList.add("running");
+  const made = find("turn-template").content.cloneNode(true);
+  const card = made.querySelector("article");
   card.querySelector(".asked").textContent = turn.question;
-  card.querySelector(".thumbs").append(
-    ...turn.pictures.map(({ name, url }) => Object.assign(new Image(), { src: url, alt: name })),
-  );
+  card.querySelector(".thumbs").append(...turn.attached.map((each) => attachments.preview(each)));
   card.querySelector(".show-code").onclick = () => {
-    find("code").textContent = python(turn);
+    find("code").textContent = python(find("model").value, turns.slice(0, turns.indexOf(turn) + 1), settings());
     find("copied").textContent = "";
     find("code-dialog").showModal();
   };
+  card.querySelector(".copy-answer").onclick = ({ target }) => copy(turn.answer, target);
+  card.querySelector(".retry").onclick = () => {
+    if (running) return;
+    turns.pop();
+    card.closest("li").remove();
+    run({ ...turn, answer: "", state: "running", figures: "", fault: undefined });
+  };
   find("empty").hidden = true;
-  find("answers").prepend(item);
+  find("turns").append(made);
+  update(card, turn);
   return card;
 }
 
-// --- the same from Python -------------------------------------------------------------------------
+const page = document.documentElement;
+/** Whether the end of the page is in view; it is kept there while answers and attachments grow. */
+let atEnd = true;
 
-/** A JSON string is a Python string, too. */
-const quoted = (text) => JSON.stringify(text);
-
-function python(turn) {
-  const key = sessionStorage.getItem(KEY);
-  const imports = [turn.pictures.length && "import base64", key && "import os"].filter(Boolean);
-  const lines = [...imports, ...(imports.length ? [""] : []), "from openai import OpenAI", ""];
-  const keyCode = key ? 'os.environ["OPENAI_API_KEY"]' : '"none"';
-  lines.push(`client = OpenAI(base_url=${quoted(api("v1"))}, api_key=${keyCode})`, "");
-  if (turn.pictures.length) {
-    lines.push(
-      "",
-      "def picture(path):",
-      '    with open(path, "rb") as file:',
-      "        data = base64.b64encode(file.read()).decode()",
-      '    return {"type": "image_url", "image_url": {"url": f"data:;base64,{data}"}}',
-      "",
-      "",
-    );
-  }
-  lines.push(
-    "stream = client.chat.completions.create(",
-    `    model=${quoted(turn.model)},`,
-    "    messages=[",
-    "        {",
-    '            "role": "user",',
-    '            "content": [',
-    ...turn.pictures.map(({ name }) => `                picture(${quoted(name)}),`),
-    `                {"type": "text", "text": ${quoted(turn.question)}},`,
-    "            ],",
-    "        }",
-    "    ],",
-  );
-  if (!Number.isNaN(turn.maxTokens)) lines.push(`    max_tokens=${turn.maxTokens},`);
-  if (!Number.isNaN(turn.temperature)) lines.push(`    temperature=${turn.temperature},`);
-  lines.push(
-    "    stream=True,",
-    ")",
-    "for chunk in stream:",
-    '    print(chunk.choices[0].delta.content or "", end="", flush=True)',
-    "print()",
-    "",
-  );
-  return lines.join("\n");
+function keepEnd() {
+  if (atEnd) page.scrollTop = page.scrollHeight;
 }
 
-async function copyCode() {
-  const code = find("code");
+function update(card, turn) {
+  card.className = turn.state;
+  show(card.querySelector(".text"), turn.answer);
+  card.querySelector(".fault").textContent = turn.fault ?? "";
+  card.querySelector(".figures").textContent = turn.figures;
+  card.querySelector(".copy-answer").hidden = !turn.answer;
+}
+
+let planned = 0;
+let pause = 0;
+
+/** Long answers are parsed anew with every piece: at most a quarter of the time goes there. */
+function updateSoon(card, turn) {
+  planned ||= setTimeout(() => {
+    planned = 0;
+    if (turn.state !== "running") return;
+    const start = performance.now();
+    update(card, turn);
+    pause = Math.max(16, 3 * (performance.now() - start));
+  }, pause);
+}
+
+/** The field grows with the question, up to a third of the window. */
+function fit() {
+  const field = find("question");
+  field.style.height = "auto";
+  field.style.height = `${Math.min(field.scrollHeight + 2, innerHeight / 3)}px`;
+}
+
+async function copy(text, button) {
+  const label = button.textContent;
   let done = true;
   try {
-    await navigator.clipboard.writeText(code.textContent);
+    await navigator.clipboard.writeText(text);
   } catch {
-    // Pages that came over plain http from another machine have no clipboard: select it, and try the old way.
-    getSelection().selectAllChildren(code);
+    // Pages that came over plain http from another machine have no clipboard: try the old way.
+    const field = Object.assign(document.createElement("textarea"), { value: text });
+    (button.closest("dialog") ?? document.body).append(field);
+    field.select();
     done = document.execCommand("copy");
+    field.remove();
   }
-  find("copied").textContent = done ? "Copied" : "Selected: press Ctrl C";
+  button.textContent = done ? "Copied" : "Not copied";
+  setTimeout(() => (button.textContent = label), 1500);
+  return done;
+}
+
+// --- what is kept ---------------------------------------------------------------------------------
+
+const keep = () => store.save({ turns, settings: settings() });
+
+async function restore() {
+  const kept = await store.load();
+  if (!kept) return;
+  find("system").value = kept.settings.system;
+  find("temperature").value = kept.settings.temperature ?? "";
+  find("max-tokens").value = kept.settings.maxTokens ?? "";
+  for (const turn of kept.turns) {
+    // The page was left while it was being answered.
+    if (turn.state === "running") Object.assign(turn, { state: "interrupted", fault: "The page was reloaded." });
+    turns.push(turn);
+    addCard(turn);
+  }
+}
+
+function startAnew() {
+  running?.abort();
+  turns = [];
+  find("turns").replaceChildren();
+  find("empty").hidden = false;
+  problem("");
+  store.forget();
+  find("question").focus();
 }
 
 // --- the key --------------------------------------------------------------------------------------
@@ -352,6 +260,7 @@ function askForKey(text) {
 
 // --- what happens when ----------------------------------------------------------------------------
 
+attachments.onChange(() => problem(""));
 find("ask").addEventListener("submit", (event) => {
   event.preventDefault();
   ask();
@@ -361,38 +270,60 @@ find("question").addEventListener("keydown", (event) => {
   event.preventDefault();
   ask();
 });
+find("question").addEventListener("input", fit);
 find("stop").addEventListener("click", () => running?.abort());
+find("new").addEventListener("click", startAnew);
+find("settings-button").addEventListener("click", () => find("settings-dialog").showModal());
+find("settings-dialog").addEventListener("close", keep);
 find("choose").addEventListener("click", () => find("files").click());
 find("files").addEventListener("change", async ({ target }) => {
-  await attach(target.files);
+  problem(await attachments.attach(target.files));
   target.value = "";
 });
-find("draw").addEventListener("click", drawExample);
-find("copy").addEventListener("click", copyCode);
+find("draw").addEventListener("click", () => {
+  find("question").value = attachments.drawExample();
+  fit();
+  find("question").focus();
+});
+find("copy").addEventListener("click", async ({ target }) => {
+  find("copied").textContent = (await copy(find("code").textContent, target)) ? "Copied" : "";
+});
+find("turns").addEventListener("click", ({ target }) => {
+  if (target.matches(".copy-code")) copy(target.closest(".code").querySelector("pre").textContent, target);
+});
 find("key-button").addEventListener("click", () => askForKey());
 find("key-dialog").addEventListener("close", ({ target }) => {
   if (target.returnValue !== "use") return;
-  sessionStorage.setItem(KEY, find("key").value.trim());
+  setKey(find("key").value.trim());
   connect();
 });
 
 // The whole page takes drops: a picture that misses the field would else replace the page.
 addEventListener("dragover", (event) => {
   event.preventDefault();
-  find("drop").classList.add("over");
+  if (event.dataTransfer.types.includes("Files")) find("ask").classList.add("over");
 });
 addEventListener("dragleave", (event) => {
-  if (!event.relatedTarget) find("drop").classList.remove("over");
+  if (!event.relatedTarget) find("ask").classList.remove("over");
 });
-addEventListener("drop", (event) => {
+addEventListener("drop", async (event) => {
   event.preventDefault();
-  find("drop").classList.remove("over");
-  attach(event.dataTransfer.files);
+  find("ask").classList.remove("over");
+  if (event.dataTransfer.files.length) problem(await attachments.attach(event.dataTransfer.files));
 });
-addEventListener("paste", (event) => {
+addEventListener("paste", async (event) => {
   if (!event.clipboardData.files.length) return;
   event.preventDefault();
-  attach(event.clipboardData.files);
+  problem(await attachments.attach(event.clipboardData.files));
 });
 
+let lastTop = 0;
+addEventListener("scroll", () => {
+  if (page.scrollHeight - page.clientHeight - page.scrollTop < NEAR_THE_END) atEnd = true;
+  else if (page.scrollTop < lastTop) atEnd = false; // somebody reads further up
+  lastTop = page.scrollTop;
+});
+for (const id of ["ask", "turns"]) new ResizeObserver(keepEnd).observe(find(id));
+
+await restore();
 connect();
