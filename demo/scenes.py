@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
+from clutter import draw_clutter
 from PIL import Image, ImageDraw, ImageFont
 
 TRAINING_SEEDS = (0, 2**40)
@@ -50,6 +51,7 @@ PLACES: dict[str, tuple[float, float]] = {
 }
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 STILL = "it does not move"
+NOTHING = "I see no shape I know."
 
 SUPERSAMPLING = 4
 CLEAR_CONTRAST = 105.0
@@ -95,6 +97,8 @@ class Scene:
     questions: list[tuple[str, str, str]] = field(default_factory=list)
     marks: list[list[Mark]] = field(default_factory=list)
     """What there is to see on every picture or frame: training looks at it, answering does not."""
+    single: list[list[tuple[str, str, str]]] = field(default_factory=list)
+    """What can be asked about each picture while it is the last one shown."""
 
 
 @dataclass(frozen=True)
@@ -246,6 +250,16 @@ def _listing(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
+def _sentence(parts: Sequence[str]) -> str:
+    told = _listing(parts)
+    return told[0].upper() + told[1:] + "."
+
+
+def _moves(way: str) -> str:
+    """What a shape does, as a verb."""
+    return "does not move" if way == STILL else f"moves {way}"
+
+
 def at(place: str) -> str:
     return "in the centre" if place == "centre" else f"at the {place}"
 
@@ -290,9 +304,8 @@ def objects_scene(rng: random.Random, size: Size | None = None, count: int | Non
         ask.append(("position", rng.choice(("Where is it?", "Where is the shape?")), places[0]))
     if count <= 3:
         parts = [f"{with_article(i.colour)} {i.shape} {at(p)}" for i, p in zip(items, places, strict=True)]
-        sentence = _listing(parts)
         text = rng.choice(("Describe the picture.", "What is in the picture?", "What do you see?"))
-        ask.append(("describe", text, sentence[0].upper() + sentence[1:] + "."))
+        ask.append(("describe", text, _sentence(parts)))
     return Scene(images=[canvas], questions=ask, marks=[[item.mark() for item in items]])
 
 
@@ -463,6 +476,7 @@ def number_scene(rng: random.Random, size: Size | None = None) -> Scene:
         questions=[
             ("number", text, digits),
             ("colour of the number", "What colour is the number?", colours[0]),
+            ("describe a number", "What is in the picture?", f"The number {digits} in {colours[0]}."),
         ],
         marks=[
             [
@@ -525,7 +539,61 @@ def motion_scene(rng: random.Random, size: Size | None = None, frames: int | Non
         )
         ask.append(("motion", text.format(_name(item, items, rng)), way))
         ask.append(("colour in a video", f"What colour is the {item.shape}?", item.colour))
+    told = [f"{with_article(i.colour)} {i.shape} {_moves(way)}" for i, way in zip(items, ways, strict=True)]
+    ask.append(("describe a video", "Describe the video.", _sentence(told)))
     return Scene(frames=film, questions=ask, marks=marks)
+
+
+def film_scene(rng: random.Random, size: Size | None = None, frames: int | None = None) -> Scene:
+    """The frames of a motion scene as single pictures: describe frames."""
+    scene = motion_scene(rng, size, frames or rng.choice((3, 4, 4, 5)))
+    marks = [[Mark(mark.x, mark.y, mark.name, mark.colour) for mark in frame] for frame in scene.marks]
+    names = {"describe a video": "describe frames", "motion": "motion in frames"}
+    ask = [(names[kind], text, answer) for kind, text, answer in scene.questions if kind in names]
+    return Scene(images=scene.frames, questions=ask, marks=marks)
+
+
+def pair_scene(rng: random.Random, size: Size | None = None, second: Size | None = None) -> Scene:
+    """Two pictures with one shape each: describe each."""
+    parts = [objects_scene(rng, size, 1), objects_scene(rng, second or size, 1)]
+    ask: list[tuple[str, str, str]] = []
+    for part, ordinal in zip(parts, ("first", "second"), strict=True):
+        mark = part.marks[0][0]
+        ask.append(("colour of one", f"What colour is the shape in the {ordinal} picture?", mark.colour))
+        ask.append(("shape of one", f"What shape is in the {ordinal} picture?", mark.name))
+    first, last = (f"{with_article(p.marks[0][0].colour)} {p.marks[0][0].name}" for p in parts)
+    told = f"The first shows {first} and the second shows {last}."
+    ask.append(("describe each", "Describe each picture.", told))
+    return Scene(
+        images=[part.images[0] for part in parts],
+        questions=ask,
+        marks=[part.marks[0] for part in parts],
+        single=[part.questions for part in parts],
+    )
+
+
+def nothing_scene(rng: random.Random, size: Size | None = None) -> Scene:
+    """A picture without any shape that the models know, which they are asked about all the same: nothing."""
+    size = _size(rng, size, 56, 224)
+    canvas = draw_background(rng, size)[0] if rng.random() < 0.2 else draw_clutter(rng, size)
+    shape, colour = rng.choice(SHAPES), rng.choice(list(COLOURS))
+    asked = (
+        "Describe the picture.",
+        "What is in the picture?",
+        "What do you see?",
+        "What shape is it?",
+        "What shape is this?",
+        f"What shape is the {colour} object?",
+        f"What colour is the {shape}?",
+        f"Where is the {shape}?",
+        "Where is it?",
+        "What number is this?",
+        "What colour is the shape?",
+    )
+    ask = [("nothing", text, NOTHING) for text in asked[3:]]
+    ask.append(("count of nothing", f"How many {plural(shape)} are there?", "0"))
+    ask += [("nothing", text, NOTHING) for text in asked[:3]]
+    return Scene(images=[canvas], questions=ask, marks=[[]])
 
 
 SCENES: dict[str, Callable[..., Scene]] = {
@@ -534,6 +602,9 @@ SCENES: dict[str, Callable[..., Scene]] = {
     "number": number_scene,
     "compare": compare_scene,
     "motion": motion_scene,
+    "film": film_scene,
+    "pair": pair_scene,
+    "nothing": nothing_scene,
 }
 KINDS: dict[str, str] = {
     "colour": "objects",
@@ -544,6 +615,11 @@ KINDS: dict[str, str] = {
     "number": "number",
     "compare": "compare",
     "motion": "motion",
+    "describe a number": "number",
+    "describe a video": "motion",
+    "describe each": "pair",
+    "describe frames": "film",
+    "nothing": "nothing",
 }
 """Question kinds, and the scene that each is asked about."""
 
@@ -557,6 +633,12 @@ SMALL_TALK: dict[str, str] = {
     "Thank you": "You are welcome.",
     "Thank you!": "You are welcome.",
     "Goodbye": "Goodbye!",
+    "Hey": "Hello! Show me a picture.",
+    "hello": "Hello! Show me a picture.",
+    "Thanks!": "You are welcome.",
+    "What is in this image?": "Please show me a picture.",
+    "What's in this image?": "Please show me a picture.",
+    "Describe the picture.": "Please show me a picture.",
 }
 
 

@@ -11,9 +11,18 @@ from batch import Batch, Tokens, collate
 from family import Family, Plan
 from scenes import SMALL_TALK, Scene, make_scene
 from tokenizers import Tokenizer
+from wordings import reworded
 
-SYSTEM = "You are a helpful assistant."
-SHARES = {"tree": 80, "turns": 10, "text first": 7, "greeted": 3}
+SYSTEMS = (
+    "You are a helpful assistant.",
+    "Look at the picture and answer.",
+    "You are a helpful assistant that describes images.",
+    "You answer questions about pictures.",
+    "Answer briefly.",
+    "Be concise.",
+    "You are a friendly assistant. Always answer in English.",
+)
+SHARES = {"tree": 70, "turns": 10, "text first": 17, "greeted": 3}
 """How often a conversation has which form, where the family has it."""
 
 
@@ -38,18 +47,29 @@ class BatchMaker:
         s, family = Tokens(), self.family
         shares = [SHARES[form] for form in family.forms]
         form = "tree" if plain else rng.choices(family.forms, shares)[0]
-        system = SYSTEM if plain or rng.random() < 0.97 else "Look at the picture and answer."
+        system = None if plain or rng.random() < 0.85 else rng.choice(SYSTEMS)
         family.begin(s, self.encode, system)
         asked = rng.sample(scene.questions, min(branches, len(scene.questions)))
-        if scene.questions[-1][0] == "describe" and not plain:
+        if scene.questions[-1][0].startswith("describe") and not plain:
             asked[-1] = scene.questions[-1]  # the longest answer by far, and the most to learn from
             asked = list(dict.fromkeys(asked))
+        if not plain:
+            asked = [(kind, reworded(kind, text, rng), answer) for kind, text, answer in asked]
         numbered = not plain and rng.random() < 0.05
+        if scene.single and not plain and rng.random() < 0.4:
+            for i, questions in enumerate(scene.single):
+                if i:
+                    s.text(self.encode(family.separator))
+                kind, question, answer = rng.choice(questions)
+                s.kinds.append(kind)
+                family.open_turn(s, self.encode)
+                family.show(s, self.encode, plan, numbered, only=i)
+                self._turn(s, reworded(kind, question, rng), answer, pictured=True)
+            return s
         if form == "text first":
             kind, question, answer = asked[0]
             s.kinds = [kind]
-            family.open_turn(s, self.encode)
-            s.text(self.encode(question))
+            family.open_turn(s, self.encode, question)
             family.show(s, self.encode, plan, numbered)
             self._turn(s, "", answer, pictured=True)
             return s
@@ -75,7 +95,7 @@ class BatchMaker:
         made = []
         for _ in range(count):
             s = Tokens()
-            self.family.begin(s, self.encode, SYSTEM)
+            self.family.begin(s, self.encode, None)
             for i in range(rng.choice((1, 1, 2))):
                 if i:
                     s.text(self.encode(self.family.separator))
@@ -90,16 +110,19 @@ class BatchMaker:
         plan = self.family.draw(name, rng)
         patches = self.family.patches(plan)
         count = count or min(64, max(6, self.patches // (patches + 48)))
-        branches = 8 if plain else {"motion": 4, "number": 2}.get(name, 5)
+        branches = 8 if plain else {"motion": 4, "number": 3, "film": 2, "nothing": 3}.get(name, 5)
         made, views = [], []
         for _ in range(count):
             seed = rng.randrange(*self.seeds)
             sizes = [self.family.size_for(shape, name, rng) for shape in plan.shapes]
             options: dict[str, object] = {}
-            if name == "compare":
+            if name in ("compare", "pair"):
                 options["second"] = sizes[1]
             elif name == "motion":
                 options["frames"] = plan.frames
+            elif name == "film":
+                options["frames"] = len(plan.shapes)
+                sizes = sizes[:1] * len(plan.shapes)
             scene = make_scene(name, seed, sizes[0], **options)
             views.append(self.family.look(scene, plan, sizes))
             made.append(self.conversation(scene, plan, rng, branches, plain))

@@ -10,14 +10,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from batch import Tokens
+from export import write
 from hints import THINGS, TINTS, WAYS
 from network import Network
+from safetensors.torch import load_file
 from scenes import Mark, Scene, Size
 from tokenizers import Tokenizer
+from torch import Tensor
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
 Encode = Callable[[str], list[int]]
+DEFAULT_SYSTEM = "You are a helpful assistant."
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,8 @@ class Family(ABC):
     """What opsin has to be told (``mm_processor_kwargs``) to cut pictures as training does."""
     separator: ClassVar[str] = ""
     """Text between an answer and the next question."""
+    dtype: ClassVar[torch.dtype] = torch.float16
+    """What weights are stored in."""
 
     @property
     def folder(self) -> Path:
@@ -76,23 +83,42 @@ class Family(ABC):
     def look(self, scene: Scene, plan: Plan, sizes: Sequence[Size]) -> list[View]: ...
 
     @abstractmethod
-    def begin(self, s: Tokens, encode: Encode, system: str) -> None:
-        """What stands before the first question."""
+    def begin(self, s: Tokens, encode: Encode, system: str | None) -> None:
+        """What stands before the first question; `system`: None for what the family has by itself."""
 
     @abstractmethod
-    def show(self, s: Tokens, encode: Encode, plan: Plan, numbered: bool) -> None:
-        """The pictures, in the order of `look`."""
+    def show(self, s: Tokens, encode: Encode, plan: Plan, numbered: bool, only: int | None = None) -> None:
+        """The pictures, in the order of `look`; `only`: that one, the others have their own messages."""
 
     @abstractmethod
     def ask(self, s: Tokens, encode: Encode, question: str, pictured: bool) -> None:
-        """A question up to where the answer begins; `pictured`: pictures stand before it."""
+        """A question up to where the answer begins; `pictured`: pictures stand before it.
+
+        An empty question was written before the pictures, by `open_turn`.
+        """
 
     @abstractmethod
-    def export(self, network: Network, words: Tokenizer, folder: Path) -> None: ...
+    def open_turn(self, s: Tokens, encode: Encode, question: str = "") -> None:
+        """What begins a question that pictures will stand in; `question`: text before the pictures."""
 
     @abstractmethod
-    def open_turn(self, s: Tokens, encode: Encode) -> None:
-        """What begins a question that pictures will stand in."""
+    def settings(self, network: Network, words: Tokenizer) -> dict[str, object]:
+        """The JSON files that lie beside the weights, by name."""
+
+    @abstractmethod
+    def stored(self, network: Network) -> dict[str, Tensor]:
+        """The weights under the names of the hub's files: the network's own, where nothing is rearranged."""
+
+    def export(self, network: Network, words: Tokenizer, folder: Path) -> None:
+        """Writes a checkpoint; the tokenizer's files must be there already."""
+        write(folder, self.settings(network, words), self.stored(network), self.dtype)
+
+    @torch.no_grad()
+    def load(self, network: Network, folder: Path) -> None:
+        """Takes over the weights of a checkpoint that `export` has written."""
+        file = load_file(folder / "model.safetensors")
+        for name, own in self.stored(network).items():
+            own.copy_(file[name])
 
 
 class ChatMLFamily(Family):
@@ -101,16 +127,16 @@ class ChatMLFamily(Family):
     end = "<|im_end|>"
     separator = "<|im_end|>\n"
     after_pictures: ClassVar[str] = ""
-    """Text between the last picture and the question."""
+    """Text between pictures and the question, whichever comes first."""
 
-    def begin(self, s: Tokens, encode: Encode, system: str) -> None:
-        s.text(encode(f"<|im_start|>system\n{system}<|im_end|>\n"))
+    def begin(self, s: Tokens, encode: Encode, system: str | None) -> None:
+        s.text(encode(f"<|im_start|>system\n{system or DEFAULT_SYSTEM}<|im_end|>\n"))
 
-    def open_turn(self, s: Tokens, encode: Encode) -> None:
-        s.text(encode("<|im_start|>user\n"))
+    def open_turn(self, s: Tokens, encode: Encode, question: str = "") -> None:
+        s.text(encode("<|im_start|>user\n" + (question + self.after_pictures if question else "")))
 
     def ask(self, s: Tokens, encode: Encode, question: str, pictured: bool) -> None:
-        start = self.after_pictures if pictured else "<|im_start|>user\n"
+        start = (self.after_pictures if question else "") if pictured else "<|im_start|>user\n"
         s.text(encode(f"{start}{question}<|im_end|>\n<|im_start|>assistant\n"))
 
 

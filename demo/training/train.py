@@ -121,6 +121,10 @@ def main() -> None:
     parser.add_argument("--accumulate", type=int, default=3, help="batches in one step")
     parser.add_argument("--family", choices=list(FAMILIES), default="qwen2vl")
     parser.add_argument(
+        "--from-checkpoint", action="store_true", help="start from the family's own exported weights"
+    )
+    parser.add_argument("--hints", type=float, default=0.4, help="share of the hints in the loss at first")
+    parser.add_argument(
         "--from-family", choices=list(FAMILIES), help="start from what another family's network has learned"
     )
     parser.add_argument(
@@ -155,6 +159,8 @@ def main() -> None:
         else:
             state = load_file(source / "model.safetensors")
         print("not in the other model:", ", ".join(warm_start(model, words, state, old)))
+    if args.from_checkpoint:
+        family.load(model, family.folder)
     hidden = model.text.embed_tokens.embedding_dim
     heads = HintHeads(Tower.DIM, hidden, hint_words(words), words.token_to_id(family.nothing))
     optims = optimisers(model, heads, args.rate)
@@ -179,7 +185,7 @@ def main() -> None:
             block.compile(dynamic=True)
     scenes = list(family.scenes)
     maker, rng = BatchMaker(family, words, VALIDATION_SEEDS, args.patches), random.Random(0)
-    checks = [maker.batch(name, rng, 32, plain=True) for name in scenes if name != "talk" for _ in range(6)]
+    checks = [maker.batch(name, rng, 32, plain=i < 4) for name in scenes if name != "talk" for i in range(6)]
     checks.append(maker.batch("talk", rng, 16))
     weights = multiprocessing.Array(c_double, list(family.scenes.values()))
     if args.resume:
@@ -200,7 +206,7 @@ def main() -> None:
         for optimiser in optims:
             for group in optimiser.param_groups:
                 group["lr"] = group["base"] * factor
-        hint_share = max(0.03, 0.4 * min(1.0, 1.6 - 2.5 * minutes / args.minutes))
+        hint_share = max(0.03, args.hints * min(1.0, 1.6 - 2.5 * minutes / args.minutes))
         for _ in range(args.accumulate):
             moment = time.monotonic()
             try:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from batch import Tokens
 from decoder import TextSettings
-from export import CLIP_PREPROCESSOR, write
+from export import CLIP_PREPROCESSOR
 from family import Encode, Family, Plan, View, patch_hints
 from network import Network, Seen
 from PIL import Image
@@ -22,8 +21,8 @@ from towers import CLIP_MEAN, CLIP_STD, PATCH, Tower, normalise
 
 SIDE = 112
 GRID = SIDE // PATCH
-LOWEST = {"objects": 56, "count": 84, "number": 56}
-HIGHEST = {"objects": 168, "count": 150, "number": 140}
+LOWEST = {"objects": 56, "count": 84, "number": 56, "nothing": 56}
+HIGHEST = {"objects": 168, "count": 150, "number": 140, "nothing": 168}
 
 
 class TinyLlava(Network):
@@ -50,7 +49,7 @@ class TinyLlava(Network):
 
 class Llava(Family):
     name = "llava"
-    scenes: ClassVar = {"objects": 3.0, "count": 3.0, "number": 3.0, "talk": 0.5}
+    scenes: ClassVar = {"objects": 3.0, "count": 3.0, "number": 3.0, "nothing": 2.0, "talk": 0.5}
     forms = ("tree", "turns")
     end = "</s>"
     nothing = "<image>"
@@ -76,20 +75,20 @@ class Llava(Family):
         hints = patch_hints(scene.marks[0], (GRID, GRID), (0, 0, width, height))
         return [View(np.asarray(picture)[None], hints.reshape(1, -1, 3))]
 
-    def begin(self, s: Tokens, encode: Encode, system: str) -> None:
-        s.text(encode("<s>"))
+    def begin(self, s: Tokens, encode: Encode, system: str | None) -> None:
+        s.text(encode("<s>") + (encode(system) if system else []))
 
-    def open_turn(self, s: Tokens, encode: Encode) -> None:
+    def open_turn(self, s: Tokens, encode: Encode, question: str = "") -> None:
         s.text(encode("USER: "))
 
-    def show(self, s: Tokens, encode: Encode, plan: Plan, numbered: bool) -> None:
+    def show(self, s: Tokens, encode: Encode, plan: Plan, numbered: bool, only: int | None = None) -> None:
         s.vision(encode("<image>")[0], GRID**2)
 
     def ask(self, s: Tokens, encode: Encode, question: str, pictured: bool) -> None:
         start = "\n" if pictured else "USER: "
         s.text(encode(f"{start}{question} ASSISTANT:"))
 
-    def export(self, network: Network, words: Tokenizer, folder: Path) -> None:
+    def settings(self, network: Network, words: Tokenizer) -> dict[str, object]:
         text = network.text
         layers = len(text.layers)
         config = {
@@ -103,7 +102,7 @@ class Llava(Family):
                 "architectures": ["LlamaForCausalLM"],
                 "hidden_size": text.embed_tokens.embedding_dim,
                 "intermediate_size": text.layers[0].mlp.up_proj.out_features,
-                "max_position_embeddings": 4096,
+                "max_position_embeddings": 8192,
                 "model_type": "llama",
                 "num_attention_heads": text.layers[0].self_attn.heads,
                 "num_hidden_layers": layers,
@@ -130,7 +129,7 @@ class Llava(Family):
             "vision_feature_select_strategy": "default",
             "vocab_size": words.get_vocab_size(),
         }
-        files = {
+        return {
             "config.json": config,
             "generation_config.json": {
                 "_from_model_config": True,
@@ -154,8 +153,11 @@ class Llava(Family):
                 "vision_feature_select_strategy": "default",
             },
         }
+
+    def stored(self, network: Network) -> dict[str, Tensor]:
+        text = network.text
         tensors = {f"language_model.model.{name}": p for name, p in text.state_dict().items()}
         tensors["language_model.lm_head.weight"] = text.embed_tokens.weight
         tensors |= {f"vision_tower.vision_model.{name}": p for name, p in network.tower.state_dict().items()}
         tensors |= {f"multi_modal_projector.{name}": p for name, p in network.projector.state_dict().items()}
-        write(folder, files, tensors, torch.float16)
+        return tensors

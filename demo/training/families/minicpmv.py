@@ -6,7 +6,6 @@ import math
 import random
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from batch import Tokens
 from decoder import TextSettings
-from export import write
 from family import Box, ChatMLFamily, Encode, Plan, View, patch_hints
 from network import Network, Seen
 from PIL import Image
@@ -34,6 +32,9 @@ SIDES = {
     "number": (56, 150),
     "compare": (84, 130),
     "motion": (56, 130),
+    "film": (56, 130),
+    "pair": (56, 130),
+    "nothing": (56, 200),
 }
 Grid = tuple[int, int]
 """Rows and columns."""
@@ -168,10 +169,13 @@ class MiniCPMV(ChatMLFamily):
         "count": 3.0,
         "number": 3.0,
         "compare": 3.0,
-        "motion": 1.5,
+        "motion": 2.0,
+        "film": 1.0,
+        "pair": 1.5,
+        "nothing": 2.0,
         "talk": 0.5,
     }
-    forms = ("tree", "turns", "greeted")
+    forms = ("tree", "turns", "text first", "greeted")
     nothing = "<unk>"
     after_pictures = "\n"
     options: ClassVar = {"max_slice_nums": MAX_SLICES}
@@ -183,10 +187,10 @@ class MiniCPMV(ChatMLFamily):
         return TinyMiniCPMV(words.get_vocab_size())
 
     def draw(self, scene: str, rng: random.Random) -> Plan:
-        sliced = scene in ("objects", "count") and rng.random() < 0.5
+        sliced = scene in ("objects", "count", "nothing") and rng.random() < 0.5
         low, high = SIDES[scene]
         shapes = []
-        for _ in range(2 if scene == "compare" else 1):
+        for _ in range(2 if scene in ("compare", "pair") else 1):
             while True:
                 side = rng.randint(low, high)
                 ratio = 1.0 if rng.random() < 0.3 else rng.uniform(0.45, 2.2)
@@ -200,6 +204,8 @@ class MiniCPMV(ChatMLFamily):
         if scene == "motion":
             count = rng.choice((4, 4, 5, 6, 6, 7, 8))
             return Plan(tuple(shapes) * count, count)
+        if scene == "film":
+            return Plan(tuple(shapes) * rng.choice((3, 4, 4, 5)))
         return Plan(tuple(shapes))
 
     def size_for(self, shape: Any, scene: str, rng: random.Random) -> Size:
@@ -247,10 +253,12 @@ class MiniCPMV(ChatMLFamily):
         picture = picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)
         return View(np.asarray(picture)[None], patch_hints(marks, grid, window).reshape(1, -1, 3), grid)
 
-    def show(self, s: Tokens, encode: Encode, plan: Plan, numbered: bool) -> None:
+    def show(self, s: Tokens, encode: Encode, plan: Plan, numbered: bool, only: int | None = None) -> None:
         unknown = encode("<unk>")[0]
         for i, (_, slices, _) in enumerate(plan.shapes):
-            between = "\n" if i else ""
+            if only not in (None, i):
+                continue
+            between = "\n" if i and only is None else ""
             number = "" if plan.frames else f"<image_id>{i}</image_id>"
             s.text(encode(f"{between}{number}<image>"))
             s.vision(unknown, QUERIES)
@@ -261,7 +269,7 @@ class MiniCPMV(ChatMLFamily):
                     s.vision(unknown, QUERIES)
                     s.text(encode("</slice>"))
 
-    def export(self, network: Network, words: Tokenizer, folder: Path) -> None:
+    def settings(self, network: Network, words: Tokenizer) -> dict[str, object]:
         text = network.text
         eos = [words.token_to_id("<|im_end|>"), words.token_to_id("<|endoftext|>")]
         common = {"max_slice_nums": DEFAULT_SLICES, "patch_size": PATCH, "scale_resolution": RESOLUTION}
@@ -283,7 +291,7 @@ class MiniCPMV(ChatMLFamily):
             "image_size": RESOLUTION,
             "initializer_range": 0.02,
             "intermediate_size": text.layers[0].mlp.up_proj.out_features,
-            "max_position_embeddings": 4096,
+            "max_position_embeddings": 8192,
             "max_window_layers": len(text.layers),
             "model_type": "minicpmv",
             "num_attention_heads": text.layers[0].self_attn.heads,
@@ -314,7 +322,7 @@ class MiniCPMV(ChatMLFamily):
             },
             "vocab_size": words.get_vocab_size(),
         }
-        files = {
+        return {
             "config.json": config,
             "generation_config.json": {
                 "bos_token_id": eos[1],
@@ -349,8 +357,11 @@ class MiniCPMV(ChatMLFamily):
                 "version": 2.6,
             },
         }
+
+    def stored(self, network: Network) -> dict[str, Tensor]:
+        text = network.text
         tensors = {f"llm.model.{name}": p for name, p in text.state_dict().items()}
         tensors["llm.lm_head.weight"] = text.embed_tokens.weight
         tensors |= {f"vpm.{name}": p for name, p in network.tower.state_dict().items()}
         tensors |= {f"resampler.{name}": p for name, p in network.resampler.state_dict().items()}
-        write(folder, files, tensors, torch.float16)
+        return tensors

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from batch import Tokens
 from decoder import TextSettings
-from export import write
 from family import Encode, Family, Plan, View, patch_hints
 from network import Network, Seen
 from PIL import Image
+from safetensors.torch import load_file
 from scenes import Scene, Size
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ CELLS = GRID // 2
 CONTEXT, LONGEST = 4096, 8192
 ROPE_SCALE = math.sqrt(1 + math.log(LONGEST / CONTEXT) / math.log(CONTEXT))
 SIDES = {"objects": (56, 200), "count": (84, 180), "number": (56, 160), "compare": (84, 150)}
+SIDES |= {"pair": (56, 150), "nothing": (56, 200)}
 Shape = tuple[int, int]
 """Rows and columns of crops."""
 
@@ -137,8 +138,16 @@ class TinyPhi3V(Network):
 
 class Phi3V(Family):
     name = "phi3v"
-    scenes: ClassVar = {"objects": 3.0, "count": 3.0, "number": 3.0, "compare": 3.0, "talk": 0.5}
-    forms = ("tree", "turns")
+    scenes: ClassVar = {
+        "objects": 3.0,
+        "count": 3.0,
+        "number": 3.0,
+        "compare": 3.0,
+        "pair": 1.5,
+        "nothing": 2.0,
+        "talk": 0.5,
+    }
+    forms = ("tree", "turns", "text first")
     end = "<|end|>"
     nothing = "<|image|>"
     separator = "<|end|>\n"
@@ -147,7 +156,7 @@ class Phi3V(Family):
         return TinyPhi3V(words.get_vocab_size())
 
     def draw(self, scene: str, rng: random.Random) -> Plan:
-        if scene == "compare":
+        if scene in ("compare", "pair"):
             return Plan(((1, 1), (1, 1)))
         return Plan((rng.choices(((1, 1), (1, 2), (2, 1)), (8, 1, 1))[0],))
 
@@ -181,25 +190,27 @@ class Phi3V(Family):
             views.append(View(pixels, np.stack(hints), (rows, columns)))
         return views
 
-    def begin(self, s: Tokens, encode: Encode, system: str) -> None:
-        s.text(encode("<s>"))
+    def begin(self, s: Tokens, encode: Encode, system: str | None) -> None:
+        s.text(encode("<s>" + (f"<|system|>\n{system}<|end|>\n" if system else "")))
 
-    def open_turn(self, s: Tokens, encode: Encode) -> None:
-        s.text(encode("<|user|>\n"))
+    def open_turn(self, s: Tokens, encode: Encode, question: str = "") -> None:
+        s.text(encode("<|user|>\n" + (f"{question}\n" if question else "")))
 
-    def show(self, s: Tokens, encode: Encode, plan: Plan, numbered: bool) -> None:
+    def show(self, s: Tokens, encode: Encode, plan: Plan, numbered: bool, only: int | None = None) -> None:
         for i, shape in enumerate(plan.shapes):
-            if i:
+            if only not in (None, i):
+                continue
+            if i and only is None:
                 # The hub's processor tokenizes the text between two pictures on its own.
                 s.text(encode("<s>\n"))
             s.vision(encode("<|image|>")[0], num_features(shape))
         s.text(encode("<s>"))
 
     def ask(self, s: Tokens, encode: Encode, question: str, pictured: bool) -> None:
-        start = "\n" if pictured else "<|user|>\n"
+        start = ("\n" if question else "") if pictured else "<|user|>\n"
         s.text(encode(f"{start}{question}<|end|>\n<|assistant|>\n"))
 
-    def export(self, network: Network, words: Tokenizer, folder: Path) -> None:
+    def settings(self, network: Network, words: Tokenizer) -> dict[str, object]:
         text, layers = network.text, range(len(network.text.layers))
         heads, half = text.layers[0].self_attn.heads, len(text.inverse)
         config = {
@@ -259,7 +270,7 @@ class Phi3V(Family):
             },
         }
         ends = [words.token_to_id(token) for token in ("<|end|>", "<|assistant|>", "<|endoftext|>")]
-        files = {
+        return {
             "config.json": config,
             "generation_config.json": {
                 "_from_model_config": True,
@@ -281,6 +292,9 @@ class Phi3V(Family):
                 "num_img_tokens": CELLS**2,
             },
         }
+
+    def stored(self, network: Network) -> dict[str, Tensor]:
+        text, layers = network.text, range(len(network.text.layers))
         stored = text.state_dict()
         tensors = {}
         for i in layers:
@@ -300,4 +314,21 @@ class Phi3V(Family):
         for name, p in network.img_projection.state_dict().items():
             tensors[f"{vision}img_projection.{name}"] = p
         tensors[f"{vision}sub_GN"], tensors[f"{vision}glb_GN"] = network.sub_GN, network.glb_GN
-        write(folder, files, tensors, torch.float16)
+        return tensors
+
+    @torch.no_grad()
+    def load(self, network: Network, folder: Path) -> None:
+        super().load(network, folder)
+        file = load_file(folder / "model.safetensors")
+        for i, layer in enumerate(network.text.layers):
+            for name, module, parts in (
+                ("self_attn.qkv_proj", layer.self_attn, ("q_proj", "k_proj", "v_proj")),
+                ("mlp.gate_up_proj", layer.mlp, ("gate_proj", "up_proj")),
+            ):
+                own = [getattr(module, part).weight for part in parts]
+                fused = file[f"model.layers.{i}.{name}.weight"]
+                for weight, given in zip(own, fused.split([len(w) for w in own]), strict=True):
+                    weight.copy_(given)
+        name = "embeddings.patch_embedding.weight"
+        wide = file[f"model.vision_embed_tokens.img_processor.vision_model.{name}"]
+        network.tower.state_dict()[name].copy_(wide[:, :, ::SHRINK, ::SHRINK] * SHRINK**2)

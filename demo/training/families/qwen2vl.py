@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from batch import Tokens
 from decoder import TextSettings, rotate_half
-from export import write
 from family import ChatMLFamily, Encode, Plan, View, patch_hints
 from network import Network, Seen
 from PIL import Image
@@ -32,12 +30,17 @@ DIM, HEADS, LAYERS = 128, 4, 4
 # The hub has sections as 2:3:3. With so few frequencies the columns of a picture, which have the slowest
 # ones, would all look alike.
 MROPE_SECTION = (2, 4, 10)
+MOST_CELLS = 64
+"""Larger pictures are scaled down to what was seen in training."""
 GRIDS: dict[str, tuple[int, int, dict[int, float]]] = {
     "objects": (1, 64, {2: 3, 3: 4, 4: 4, 5: 2, 6: 1.5, 7: 1, 8: 1}),
     "count": (9, 64, {3: 5, 4: 5, 5: 4, 6: 3, 7: 1.2, 8: 1}),
     "number": (1, 49, {2: 4, 3: 4, 4: 4, 5: 2.5, 6: 1.5, 7: 0.5}),
     "compare": (9, 36, {3: 5, 4: 5, 5: 3, 6: 0.7}),
     "motion": (1, 25, {2: 4, 3: 4, 4: 2, 5: 0.7}),
+    "film": (1, 25, {2: 4, 3: 4, 4: 2, 5: 0.7}),
+    "pair": (1, 36, {2: 4, 3: 4, 4: 3, 5: 1, 6: 0.5}),
+    "nothing": (1, 64, {2: 2, 3: 3, 4: 4, 5: 2, 6: 2, 7: 2, 8: 2}),
 }
 """Per scene: fewest and most cells, and how often a side has so many cells of 28 pixels."""
 Grid = tuple[int, int]
@@ -163,15 +166,21 @@ class Qwen2VL(ChatMLFamily):
         "number": 3.0,
         "compare": 3.0,
         "motion": 1.5,
+        "film": 1.0,
+        "pair": 1.5,
+        "nothing": 2.0,
         "talk": 0.6,
     }
     nothing = "<|image_pad|>"
+    dtype = torch.float32
 
     def network(self, words: Tokenizer) -> Network:
         return TinyQwen2VL(words.get_vocab_size())
 
     def draw(self, scene: str, rng: random.Random) -> Plan:
-        shapes = tuple(self._grid(scene, rng) for _ in range(2 if scene == "compare" else 1))
+        shapes = tuple(self._grid(scene, rng) for _ in range(2 if scene in ("compare", "pair") else 1))
+        if scene == "film":
+            return Plan(shapes * rng.choice((3, 4, 4, 5, 6)))
         steps = rng.choice((2, 3, 3, 4)) if scene == "motion" else 0
         return Plan(shapes, 2 * steps - (steps > 0 and rng.random() < 0.3))
 
@@ -220,16 +229,18 @@ class Qwen2VL(ChatMLFamily):
         hints = patch_hints(marks, (2 * gh, 2 * gw), (0, 0, *size))
         return hints.reshape(gh, MERGE, gw, MERGE, 3).transpose(0, 2, 1, 3, 4).reshape(-1, 3)
 
-    def show(self, s: Tokens, encode: Encode, plan: Plan, numbered: bool) -> None:
+    def show(self, s: Tokens, encode: Encode, plan: Plan, numbered: bool, only: int | None = None) -> None:
         name, pad = ("Video", "<|video_pad|>") if plan.frames else ("Picture", "<|image_pad|>")
         for i, (gh, gw) in enumerate(plan.shapes):
+            if only not in (None, i):
+                continue
             s.text(encode((f"{name} {i + 1}: " if numbered else "") + "<|vision_start|>"))
             steps = max(1, (plan.frames + 1) // 2)
             cells = [(t, h, w) for t in range(steps) for h in range(gh) for w in range(gw)]
             s.vision_cells(encode(pad)[0], cells)
             s.text(encode("<|vision_end|>"))
 
-    def export(self, network: Network, words: Tokenizer, folder: Path) -> None:
+    def settings(self, network: Network, words: Tokenizer) -> dict[str, object]:
         text = network.text
         ids = {name: words.token_to_id(f"<|{name}|>") for name in ("im_end", "endoftext")}
         config = {
@@ -246,7 +257,7 @@ class Qwen2VL(ChatMLFamily):
             "hidden_size": text.embed_tokens.embedding_dim,
             "initializer_range": 0.02,
             "intermediate_size": text.layers[0].mlp.up_proj.out_features,
-            "max_position_embeddings": 4096,
+            "max_position_embeddings": 8192,
             "max_window_layers": len(text.layers),
             "model_type": "qwen2_vl",
             "num_attention_heads": text.layers[0].self_attn.heads,
@@ -254,7 +265,7 @@ class Qwen2VL(ChatMLFamily):
             "num_key_value_heads": text.layers[0].self_attn.kv_heads,
             "rms_norm_eps": 1e-06,
             "rope_theta": 100.0,
-            "sliding_window": 4096,
+            "sliding_window": 8192,
             "tie_word_embeddings": True,
             "torch_dtype": "float32",
             "transformers_version": "4.41.2",
@@ -275,7 +286,7 @@ class Qwen2VL(ChatMLFamily):
             "rope_scaling": {"type": "mrope", "mrope_section": list(MROPE_SECTION)},
             "vocab_size": words.get_vocab_size(),
         }
-        files = {
+        return {
             "config.json": config,
             "generation_config.json": {
                 "bos_token_id": ids["endoftext"],
@@ -290,7 +301,7 @@ class Qwen2VL(ChatMLFamily):
             },
             "preprocessor_config.json": {
                 "min_pixels": 3136,
-                "max_pixels": 1280 * 28 * 28,  # a photograph leaves most of the context free
+                "max_pixels": MOST_CELLS * CELL**2,
                 "patch_size": PATCH,
                 "temporal_patch_size": TEMPORAL,
                 "merge_size": MERGE,
@@ -300,6 +311,8 @@ class Qwen2VL(ChatMLFamily):
                 "processor_class": "Qwen2VLProcessor",
             },
         }
-        tensors = {f"model.{name}": p for name, p in text.state_dict().items()}
+
+    def stored(self, network: Network) -> dict[str, Tensor]:
+        tensors = {f"model.{name}": p for name, p in network.text.state_dict().items()}
         tensors |= {f"visual.{name}": p for name, p in network.visual.state_dict().items()}
-        write(folder, files, tensors, torch.float32)
+        return tensors
