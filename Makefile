@@ -144,9 +144,12 @@ bench-peers: $(STAMP) ## measure against other engines, installed into .peers/ (
 bench-speculation: $(STAMP) ## measure n-gram speculation, write a Markdown table
 	@$(PY) benchmarks/speculation.py
 
-docs: $(STAMP) ## check that the documentation says what the code does
+docs: $(STAMP) ## check that the documentation says what the code does, and build the site into site/
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_EXTRA) mkdocs-material "mkdocstrings[python]"
 	@$(PY) -m pytest -m "" tests/docs
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --clean
+	@echo "== the site: site/index.html"
 
 clean: ## remove the environment, caches and outputs
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-output benchmarks/output
+	rm -rf $(VENV) site dist .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-output benchmarks/output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,11 +1,12 @@
 """One question about several pictures, for each model family, without a server.
 
     python examples/offline_inference_vision_language_multi_image.py --model-type qwen2_vl
-    python examples/offline_inference_vision_language_multi_image.py --model-type phi3_v --method generate \
-        --model microsoft/Phi-3.5-vision-instruct --image a.jpg --image b.jpg --question "What differs?"
+    python examples/offline_inference_vision_language_multi_image.py --method generate \
+        --model microsoft/Phi-3.5-vision-instruct --image a.jpg --image b.jpg \
+        --question "What is the content of each image?"
 
-`chat` leaves the placeholders to the framework, with `generate` the prompt has them. Without --model it takes
-a tiny checkpoint from this repository, as offline_inference_vision_language.py does.
+`chat` leaves the placeholders to the framework, and takes any family; with `generate` the prompt has them.
+Without --model it takes a tiny checkpoint from this repository, as offline_inference_vision_language.py does.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from offline_inference_vision_language import FAMILIES, QWEN2, family_name, tiny_model
+from offline_inference_vision_language import FAMILIES, QWEN2, family_name, family_of, tiny_model
 from PIL import Image, ImageDraw
 
 from opsin import LLM, SamplingParams
@@ -65,7 +66,9 @@ def chat(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model-type", type=family_name, choices=FAMILIES, default="qwen2_vl")
+    parser.add_argument(
+        "--model-type", type=family_name, choices=FAMILIES, help="default: the family of --model, or qwen2_vl"
+    )
     parser.add_argument("--model", help="folder, installed checkpoint or hub id (default: a tiny one)")
     parser.add_argument("--method", choices=("generate", "chat"), default="chat")
     parser.add_argument("--image", type=Path, action="append", help="pictures (default: two drawings)")
@@ -76,11 +79,14 @@ def main() -> None:
     images = [Image.open(path) for path in args.image or ()]
     images = images or [draw("red", (30, 30), (80, 40), (50, 80)), draw("blue", (56, 56))]
 
-    model = args.model or tiny_model(FAMILIES[args.model_type])
+    name = args.model_type or (family_of(args.model) if args.model else "qwen2_vl")
+    if name is None and args.method == "generate":
+        parser.error("this family's prompt is not written down here; leave --method generate out")
+    model = args.model or tiny_model(FAMILIES[name or "qwen2_vl"])
     llm = LLM(model=model, limit_mm_per_prompt={"image": len(images)})
     ask = generate if args.method == "generate" else chat
     params = SamplingParams(temperature=0, max_tokens=args.max_tokens)
-    for output in ask(llm, args.model_type, args.question, images, params):
+    for output in ask(llm, name or "", args.question, images, params):
         print(f"{args.question}  ->  {output.outputs[0].text.strip()!r}")
 
 

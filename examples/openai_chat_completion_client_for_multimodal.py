@@ -1,10 +1,9 @@
 """Chat with `opsin serve` through the openai package: text, pictures by URL and inline, and video frames.
 
-    opsin serve opsin/tiny-qwen2vl --allow-loopback-media --limit-mm-per-prompt image=8
+    opsin serve opsin/tiny-qwen2vl --allow-loopback-media
     python examples/openai_chat_completion_client_for_multimodal.py
 
-The tiny model comes with this repository; any other works the same, e.g.
-`opsin serve Qwen/Qwen2-VL-2B-Instruct --limit-mm-per-prompt image=8`. So that nothing outside this machine is
+The tiny model comes with this repository; any other works the same. So that nothing outside this machine is
 needed, the pictures are drawn here, and those given by URL come from a small web server of this script: hence
 --allow-loopback-media. With --image-url the server fetches that one instead.
 """

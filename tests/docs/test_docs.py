@@ -131,3 +131,16 @@ def test_make_targets_that_are_named_exist() -> None:
     for page in PAGES:
         for name in re.findall(r"`make ([a-z-]+)", page.read_text()):
             assert name in targets, f"{page.name} names make {name}"
+
+
+def test_the_site_has_every_page() -> None:
+    """But the decisions and the examples, which `tools/docs_site.py` adds."""
+    nav = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    named = re.findall(r": (\S+\.md)$", nav, re.MULTILINE)
+    assert len(named) == len(set(named))
+    pages = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+    pages -= {f"decisions/{page.name}" for page in DECIDED}
+    added = {"README.md": "readme.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+    assert all((ROOT / source).exists() for source in added)
+    others = {name for name in named if name.startswith(("reference/", "benchmarks/", "examples/"))}
+    assert set(named) - others == pages | set(added.values())

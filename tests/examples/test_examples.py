@@ -84,6 +84,40 @@ def test_offline_multi_image(family: str) -> None:
         assert generated == chatted, "the placeholders stand where the chat template puts them"
 
 
+@pytest.mark.parametrize("script", ["", "_multi_image"])
+@pytest.mark.parametrize(
+    "model", [str(GOLDEN / name / "model") for name in ("qwen25vl", "smolvlm", "phi3v", "llava15")]
+)
+def test_the_checkpoint_says_its_family(script: str, model: str) -> None:
+    """Of families whose prompt the script knows, and of others through their chat template."""
+    arguments = ("--model", model, "--max-tokens", "3")
+    assert "  ->  " in run(f"offline_inference_vision_language{script}.py", *arguments)[-1]
+
+
+def test_structured_output() -> None:
+    assert run("structured_output.py") == ["one of several: blue", "a number: 3", "JSON: blue"]
+
+
+def test_search_by_words(tmp_path: Path) -> None:
+    """What is found is what was looked for; the index is made once, and later pictures are added."""
+    folder = tmp_path / "pictures"
+    arguments = ("--folder", str(folder), "--top", "3")
+    queries = ("A red circle.", "A blue square.", "A yellow triangle.")
+    lines = run("embedding_search.py", *queries, *arguments)
+    found = [re.findall(r"\d-(\w+)-(\w+)\.png", line) for line in lines]
+    assert len(list(folder.glob("*.png"))) == 200
+    for place, query in enumerate(queries):
+        colour, shape = query.strip("A.").split()
+        assert found[4 * place + 1 : 4 * place + 4] == [[(colour, shape)]] * 3
+    before = (folder / "index.npz").stat().st_mtime_ns
+    run("embedding_search.py", *queries, *arguments)
+    assert (folder / "index.npz").stat().st_mtime_ns == before
+    for path in list(folder.glob("*red-circle.png"))[1:]:
+        path.unlink()
+    next(folder.glob("*red-circle.png")).rename(folder / "new.png")
+    assert "new.png" in run("embedding_search.py", queries[0], "--folder", str(folder), "--top", "1")[1]
+
+
 # --- templates ------------------------------------------------------------------------------------
 
 
@@ -132,10 +166,33 @@ def test_vlm2vec_numbers_pictures_and_takes_one_message() -> None:
 
 @pytest.fixture(scope="module")
 def chat_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    flags = ("--allow-loopback-media", "--limit-mm-per-prompt", "image=8")
-    log = tmp_path_factory.mktemp("server") / "log"
-    with serve("opsin/tiny-qwen2vl", *flags, log=log) as running:
+    folder = tmp_path_factory.mktemp("server")
+    flags = ("--allow-loopback-media", "--files-dir", str(folder / "jobs"))
+    with serve("opsin/tiny-qwen2vl", *flags, log=folder / "log") as running:
         yield running
+
+
+def test_tools_are_called_in_the_right_form(chat_server: ServerProcess) -> None:
+    script = "openai_chat_completion_client_with_tools.py"
+    lines = run(script, "--base-url", f"{chat_server.url}/v1", "--max-tokens", "4")
+    calls = [line for line in lines if line.startswith("count_stock(")]
+    assert len(calls) == 4
+    assert all(re.search(r'"in_stock": \d+}$', call) for call in calls)
+
+
+def test_batches(chat_server: ServerProcess) -> None:
+    lines = run("openai_batch_client.py", "--base-url", f"{chat_server.url}/v1", "--pictures", "7")
+    colours = ("red", "green", "blue", "yellow", "purple", "red", "green")
+    assert lines[-7:] == [f"picture-{number} {colour}" for number, colour in enumerate(colours)]
+
+
+def test_an_error_names_the_flag_that_is_missing(tmp_path: Path) -> None:
+    script = str(EXAMPLES / "openai_chat_completion_client_for_multimodal.py")
+    with serve("opsin/tiny-qwen2vl", log=tmp_path / "log") as server:
+        command = [sys.executable, script, "--base-url", f"{server.url}/v1"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "--allow-loopback-media" in done.stderr
 
 
 def test_chat_client(chat_server: ServerProcess) -> None:

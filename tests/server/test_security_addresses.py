@@ -110,6 +110,8 @@ def test_a_name_that_leads_to_an_address_that_is_not_public(address: str) -> Non
     error = refusal("http://pictures.example/a.png", Names([address]))
     assert error.status == HTTPStatus.FORBIDDEN
     assert " 'pictures.example' is not on the public internet" in str(error)
+    assert "--allow-loopback-media" in str(error)
+    assert "--allow-private-media" in str(error)
 
 
 @pytest.mark.parametrize("address", REFUSED_ADDRESSES.values(), ids=REFUSED_ADDRESSES)

@@ -58,7 +58,7 @@ def _signature() -> inspect.Signature:
 class LLM:
     """A vision-language model, ready to answer.
 
-    Example:
+    Examples:
         >>> llm = LLM("path/to/checkpoint")
         >>> question = {"type": "text", "text": "What colour is the circle?"}
         >>> picture = {"type": "image_pil", "image_pil": PIL.Image.open("circle.png")}

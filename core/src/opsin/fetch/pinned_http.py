@@ -152,8 +152,9 @@ class PinnedHTTP:
         if not all(is_allowed(text, allow_loopback=loopback, private=private) for text in addresses):
             raise FetchError(
                 403,
-                f"{shown(url)} is not on the public internet (the operator can allow a private network with "
-                "--allow-private-media)",
+                # Both flags, whichever it is: where a name leads inside is nothing for strangers.
+                f"{shown(url)} is not on the public internet (the operator can allow this machine's addresses "
+                "with --allow-loopback-media, a private network with --allow-private-media)",
             )
         return addresses[:MAX_TRIED_ADDRESSES]
 
