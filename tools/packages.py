@@ -3,7 +3,7 @@
 python tools/packages.py list
 python tools/packages.py version 0.2.0      # raises all of them
 python tools/packages.py dist dist          # wheels and source distributions of all, checked
-python tools/packages.py check              # the same checks on wheels without the compiled part, kept nowhere
+    python tools/packages.py check              # the same checks, without the compiled part
 """
 
 from __future__ import annotations

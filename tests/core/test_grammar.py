@@ -63,6 +63,23 @@ def test_each_form_is_kept_beside_free_requests_and_pictures(llm: LLM) -> None:
     assert [free] == ask(llm, None), "a free request beside constrained ones is not touched"
 
 
+def test_grammars_in_gbnf(llm: LLM) -> None:
+    """As llama.cpp's clients send them: from `root`, with `::=`."""
+    arithmetic = """
+        root  ::= expr "=" num
+        expr  ::= term ([-+*/] term)*   # a comment
+        term  ::= num | "(" expr ")"
+        num   ::= [0-9]{1,3}
+    """
+    for text in ask(llm, StructuredOutput(grammar=arithmetic), n=4, max_tokens=200):
+        assert re.fullmatch(r"[0-9(][-+*/0-9()]*=[0-9]{1,3}", text) or len(text) > 60, text
+    assert set(ask(llm, StructuredOutput(grammar='root ::= "yes" | "no"'), n=4)) <= {"yes", "no"}
+    for wrong in ("root ::= (", 'root ::= "a" nowhere', 'start ::= "a"'):
+        with pytest.raises(RequestError, match="constraint is not valid"):
+            ask(llm, StructuredOutput(grammar=wrong))
+    assert ask(llm, StructuredOutput(choice=["x"])) == ["x"], "and the next request is answered"
+
+
 def test_samples_of_one_request_are_constrained_each(llm: LLM) -> None:
     texts = ask(llm, StructuredOutput(regex="[0-9]{6}"), n=4, temperature=2.0)
     assert all(re.fullmatch("[0-9]{6}", text) for text in texts)

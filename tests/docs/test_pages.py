@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -34,3 +35,12 @@ def test_every_output_stands_under_a_block_that_prints(name: str) -> None:
     found = [block.kind for block in blocks((DOCS / name).read_text())]
     for before, kind in pairwise(found):
         assert kind != "text" or before == "python"
+
+
+def test_what_holds_is_counted_as_it_stands() -> None:
+    text = (DOCS / "using-vlms.md").read_text().partition("## What of vLLM's page holds")[2]
+    verdicts = [row.split(" | ")[1] for row in re.findall(r"^\| .*", text, re.M)[1:]]
+    kinds = ("verbatim", "with a change", "not")
+    counts = [sum(verdict.startswith(kind) for verdict in verdicts) for kind in kinds]
+    assert sum(counts) == len(verdicts)
+    assert "Verbatim {}, with a change {}, not {}.".format(*counts) in text

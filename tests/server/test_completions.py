@@ -49,6 +49,39 @@ def test_streamed_is_not_streamed(client: openai.OpenAI) -> None:
         ]
 
 
+def test_token_ids(client: openai.OpenAI, server: Running) -> None:
+    """vLLM's `return_token_ids`, in completions and chats: streamed pieces add up to the whole."""
+    prompts = ["Hello", "Two three"]
+    ids = [server.post("/tokenize", {"prompt": text}).json()["tokens"] for text in prompts]
+    options: Any = {**OPTIONS, "prompt": prompts, "n": 2, "extra_body": {"return_token_ids": True}}
+    whole = client.completions.create(**options)
+    chunks = [
+        choice for chunk in client.completions.create(**options, stream=True) for choice in chunk.choices
+    ]
+    for choice in whole.choices:
+        own = [each for each in chunks if each.index == choice.index]
+        assert choice.prompt_token_ids == own[0].prompt_token_ids == ids[choice.index // 2]
+        assert len(choice.token_ids) == 6
+        pieces = [getattr(each, "token_ids", None) or [] for each in own]
+        assert [i for piece in pieces for i in piece] == choice.token_ids
+    assert (
+        "token_ids"
+        not in server.post("/v1/completions", {"model": "golden", "prompt": "a"}).json()["choices"][0]
+    )
+    scored = {"model": "golden", "prompt": "a", "max_tokens": 0, "echo": True, "return_token_ids": True}
+    assert server.post("/v1/completions", scored).json()["choices"][0]["token_ids"] == []
+
+    chat: Any = {"model": "golden", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 6}
+    chat |= {"temperature": 0, "extra_body": {"return_token_ids": True}}
+    answer = client.chat.completions.create(**chat)
+    pieces = list(client.chat.completions.create(**chat, stream=True))
+    assert pieces[0].prompt_token_ids == answer.prompt_token_ids
+    assert len(answer.prompt_token_ids) == answer.usage.prompt_tokens
+    streamed = [getattr(choice, "token_ids", None) or [] for piece in pieces for choice in piece.choices]
+    assert [i for ids in streamed for i in ids] == answer.choices[0].token_ids
+    assert len(answer.choices[0].token_ids) == answer.usage.completion_tokens
+
+
 def test_echo_with_logprobs_scores_the_prompt(client: openai.OpenAI) -> None:
     """What evaluation harnesses ask for: the log-probabilities of a text, and nothing generated."""
     options = {**OPTIONS, "prompt": "Hello world", "echo": True, "logprobs": 1}

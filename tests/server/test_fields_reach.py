@@ -146,7 +146,10 @@ GENERATING: dict[str, tuple[dict[str, Any], Callable[[Seen], bool]]] = {
     ),
     "cache_salt": ({"cache_salt": "salt"}, other_salt),
     "request_id": ({"request_id": "mine"}, lambda seen: "mine" in seen[1]["id"]),
-}
+    "return_token_ids": (
+        {"return_token_ids": True}, lambda seen: len(seen[1]["choices"][0]["token_ids"]) == 2,
+    ),
+}  # fmt: skip
 
 CHAT: Further = {
     **GENERATING,

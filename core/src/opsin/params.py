@@ -29,7 +29,7 @@ class StructuredOutput:
         json_object: any JSON object.
         regex: a regular expression for the whole text.
         choice: one of these texts.
-        grammar: a context-free grammar in Lark's notation, from ``start``.
+        grammar: a context-free grammar, from ``start`` in Lark's notation or from ``root`` in GBNF.
     """
 
     json: Mapping[str, Any] | str | None = None

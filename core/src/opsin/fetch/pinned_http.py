@@ -153,8 +153,8 @@ class PinnedHTTP:
             raise FetchError(
                 403,
                 # Both flags, whichever it is: where a name leads inside is nothing for strangers.
-                f"{shown(url)} is not on the public internet (the operator can allow this machine's addresses "
-                "with --allow-loopback-media, a private network with --allow-private-media)",
+                f"{shown(url)} is not on the public internet (the operator can allow this machine's own "
+                "addresses with --allow-loopback-media, a private network with --allow-private-media)",
             )
         return addresses[:MAX_TRIED_ADDRESSES]
 

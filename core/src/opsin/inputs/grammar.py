@@ -143,7 +143,23 @@ def _source(wanted: StructuredOutput) -> str:
         return LLMatcher.grammar_from_regex(wanted.regex)
     text = wanted.grammar or "start: " + " | ".join(map(json.dumps, wanted.choice or ()))
     _check_length(text)
-    return LLMatcher.grammar_from_lark(text)
+    return LLMatcher.grammar_from_lark(_as_lark(text))
+
+
+def _as_lark(text: str) -> str:
+    """A grammar in Lark's notation, from it or from GBNF, llama.cpp's; what has ``::=`` is GBNF.
+
+    Raises:
+        ValueError: it is GBNF, and not valid.
+    """
+    from llguidance import gbnf_to_lark
+
+    if gbnf_to_lark.is_lark_syntax(text):
+        return text
+    try:
+        return str(gbnf_to_lark.gbnf_to_lark(text))
+    except Exception as error:  # the converter's own errors have no common class
+        raise ValueError(f"GBNF: {error}") from None
 
 
 def _check_length(text: str) -> None:

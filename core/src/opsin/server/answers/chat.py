@@ -43,7 +43,7 @@ class ChatCompletions:
         """
         chat = await self._prepare(request)
         [output] = await chat.finished()
-        return ChatCompletion(
+        answer = ChatCompletion(
             id=chat.answer_id,
             object="chat.completion",
             created=chat.created,
@@ -53,6 +53,9 @@ class ChatCompletions:
             usage=usage(output),
             prompt_logprobs=prompt_logprobs(output.prompt_logprobs),
         )
+        if request.return_token_ids:
+            answer.prompt_token_ids = list(output.prompt_token_ids)
+        return answer
 
     def stream(self, request: ChatRequest) -> AsyncGenerator[ChatChunk, None]:
         """The answer as it is made. Whatever is wrong with the request is raised before the first chunk."""
@@ -115,7 +118,7 @@ class _Chat(Job[ChatChunkChoice, ChatChunk]):
     sent: Mapping[tuple[int, int], _Sent]
 
     def chunk(self, choices: list[ChatChunkChoice]) -> ChatChunk:
-        return ChatChunk(
+        chunk = ChatChunk(
             id=self.answer_id,
             object="chat.completion.chunk",
             created=self.created,
@@ -123,6 +126,9 @@ class _Chat(Job[ChatChunkChoice, ChatChunk]):
             system_fingerprint=self.serving.info.fingerprint,
             choices=choices,
         )
+        if self.request.return_token_ids and any(choice.delta.role for choice in choices):
+            chunk.prompt_token_ids = list(self.prompts[0].token_ids)
+        return chunk
 
     def new_choices(self, number: int, sample: CompletionOutput) -> Iterator[ChatChunkChoice]:
         sent, index = self.sent[number, sample.index], sample.index
@@ -131,6 +137,7 @@ class _Chat(Job[ChatChunkChoice, ChatChunk]):
         if not sent.begun:
             first = ChatDelta(role=self.role, content=self.echo)
             yield ChatChunkChoice(index=index, delta=first, logprobs=None, finish_reason=None)
+        ids = sent.new_ids(sample) if self.request.return_token_ids else []
         text, logprobs = sent.advance(sample)
         pieces = ToolPieces(text)
         if sent.parser is not None:
@@ -138,7 +145,7 @@ class _Chat(Job[ChatChunkChoice, ChatChunk]):
             if sample.finish_reason is not None:
                 rest = sent.parser.flush()
                 pieces = ToolPieces(pieces.content + rest.content, pieces.calls + rest.calls)
-        if not (pieces.content or pieces.calls or logprobs or sample.finish_reason):
+        if not (pieces.content or pieces.calls or logprobs or ids or sample.finish_reason):
             return
         delta = ChatDelta()
         if pieces.content:
@@ -147,6 +154,8 @@ class _Chat(Job[ChatChunkChoice, ChatChunk]):
             delta.tool_calls = deltas(pieces)
         told = chat_logprobs(logprobs, self.request.top_logprobs or 0) if logprobs else None
         choice = ChatChunkChoice(index=index, delta=delta, logprobs=told, finish_reason=None)
+        if ids:
+            choice.token_ids = ids
         if sample.finish_reason is not None:
             num_calls = sent.parser.num_calls if sent.parser is not None else 0
             choice.finish_reason = self._finish_reason(sample.finish_reason, num_calls)
@@ -163,13 +172,16 @@ class _Chat(Job[ChatChunkChoice, ChatChunk]):
         if calls:
             message.tool_calls = calls
         told = sample.logprobs if request.logprobs else None
-        return ChatChoice(
+        choice = ChatChoice(
             index=sample.index,
             message=message,
             logprobs=chat_logprobs(told, request.top_logprobs or 0) if told is not None else None,
             finish_reason=self._finish_reason(sample.finish_reason or "abort", len(calls)),
             stop_reason=sample.stop_reason,
         )
+        if request.return_token_ids:
+            choice.token_ids = list(sample.token_ids)
+        return choice
 
     def _finish_reason(self, reason: str, num_calls: int) -> str:
         """OpenAI says "tool_calls" where the model chose to call, "stop" where it was told what to call."""

@@ -118,20 +118,28 @@ class _Completion(Job[CompletionChoice, Completion]):
         sent = self.sent[number, sample.index]
         if sent.ended:
             return
-        echo = "" if sent.begun else self.echoes[number]
+        first = not sent.begun
+        echo = self.echoes[number] if first else ""
+        ids = sent.new_ids(sample) if self.request.return_token_ids else []
         text, tokens = sent.advance(sample)
         logprobs = None
         if tokens and self.request.logprobs is not None:
             logprobs = completion_logprobs(tokens, self.request.logprobs, sent.offset)
             sent.offset += sum(map(len, logprobs.tokens))
-        if echo or text or logprobs or sample.finish_reason:
-            yield CompletionChoice(
-                index=number * self.num_samples + sample.index,
-                text=echo + text,
-                logprobs=logprobs,
-                finish_reason=sample.finish_reason,
-                stop_reason=sample.stop_reason,
-            )
+        if not (echo or text or logprobs or ids or sample.finish_reason):
+            return
+        choice = CompletionChoice(
+            index=number * self.num_samples + sample.index,
+            text=echo + text,
+            logprobs=logprobs,
+            finish_reason=sample.finish_reason,
+            stop_reason=sample.stop_reason,
+        )
+        if ids:
+            choice.token_ids = ids
+        if ids and first:
+            choice.prompt_token_ids = list(self.prompts[number].token_ids)
+        yield choice
 
     def choice(self, number: int, output: RequestOutput, sample: CompletionOutput) -> CompletionChoice:
         """A finished sample."""
@@ -140,6 +148,7 @@ class _Completion(Job[CompletionChoice, Completion]):
             sample = replace(
                 sample,
                 text="",
+                token_ids=[],
                 logprobs=None if sample.logprobs is None else [],
                 finish_reason="length",
                 stop_reason=None,
@@ -161,6 +170,9 @@ class _Completion(Job[CompletionChoice, Completion]):
         )
         if request.prompt_logprobs is not None:
             choice.prompt_logprobs = prompt_logprobs(output.prompt_logprobs)
+        if request.return_token_ids:
+            choice.prompt_token_ids = list(output.prompt_token_ids)
+            choice.token_ids = list(sample.token_ids)
         return choice
 
     def _decode(self, ids: Sequence[int]) -> str:

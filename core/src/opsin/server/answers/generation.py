@@ -36,6 +36,7 @@ class Sent:
 
     num_chars: int = 0
     num_tokens: int = 0
+    num_ids: int = 0
     begun: bool = False
     ended: bool = False
 
@@ -45,6 +46,12 @@ class Sent:
         new = sample.text[self.num_chars :], logprobs[self.num_tokens :]
         self.num_chars, self.num_tokens = len(sample.text), len(logprobs)
         self.begun, self.ended = True, sample.finish_reason is not None
+        return new
+
+    def new_ids(self, sample: CompletionOutput) -> list[int]:
+        """The new token ids; they count as sent from now on."""
+        new = list(sample.token_ids[self.num_ids :])
+        self.num_ids = len(sample.token_ids)
         return new
 
 

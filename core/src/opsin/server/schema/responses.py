@@ -73,6 +73,7 @@ class ChatChoice(BaseModel):
     logprobs: ChatLogprobs | None
     finish_reason: str
     stop_reason: int | str | None
+    token_ids: list[int] | None = None
 
 
 class _Answer(BaseModel):
@@ -90,6 +91,7 @@ class ChatCompletion(_Answer):
     choices: list[ChatChoice]
     usage: Usage
     prompt_logprobs: list[dict[str, dict[str, Any]] | None] | None
+    prompt_token_ids: list[int] | None = None
 
 
 class FunctionCallDelta(BaseModel):
@@ -124,6 +126,7 @@ class ChatChunkChoice(BaseModel):
     logprobs: ChatLogprobs | None
     finish_reason: str | None
     stop_reason: int | str | None = None
+    token_ids: list[int] | None = None
 
 
 class ChatChunk(_Answer):
@@ -132,6 +135,7 @@ class ChatChunk(_Answer):
     object: Literal["chat.completion.chunk"]
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class CompletionLogprobs(BaseModel):
@@ -152,6 +156,8 @@ class CompletionChoice(BaseModel):
     finish_reason: str | None
     stop_reason: int | str | None
     prompt_logprobs: list[dict[str, dict[str, Any]] | None] | None = None
+    prompt_token_ids: list[int] | None = None
+    token_ids: list[int] | None = None
 
 
 class Completion(_Answer):

@@ -89,7 +89,6 @@ class SamplingRequest(RequestBody):
         "kv_transfer_params": (),
         "logits_processors": (),
         "prompt_embeds": (),
-        "return_token_ids": (False,),
         "return_tokens_as_token_ids": (False,),
         "vllm_xargs": (),
     }
@@ -134,6 +133,7 @@ class SamplingRequest(RequestBody):
     cache_salt: Annotated[str | None, Field(min_length=1, max_length=1024)] = None
     priority: Annotated[int | None, Field(ge=INT64_MIN, le=INT64_MAX)] = None
     request_id: Annotated[str | None, Field(max_length=1024)] = None
+    return_token_ids: bool | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> SamplingRequest:
