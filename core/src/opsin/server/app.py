@@ -372,7 +372,11 @@ class App:
         serving = self._ready()
         limits = self._settings.limits
         body = await read_body(
-            request, model, max_bytes=limits.max_body_bytes, timeout_s=limits.receive_timeout
+            request,
+            model,
+            max_bytes=limits.max_body_bytes,
+            timeout_s=limits.receive_timeout,
+            ignore_unknown=limits.unknown_fields == "ignore",
         )
         return serving, body
 

@@ -27,6 +27,8 @@ class RequestLimits:
         max_n: most samples of one prompt.
         max_stop: most stop strings.
         max_logprobs: most alternatives per token.
+        unknown_fields: what becomes of fields that no one here knows: ``refuse``, or ``ignore`` with a line
+            in the log. Names that are nearly right are refused all the same.
         max_waiting: most requests that wait, beyond --max-num-seqs. Further ones get status 429.
         max_receiving_bytes: most bytes of bodies that are not complete yet, all together. Further ones get
             status 503.
@@ -43,6 +45,7 @@ class RequestLimits:
     max_n: Positive = 64
     max_stop: NonNegative = 4
     max_logprobs: Annotated[int, Range(0, MAX_LOGPROBS)] = MAX_LOGPROBS
+    unknown_fields: Literal["refuse", "ignore"] = "refuse"
     max_waiting: NonNegative = 512
     max_receiving_bytes: Positive = 512 * 2**20
     max_connections: Positive = 1024

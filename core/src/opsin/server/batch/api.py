@@ -132,7 +132,11 @@ class BatchApi:
         """Ask for a job."""
         limits = self._settings.limits
         body = await read_body(
-            request, BatchRequest, max_bytes=limits.max_body_bytes, timeout_s=limits.receive_timeout
+            request,
+            BatchRequest,
+            max_bytes=limits.max_body_bytes,
+            timeout_s=limits.receive_timeout,
+            ignore_unknown=limits.unknown_fields == "ignore",
         )
         batch = self._store.new_batch(
             body.input_file_id, body.endpoint, body.completion_window, body.metadata or {}

@@ -60,11 +60,12 @@ async def answer(serving: Serving, row: Row) -> Line:
 
 
 def _create(serving: Serving, row: Row) -> Awaitable[BaseModel]:
+    ignore = serving.settings.limits.unknown_fields == "ignore"
     if row.route == CHAT:
-        return ChatCompletions(serving).create(_whole(validated(ChatRequest, row.body)))
+        return ChatCompletions(serving).create(_whole(validated(ChatRequest, row.body, ignore)))
     if row.route == COMPLETIONS:
-        return Completions(serving).create(_whole(validated(CompletionRequest, row.body)))
-    return Embeddings(serving).create(validated(EmbeddingRequest, row.body))
+        return Completions(serving).create(_whole(validated(CompletionRequest, row.body, ignore)))
+    return Embeddings(serving).create(validated(EmbeddingRequest, row.body, ignore))
 
 
 def _whole(request: Any) -> Any:

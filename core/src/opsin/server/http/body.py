@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 import time
 from collections.abc import Sequence
 from contextlib import aclosing
@@ -16,6 +18,8 @@ from opsin.server.http.errors import ApiError, bad_request
 from opsin.server.schema.strict import MAX_FAULTS, plain
 
 M = TypeVar("M", bound=BaseModel)
+
+logger = logging.getLogger(__name__)
 
 _MAX_JSON_VALUES = 2_000_000
 """Most values in a body. pydantic holds the interpreter's lock while it parses, so everything else waits:
@@ -31,12 +35,17 @@ everything gets the answer instead of a broken connection."""
 _SLOWEST = 16 * 1024
 """Bytes per second at which a body may come that takes longer than the time-out."""
 
+_MOST_IGNORED = 32
+"""Most unknown fields of a body that are ignored: each costs another look at the whole."""
+
 _TAGS = frozenset({"as_text", "as_parts"})
 """Alternatives of a union in pydantic's locations; the client has no such fields. "as_parts" is followed by
 an index and the type of the part."""
 
 
-async def read_body(request: Request, model: type[M], *, max_bytes: int, timeout_s: float) -> M:
+async def read_body(
+    request: Request, model: type[M], *, max_bytes: int, timeout_s: float, ignore_unknown: bool = False
+) -> M:
     """The body of a request as a model. Its ticket is admitted when the body is complete.
 
     Args:
@@ -44,6 +53,7 @@ async def read_body(request: Request, model: type[M], *, max_bytes: int, timeout
         model: what the body should be.
         max_bytes: most bytes.
         timeout_s: seconds that a body may take at least; large ones have longer (`_SLOWEST`).
+        ignore_unknown: as in `validated`.
 
     Raises:
         ApiError: too large, too slow, not JSON, or refused by the model; or the server is full. The error
@@ -52,8 +62,8 @@ async def read_body(request: Request, model: type[M], *, max_bytes: int, timeout
     """
     data = await read_bytes(request, max_bytes=max_bytes, timeout_s=timeout_s)
     if len(data) <= _ON_THE_LOOP_BYTES:
-        return validated(model, data)
-    return await asyncio.to_thread(validated, model, data)
+        return validated(model, data, ignore_unknown)
+    return await asyncio.to_thread(validated, model, data, ignore_unknown)
 
 
 async def read_bytes(request: Request, *, max_bytes: int, timeout_s: float) -> bytes:
@@ -75,8 +85,14 @@ async def read_bytes(request: Request, *, max_bytes: int, timeout_s: float) -> b
     return data
 
 
-def validated(model: type[M], data: bytes) -> M:
+def validated(model: type[M], data: bytes, ignore_unknown: bool = False) -> M:
     """A body as a model.
+
+    Args:
+        model: what the body should be.
+        data: JSON.
+        ignore_unknown: leave out fields that the model does not know, and say so in the log, where there is
+            nothing else to find fault with.
 
     Raises:
         ApiError: it is not JSON, or refused by the model.
@@ -84,10 +100,33 @@ def validated(model: type[M], data: bytes) -> M:
     # Base64 and most text hold none of these; what looks like more values than it is, is no prompt either.
     if len(data) > _MAX_JSON_VALUES and sum(map(data.count, (b",", b"{", b"["))) > _MAX_JSON_VALUES:
         raise bad_request(f"the body has too many values; at most {_MAX_JSON_VALUES} are accepted")
-    try:
-        return model.model_validate_json(data)
-    except ValidationError as error:
-        raise refused(error) from None
+    ignored: list[str] = []
+    while True:
+        try:
+            found = model.model_validate_json(data)
+        except ValidationError as error:
+            # A list's first fault ends its check, so there may be more behind it.
+            faults = error.errors(include_url=False, include_input=False)
+            others = any(fault["type"] != "extra_forbidden" for fault in faults)
+            if not ignore_unknown or others or len(ignored) >= _MOST_IGNORED:
+                raise refused(error) from None
+        else:
+            if ignored:
+                logger.warning("fields that are not known are ignored: %s", ", ".join(ignored))
+            return found
+        body = json.loads(data)
+        for fault in faults:
+            _drop(body, fault["loc"])
+        data = json.dumps(body).encode()
+        ignored += [_place(fault["loc"]) for fault in faults]
+
+
+def _drop(body: Any, loc: Sequence[int | str]) -> None:
+    """Take out what stands at a place."""
+    *path, name = _steps(loc)
+    for step in path:
+        body = body[step]
+    body.pop(name, None)
 
 
 async def _read(request: Request, max_bytes: int, timeout_s: float) -> bytes:
@@ -158,10 +197,19 @@ def _described(fault: Any) -> str:
 def _place(loc: Sequence[int | str]) -> str:
     """``messages[0].content[1].text``."""
     place = ""
-    for position, step in enumerate(loc):
-        is_tag = step in _TAGS or (position > 1 and loc[position - 2] == "as_parts")
+    for step in _steps(loc):
         if isinstance(step, int):
             place += f"[{step}]"
-        elif not is_tag:
+        else:
             place += f".{plain(step)}" if place else plain(step)
     return place[:200]
+
+
+def _steps(loc: Sequence[int | str]) -> list[int | str]:
+    """A place without the alternatives of unions, which pydantic names among the steps."""
+    return [
+        step
+        for position, step in enumerate(loc)
+        if isinstance(step, int)
+        or (step not in _TAGS and not (position > 1 and loc[position - 2] == "as_parts"))
+    ]
