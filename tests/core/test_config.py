@@ -14,13 +14,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opsin import GuidedDecodingParams, StructuredOutputsParams
+from opsin import LLM, GuidedDecodingParams, StructuredOutputsParams
 from opsin.api import Capabilities
 from opsin.config import EngineArgs, EngineConfig
-from opsin.errors import ConfigError
+from opsin.errors import ConfigError, OpsinError
 from opsin.params import BeamSearchParams, PoolingParams, SamplingParams, StructuredOutput
 from opsin.rank.sizing import resolve, resolve_dtype
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 CPU = Capabilities(dtypes=("float32", "bfloat16"), dtype_for={"float16": "float32"})
 
 
@@ -58,6 +59,31 @@ def test_sampling_parameters_are_normalised() -> None:
     assert params.stop_token_ids == (1,)
     assert params.top_k == 0
     assert params.logit_bias == {7: 1.0}
+
+
+def test_where_sampling_has_its_defaults(tmp_path: Path) -> None:
+    model = str(GOLDEN / "qwen2vl" / "model")
+
+    def sampled(**settings: Any) -> SamplingParams:
+        with LLM(model, kv_cache_memory=2**22, **settings) as llm:
+            return llm.get_default_sampling_params()
+
+    own = sampled()
+    assert (own.top_k, own.temperature) == (1, 0.01)
+    assert sampled(generation_config="vllm") == SamplingParams()
+    changed = sampled(override_generation_config={"temperature": 0.3, "top_k": 7})
+    assert (changed.temperature, changed.top_k, changed.top_p) == (0.3, 7, own.top_p)
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.9, "max_new_tokens": 5}')
+    other = sampled(generation_config=str(tmp_path), override_generation_config={"min_p": 0.1})
+    assert other == SamplingParams(temperature=0.9, max_tokens=5, min_p=0.1)
+    for wrong, says in {
+        "generation_config": ("nowhere", "expected auto, vllm, or a folder"),
+        "override_generation_config": ({"temprature": 1}, "did you mean 'temperature'"),
+    }.items():
+        with pytest.raises(OpsinError, match=says[1]):
+            sampled(**{wrong: says[0]})
+    with pytest.raises(OpsinError, match="top_p"):
+        sampled(override_generation_config={"top_p": 7})
 
 
 def test_generation_config_gives_defaults_that_changes_override() -> None:

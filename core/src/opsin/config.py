@@ -193,6 +193,9 @@ class EngineConfig(MediaLimits):
         chat_template_content_format: content that the template expects: ``string`` (text with placeholders)
             or ``openai`` (a list of parts); ``auto`` finds out from the template.
         tool_call_parser: form of tool calls. Default: that of the model's family.
+        generation_config: where sampling has its defaults: ``auto``, the checkpoint's generation_config.json;
+            ``vllm``, nowhere (temperature 1, all tokens); or a folder that has such a file.
+        override_generation_config: defaults of sampling that replace those, such as temperature=0.2,top_k=50.
         pooling_type: how embeddings are made. Default: as the model was trained.
         normalize: whether embeddings have L2 norm 1. Default: as the model was trained.
 
@@ -246,6 +249,8 @@ class EngineConfig(MediaLimits):
     chat_template: str | None = None
     chat_template_content_format: Literal["auto", "string", "openai"] = "auto"
     tool_call_parser: Literal["auto", "hermes"] = "auto"
+    generation_config: str = "auto"
+    override_generation_config: Mapping[str, Any] = field(default_factory=dict)
     pooling_type: PoolingType | None = None
     normalize: bool | None = None
     limit_mm_per_prompt: Mapping[str, int] | None = None
@@ -299,6 +304,7 @@ class EngineConfig(MediaLimits):
                 "one, or one for each"
             )
         self._put("mm_processor_kwargs", dict(self.mm_processor_kwargs))
+        self._put("override_generation_config", dict(self.override_generation_config))
         self._put("speculative_config", dict(self.speculative_config) if self.speculative_config else None)
         _ = self.speculative
 

@@ -189,13 +189,17 @@ class SamplingParams:
 
         ``do_sample: false`` means greedy; a missing max_new_tokens leaves opsin's default.
         """
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        taken = {name: defaults[name] for name in names if defaults.get(name) is not None}
+        taken = {name: defaults[name] for name in _IN_FILES if defaults.get(name) is not None}
         if defaults.get("do_sample") is False:
             taken["temperature"] = 0.0
         if defaults.get("max_new_tokens") is not None:
             taken["max_tokens"] = defaults["max_new_tokens"]
         return cls(**{**taken, **changes})
+
+
+_IN_FILES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+GENERATION_CONFIG = (*_IN_FILES, "do_sample", "max_new_tokens")
+"""Fields of a generation_config.json that say how answers are sampled."""
 
 
 @takes_vllm_names(BEAM_SEARCH)

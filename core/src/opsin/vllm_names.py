@@ -185,10 +185,6 @@ ENGINE: Names = {
     "pooler_config": Refused("pass pooling_type= and normalize="),
     "override_pooler_config": Refused("pass pooling_type= and normalize="),
     "structured_outputs_config": Refused("constraints are llguidance's; leave it out", ({},)),
-    "generation_config": Refused(
-        "pass SamplingParams to each call, which replace the checkpoint's", ("auto",)
-    ),
-    "override_generation_config": Refused("pass SamplingParams to each call", ({},)),
     "logits_processors": Refused("pass SamplingParams(logits_processors=)", ([],)),
     "logprobs_mode": Refused("log-probabilities are those of the raw logits", ("raw_logprobs",)),
     "media_io_kwargs": Refused("sampled_video_frames says how many frames of a video are taken", ({},)),

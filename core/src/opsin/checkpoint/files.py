@@ -16,7 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from opsin.checkpoint.hub import locate
-from opsin.errors import CheckpointError, ConfigError
+from opsin.errors import CheckpointError, ConfigError, require_known
+from opsin.params import GENERATION_CONFIG, SamplingParams
 from opsin.plugins.claims import reason_of
 
 _UNSAFE_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt")
@@ -222,6 +223,32 @@ def _dtype(config: Mapping[str, Any], path: Path) -> str:
     if not isinstance(dtype, str):
         raise CheckpointError(f"{path / 'config.json'}: dtype (or torch_dtype) is {dtype!r}; expected a name")
     return dtype.removeprefix("torch.")
+
+
+def sampling_defaults(checkpoint: Checkpoint, source: str, override: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A generation_config: the checkpoint's (``auto``), none (``vllm``) or a folder's, with ``override``.
+
+    Raises:
+        CheckpointError: the folder has no such file.
+        ConfigError: ``override`` has a field that does not say how answers are sampled.
+        OpsinError: a value cannot be.
+    """
+    require_known("override_generation_config", override, GENERATION_CONFIG, ConfigError)
+    if source == "vllm":
+        found: Mapping[str, Any] = {}
+    elif source == "auto":
+        found = checkpoint.generation_config
+    else:
+        file = Path(source).expanduser() / "generation_config.json"
+        if not file.is_file():
+            raise CheckpointError(
+                f"generation_config={source!r}: there is no {file}; expected auto, vllm, or a folder with one"
+            )
+        found = read_json(file)
+    defaults = {**found, **override}
+    if override or source != "auto":  # what a checkpoint says is its own matter until it is used
+        SamplingParams.from_generation_config(defaults)
+    return defaults
 
 
 def _eos_token_ids(path: Path, *sources: Mapping[str, Any]) -> tuple[int, ...]:

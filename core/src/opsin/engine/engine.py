@@ -13,7 +13,7 @@ from importlib.metadata import version
 from typing import Any
 
 from opsin.api import ModelSpec, Pooling, ProcessedPrompt, Tokenizer
-from opsin.checkpoint.files import Checkpoint, load
+from opsin.checkpoint.files import Checkpoint, load, sampling_defaults
 from opsin.config import EngineConfig
 from opsin.engine.cache import BlockPool, EncoderCache
 from opsin.engine.executor import open_executor
@@ -41,7 +41,7 @@ class EngineInfo:
         max_model_len: most tokens of prompt and output together.
         vocab_size: token ids are below it.
         hidden_size: width of an embedding.
-        generation_config: the checkpoint's generation_config.json.
+        generation_config: defaults of sampling, as in a generation_config.json.
         fingerprint: of what answers depend on besides the request: opsin's version, checkpoint, dtype, forms
             of weights, adapters.
     """
@@ -91,6 +91,9 @@ class Engine:
             type=config.pooling_type or default.type,
             normalize=default.normalize if config.normalize is None else config.normalize,
         )
+        generation_config = sampling_defaults(
+            self.checkpoint, config.generation_config, config.override_generation_config
+        )
         self.executor = open_executor(config, self.checkpoint, self.plugins)
         self.resolved: Resolved = self.executor.resolved
         encoder_cache = EncoderCache(config.encoder_cache_memory)
@@ -114,7 +117,7 @@ class Engine:
             max_model_len=self.resolved.max_model_len,
             vocab_size=self.executor.model.vocab_size,
             hidden_size=self.executor.model.hidden_size,
-            generation_config=self.checkpoint.generation_config,
+            generation_config=generation_config,
             fingerprint=f"opsin_{told.hexdigest()}",
         )
         speculative = config.speculative

@@ -118,6 +118,12 @@ class EngineHost:
             _warm_up(engine)
             self._engine = AsyncEngine(engine)
             logger.info("%s is ready after %.1f s", self.config.model, time.monotonic() - started)
+            if engine.info.default_params().top_k == 1:
+                logger.info(
+                    "sampling: generation_config has top_k 1, so temperature and n change nothing unless a "
+                    "request sets top_k; --generation-config vllm or --override-generation-config top_k=0 "
+                    "leaves it out"
+                )
         except BaseException as error:
             logger.debug("loading failed", exc_info=True)
             self._failure = error
