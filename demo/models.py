@@ -13,24 +13,32 @@ Sizes = Sequence[Size | None]
 OBJECTS = ("colour", "shape", "position", "describe")
 """Kinds of question that are asked about the same sort of scene."""
 
+NUMBERS = ("number", "describe a number")
+MOTIONS = ("motion", "describe a video", "describe frames")
+
 SQUARES: Mapping[str, Sizes] = {
     **dict.fromkeys(OBJECTS, ((56, 56), (84, 84), (112, 112), (140, 140), (168, 168))),
     "count": ((84, 84), (100, 100), (112, 112), (128, 128), (150, 150)),
-    "number": ((56, 56), (84, 84), (100, 100), (112, 112), (140, 140)),
+    **dict.fromkeys(NUMBERS, ((56, 56), (84, 84), (100, 100), (112, 112), (140, 140))),
+    "nothing": ((56, 56), (84, 84), (112, 112), (140, 140), (168, 168)),
 }
 SMALL: Mapping[str, Sizes] = {
     **dict.fromkeys(OBJECTS, ((56, 56), (84, 112), (133, 100), (168, 168), (190, 90))),
     "count": ((84, 84), (84, 112), (133, 100), (140, 140), (168, 168)),
-    "number": ((56, 56), (84, 84), (112, 84), (112, 112), (128, 96)),
+    **dict.fromkeys(NUMBERS, ((56, 56), (84, 84), (112, 84), (112, 112), (128, 96))),
     "compare": ((84, 84), (84, 112), (112, 100), (112, 112), (128, 96)),
-    "motion": ((56, 56), (84, 112), (100, 75), (112, 112), (126, 98)),
+    **dict.fromkeys(MOTIONS, ((56, 56), (84, 112), (100, 75), (112, 112), (126, 98))),
+    "describe each": ((56, 56), (84, 112), (112, 84), (112, 112), (126, 98)),
+    "nothing": ((56, 56), (84, 112), (133, 100), (168, 168), (190, 90)),
 }
 ALL: Mapping[str, Sizes] = {
     **dict.fromkeys(OBJECTS, ((56, 56), (84, 112), (133, 100), (168, 168), (224, 160), None)),
     "count": ((84, 84), (112, 140), (133, 100), (168, 168), (224, 160), None),
-    "number": ((56, 56), (84, 84), (133, 100), (140, 112), (168, 140), None),
+    **dict.fromkeys(NUMBERS, ((56, 56), (84, 84), (133, 100), (140, 112), (168, 140), None)),
     "compare": ((84, 84), (84, 112), (133, 100), (140, 112), (140, 140), None),
-    "motion": ((56, 56), (84, 112), (100, 75), (112, 112), (140, 98), None),
+    **dict.fromkeys(MOTIONS, ((56, 56), (84, 112), (100, 75), (112, 112), (140, 98), None)),
+    "describe each": ((56, 56), (84, 112), (112, 84), (140, 112), (168, 168)),
+    "nothing": ((56, 56), (84, 112), (133, 100), (168, 168), (224, 160), None),
 }
 
 
@@ -68,6 +76,6 @@ MODELS: dict[str, DemoModel] = {
     # Of a picture that is not a square its tower sees the middle alone.
     "llava": DemoModel("opsin/tiny-llava", "LLaVA-1.5", SQUARES),
     "minicpmv": DemoModel("opsin/tiny-minicpmv", "MiniCPM-V 2.6", SMALL),
-    "phi3v": DemoModel("opsin/tiny-phi3v", "Phi-3.5-vision", _without(SMALL, "motion")),
+    "phi3v": DemoModel("opsin/tiny-phi3v", "Phi-3.5-vision", _without(SMALL, *MOTIONS)),
     "qwen2vl": DemoModel("opsin/tiny-qwen2vl", "Qwen2-VL", ALL),
 }

@@ -40,15 +40,13 @@ def ask(questions: list[Question], model: str) -> tuple[list[str], int, float]:
     )
 
 
-def conversation(question: Question) -> list[dict[str, Any]]:
-    """The question as a chat: pictures first, as the model was trained."""
-    content: list[dict[str, Any]] = [
-        {"type": "image_pil", "image_pil": picture} for picture in question.images
-    ]
+def conversation(question: Question, text_first: bool = False) -> list[dict[str, Any]]:
+    """The question as a chat: behind its pictures, or in front of them."""
+    media: list[dict[str, Any]] = [{"type": "image_pil", "image_pil": image} for image in question.images]
     if question.frames:
-        content.append({"type": "video", "video": list(question.frames)})
-    content.append({"type": "text", "text": question.text})
-    return [{"role": "user", "content": content}]
+        media.append({"type": "video", "video": list(question.frames)})
+    text = [{"type": "text", "text": question.text}]
+    return [{"role": "user", "content": text + media if text_first else media + text}]
 
 
 def draw_questions(model: DemoModel, seed: int, count: int) -> list[Question]:

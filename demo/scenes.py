@@ -255,11 +255,6 @@ def _sentence(parts: Sequence[str]) -> str:
     return told[0].upper() + told[1:] + "."
 
 
-def _moves(way: str) -> str:
-    """What a shape does, as a verb."""
-    return "does not move" if way == STILL else f"moves {way}"
-
-
 def at(place: str) -> str:
     return "in the centre" if place == "centre" else f"at the {place}"
 
@@ -487,11 +482,16 @@ def number_scene(rng: random.Random, size: Size | None = None) -> Scene:
     )
 
 
-def motion_scene(rng: random.Random, size: Size | None = None, frames: int | None = None) -> Scene:
-    """A video of four to eight frames in which a shape moves, with or without a second shape: motion."""
+def motion_scene(
+    rng: random.Random, size: Size | None = None, frames: int | None = None, count: int | None = None
+) -> Scene:
+    """A video of four to eight frames in which a shape moves, with or without a second shape: motion.
+
+    One with a single shape is also described.
+    """
     size = _size(rng, size, 56, 140)
     length = frames or rng.choice((4, 4, 5, 6, 6, 7, 8))
-    count = rng.choice((1, 2))
+    count = count or rng.choice((1, 2))
     canvas, colours = _backdrop(rng, size, count)
     ways: list[str] = []
     items: list[Item] = []
@@ -539,14 +539,15 @@ def motion_scene(rng: random.Random, size: Size | None = None, frames: int | Non
         )
         ask.append(("motion", text.format(_name(item, items, rng)), way))
         ask.append(("colour in a video", f"What colour is the {item.shape}?", item.colour))
-    told = [f"{with_article(i.colour)} {i.shape} {_moves(way)}" for i, way in zip(items, ways, strict=True)]
-    ask.append(("describe a video", "Describe the video.", _sentence(told)))
+    if count == 1:
+        told = f"{with_article(items[0].colour)} {items[0].shape} moves {ways[0]}"
+        ask.append(("describe a video", "Describe the video.", _sentence([told])))
     return Scene(frames=film, questions=ask, marks=marks)
 
 
 def film_scene(rng: random.Random, size: Size | None = None, frames: int | None = None) -> Scene:
-    """The frames of a motion scene as single pictures: describe frames."""
-    scene = motion_scene(rng, size, frames or rng.choice((3, 4, 4, 5)))
+    """Frames of a video as single pictures, with one shape that moves: describe frames."""
+    scene = motion_scene(rng, size, frames or rng.choice((3, 4, 4, 5)), count=1)
     marks = [[Mark(mark.x, mark.y, mark.name, mark.colour) for mark in frame] for frame in scene.marks]
     names = {"describe a video": "describe frames", "motion": "motion in frames"}
     ask = [(names[kind], text, answer) for kind, text, answer in scene.questions if kind in names]

@@ -50,8 +50,8 @@ def main() -> None:
     print("one of several:", ask("What colour is the shape at the bottom left?", choice=COLOURS))
     print("a number:", int(ask("How many circles are there?", regex=r"\d{1,2}")))
     # A large model fills objects, too; the tiny one knows no words for their keys.
-    schema = {"enum": COLOURS}
-    print("JSON:", json.loads(ask("What colour is the shape at the bottom left?", json=schema)))
+    schema = {"type": "integer", "minimum": 0, "maximum": 9}
+    print("JSON:", json.loads(ask("How many circles are there?", json=schema)))
 
 
 if __name__ == "__main__":

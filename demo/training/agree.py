@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from batch import collate
-from data import BatchMaker
+from data import BatchMaker, as_planned
 from families import FAMILIES
 from family import Family
 from network import Network
@@ -34,7 +34,7 @@ def difference(family: Family, network: Network, words: Tokenizer, llm: LLM, nam
     rng = random.Random(seed)
     plan = family.draw(name, rng)
     sizes = [family.size_for(shape, name, rng) for shape in plan.shapes]
-    drawn = {"compare": {"second": sizes[-1]}, "motion": {"frames": plan.frames}}.get(name, {})
+    sizes, drawn = as_planned(name, plan, sizes)
     scene = make_scene(name, VALIDATION_SEEDS[0] + seed, sizes[0], **drawn)
     views = family.look(scene, plan, sizes)
     del scene.questions[1:]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from batch import Batch, Tokens, collate
 from family import Family, Plan
-from scenes import SMALL_TALK, Scene, make_scene
+from scenes import COLOURS, PLACES, SHAPES, SMALL_TALK, Scene, Size, at, make_scene, with_article
 from tokenizers import Tokenizer
 from wordings import reworded
 
@@ -24,6 +24,28 @@ SYSTEMS = (
 )
 SHARES = {"tree": 70, "turns": 10, "text first": 17, "greeted": 3}
 """How often a conversation has which form, where the family has it."""
+
+
+def told(rng: random.Random) -> tuple[str, str]:
+    """A picture in words, with a question about it: so words and pictures come to mean the same."""
+    colour, shape, place = rng.choice(list(COLOURS)), rng.choice(SHAPES), rng.choice(list(PLACES))
+    where = f" {at(place)}" if rng.random() < 0.5 else ""
+    asked = [("What colour is the shape?", colour), (f"What colour is the {shape}?", colour)]
+    asked += [("What shape is it?", shape), (f"What shape is the {colour} object?", shape)]
+    asked += [("Where is it?", place), (f"Where is the {shape}?", place)] if where else []
+    question, answer = rng.choice(asked)
+    return reworded("told", f"{with_article(colour).capitalize()} {shape}{where}. {question}", rng), answer
+
+
+def as_planned(name: str, plan: Plan, sizes: list[Size]) -> tuple[list[Size], dict[str, object]]:
+    """The sizes of a scene's pictures, and what `make_scene` is told besides the first."""
+    if name in ("compare", "pair"):
+        return sizes, {"second": sizes[1]}
+    if name == "motion":
+        return sizes, {"frames": plan.frames}
+    if name == "film":  # frames of one film have one size
+        return sizes[:1] * len(plan.shapes), {"frames": len(plan.shapes)}
+    return sizes, {}
 
 
 class BatchMaker:
@@ -99,7 +121,8 @@ class BatchMaker:
             for i in range(rng.choice((1, 1, 2))):
                 if i:
                     s.text(self.encode(self.family.separator))
-                self._turn(s, *rng.choice(list(SMALL_TALK.items())), pictured=False)
+                said = told(rng) if rng.random() < 0.5 else rng.choice(list(SMALL_TALK.items()))
+                self._turn(s, *said, pictured=False)
                 s.kinds.append("talk")
             made.append(s)
         return collate("talk", made, [], [], [])
@@ -115,14 +138,7 @@ class BatchMaker:
         for _ in range(count):
             seed = rng.randrange(*self.seeds)
             sizes = [self.family.size_for(shape, name, rng) for shape in plan.shapes]
-            options: dict[str, object] = {}
-            if name in ("compare", "pair"):
-                options["second"] = sizes[1]
-            elif name == "motion":
-                options["frames"] = plan.frames
-            elif name == "film":
-                options["frames"] = len(plan.shapes)
-                sizes = sizes[:1] * len(plan.shapes)
+            sizes, options = as_planned(name, plan, sizes)
             scene = make_scene(name, seed, sizes[0], **options)
             views.append(self.family.look(scene, plan, sizes))
             made.append(self.conversation(scene, plan, rng, branches, plain))

@@ -48,7 +48,7 @@ def answers(llm: LLM, questions: Sequence[Question]) -> list[str]:
 
 
 def answered_kinds(demo: DemoModel) -> list[str]:
-    """What it is tested on: descriptions are long, and wrong if one word is."""
+    """What it is tested on: descriptions of several shapes are long, and wrong if one word is."""
     return [kind for kind in demo.kinds if kind != "describe"]
 
 
@@ -107,7 +107,7 @@ def test_swapped_pictures_swap_the_answer(demo: DemoModel, llm: LLM) -> None:
     other = {"the first": "the second", "the second": "the first", "the same": "the same"}
     seen: Counter[str] = Counter()
     consistent = 0
-    for seed in range(30):
+    for seed in range(100):
         question = make_question("compare", SEED + 700_000 + seed, (112, 112))
         if question.answer not in other:
             continue

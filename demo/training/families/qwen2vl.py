@@ -30,10 +30,10 @@ DIM, HEADS, LAYERS = 128, 4, 4
 # The hub has sections as 2:3:3. With so few frequencies the columns of a picture, which have the slowest
 # ones, would all look alike.
 MROPE_SECTION = (2, 4, 10)
-MOST_CELLS = 64
-"""Larger pictures are scaled down to what was seen in training."""
+FEWEST_CELLS, MOST_CELLS = 9, 46
+"""Smaller pictures are enlarged, larger ones scaled down, to where the model sees best."""
 GRIDS: dict[str, tuple[int, int, dict[int, float]]] = {
-    "objects": (1, 64, {2: 3, 3: 4, 4: 4, 5: 2, 6: 1.5, 7: 1, 8: 1}),
+    "objects": (1, 64, {2: 4, 3: 4, 4: 4, 5: 3, 6: 3, 7: 2, 8: 2}),
     "count": (9, 64, {3: 5, 4: 5, 5: 4, 6: 3, 7: 1.2, 8: 1}),
     "number": (1, 49, {2: 4, 3: 4, 4: 4, 5: 2.5, 6: 1.5, 7: 0.5}),
     "compare": (9, 36, {3: 5, 4: 5, 5: 3, 6: 0.7}),
@@ -300,7 +300,7 @@ class Qwen2VL(ChatMLFamily):
                 "transformers_version": "4.37.0",
             },
             "preprocessor_config.json": {
-                "min_pixels": 3136,
+                "min_pixels": FEWEST_CELLS * CELL**2,
                 "max_pixels": MOST_CELLS * CELL**2,
                 "patch_size": PATCH,
                 "temporal_patch_size": TEMPORAL,
