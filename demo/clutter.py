@@ -220,11 +220,12 @@ def _surface(rng: random.Random, size: Size) -> np.ndarray:
 
 
 def _coins(rng: random.Random, size: Size) -> np.ndarray:
-    """Embossed grey discs in rows."""
+    """Embossed discs: rows of grey ones, or a few large ones in colours, as blossoms and cups are."""
     dice = np.random.default_rng(rng.getrandbits(32))
     width, height = size
     pixels = rng.uniform(20, 120) + 60 * _fractal(dice, size, 0.5)
-    across, down = rng.randint(3, 7), rng.randint(2, 5)
+    few = rng.random() < 0.6
+    across, down = (rng.randint(1, 2), rng.randint(1, 2)) if few else (rng.randint(3, 7), rng.randint(2, 5))
     relief = _fractal(dice, size, 0.95, 9)
     y, x = np.mgrid[0:height, 0:width]
     for column in range(across):
@@ -234,6 +235,8 @@ def _coins(rng: random.Random, size: Size) -> np.ndarray:
             r = rng.uniform(0.28, 0.48) * min(width / across, height / down)
             inside = np.clip(r - np.hypot(x - cx, y - cy), 0, 1)
             pixels = pixels + inside * (rng.uniform(60, 190) + 110 * (relief - 0.5) - pixels)
+    if few and rng.random() < 0.7:
+        return _palette(rng, np.clip(pixels / 255, 0, 1), rng.randint(2, 4))
     return np.repeat(pixels[..., None], 3, axis=-1)
 
 
@@ -249,7 +252,7 @@ SORTS: dict[str, tuple[Callable[[random.Random, Size], np.ndarray], float]] = {
     "silhouette": (_silhouette, 1.5),
     "creature": (_creature, 3),
     "surface": (_surface, 2.5),
-    "coins": (_coins, 1),
+    "coins": (_coins, 2.5),
 }
 """What is drawn, and how often."""
 

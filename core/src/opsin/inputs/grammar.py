@@ -147,7 +147,7 @@ def _source(wanted: StructuredOutput) -> str:
 
 
 def _as_lark(text: str) -> str:
-    """A grammar in Lark's notation, from it or from GBNF, llama.cpp's; what has ``::=`` is GBNF.
+    """A grammar in Lark's notation, from it or from GBNF; what has ``::=`` is GBNF.
 
     Raises:
         ValueError: it is GBNF, and not valid.

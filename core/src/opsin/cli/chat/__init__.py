@@ -29,7 +29,7 @@ app = App(
     help_epilogue=f"""Examples:
 
   opsin chat {next(iter(known_packages().checkpoints))} --image cat.jpg
-  opsin chat Qwen/Qwen2-VL-2B-Instruct --quantization int8 --system "Answer in one sentence."
+  opsin chat ./model --quantization int8 --system "Answer in one sentence."
   opsin chat ./model --json < questions.txt
 
 In the conversation /image FILE shows a picture with the next question, and
