@@ -358,4 +358,5 @@ def test_the_tiny_qwen_takes_a_photograph_of_12_megapixels() -> None:
     with LLM("opsin/tiny-qwen2vl", kv_cache_memory=2**26) as llm:
         part = {"type": "image", "image": buffer.getvalue()}
         [output] = llm.chat([{"role": "user", "content": [part, "What is it?"]}], use_tqdm=False)
-    assert 1200 < len(output.prompt_token_ids) < 1400
+    assert 40 < len(output.prompt_token_ids) < 80, "scaled down to what it was trained on"
+    assert output.outputs[0].text == "I see no shape I know."

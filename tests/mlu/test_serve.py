@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
+import importlib
 import io
 import sys
 from pathlib import Path
@@ -24,13 +24,8 @@ KINDS = ("colour", "shape", "position", "count", "number", "compare")
 @pytest.fixture(scope="module")
 def scenes() -> ModuleType:
     """What draws the demonstration's pictures."""
-    spec = importlib.util.spec_from_file_location("demo_scenes", ROOT / "demo/scenes.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["demo_scenes"] = module
-    spec.loader.exec_module(module)
-    return module
+    sys.path.insert(0, str(ROOT / "demo"))
+    return importlib.import_module("scenes")
 
 
 def data_url(image: Image.Image) -> str:
