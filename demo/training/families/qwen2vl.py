@@ -173,6 +173,7 @@ class Qwen2VL(ChatMLFamily):
     }
     nothing = "<|image_pad|>"
     dtype = torch.float32
+    options: ClassVar = {"min_pixels": 4 * CELL**2, "max_pixels": 64 * CELL**2}
 
     def network(self, words: Tokenizer) -> Network:
         return TinyQwen2VL(words.get_vocab_size())
