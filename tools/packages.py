@@ -72,7 +72,7 @@ def build(folder: Path, compiled: bool, sources: bool) -> list[Path]:
         _run(*pip, *options, str(package))
         if sources:
             _run(
-                *(sys.executable, "-m", "build", "--sdist", "--no-isolation"),
+                *(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--skip-dependency-check"),
                 *("-o", str(folder), str(package)),
             )
     return sorted(path for path in folder.iterdir() if path.suffix in (".whl", ".gz"))
