@@ -124,6 +124,17 @@ def test_words_between_pictures_and_earlier_messages(client: openai.OpenAI) -> N
     assert ask(client, [*earlier, *user(blue, question)]) == "blue"
 
 
+def test_json_by_a_schema_is_about_the_picture(client: openai.OpenAI) -> None:
+    schema = {"type": "integer", "minimum": 0, "maximum": 9}
+    wanted = {"type": "json_schema", "json_schema": {"name": "count", "schema": schema}}
+    for number in (1, 2, 3, 4):
+        picture = Image.new("RGB", (112, 112), "grey")
+        for x, y in ((14, 14), (70, 16), (16, 72), (72, 70))[:number]:
+            picture.paste("red", (x, y, x + 20, y + 20))
+        messages = user(image(data_url(encoded(picture))), text("How many squares are there?"))
+        assert ask(client, messages, response_format=wanted) == str(number)
+
+
 def test_constraints_and_samples_see_the_picture(client: openai.OpenAI) -> None:
     colours = ["blue", "green", "purple", "red", "yellow"]
     for colour in ("green", "purple"):
@@ -131,7 +142,7 @@ def test_constraints_and_samples_see_the_picture(client: openai.OpenAI) -> None:
         assert ask(client, messages, extra_body={"guided_choice": colours}) == colour
         regex = {"regex": "|".join(colours)}
         assert ask(client, messages, extra_body={"structured_outputs": regex}) == colour
-        # A quotation mark comes first in no answer that the model was trained on: it may be misled.
+        # A quotation mark comes first in no answer that the model was trained on, a digit does.
         schema = {"enum": colours}
         wanted = {"type": "json_schema", "json_schema": {"name": "colour", "schema": schema}}
         assert json.loads(ask(client, messages, response_format=wanted)) in colours
