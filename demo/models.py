@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from scenes import KINDS, Question, Size, make_question
+from drawing import Size
+from scenes import KINDS, Question, make_question
 
 Sizes = Sequence[Size | None]
 """Widths and heights of pictures, taken in turn; None: drawn from the seed."""

@@ -12,36 +12,32 @@ ranges that never meet, which keeps an accuracy figure honest:
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 
-import numpy as np
 from clutter import draw_clutter
-from PIL import Image, ImageDraw, ImageFont
+from drawing import (
+    COLOURS,
+    SHAPES,
+    Item,
+    Mark,
+    Size,
+    backdrop,
+    digits_mask,
+    draw_background,
+    draw_item,
+    make_item,
+    paint,
+    size_or_drawn,
+)
+from PIL import Image
 
 TRAINING_SEEDS = (0, 2**40)
 VALIDATION_SEEDS = (2**40, 2**41)
 HELD_OUT_SEEDS = (2**41, 2**42)
 FRESH_SEEDS = (2**42, 2**43)
 
-RGB = tuple[int, int, int]
-Size = tuple[int, int]
-"""Width and height in pixels, as Pillow has it."""
-
-COLOURS: dict[str, RGB] = {
-    "red": (215, 30, 35),
-    "green": (30, 150, 50),
-    "blue": (35, 70, 215),
-    "yellow": (245, 220, 40),
-    "orange": (245, 130, 20),
-    "purple": (135, 40, 170),
-    "white": (248, 248, 248),
-    "black": (15, 15, 15),
-}
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 PLACES: dict[str, tuple[float, float]] = {
     "top left": (0.26, 0.26),
     "top right": (0.74, 0.26),
@@ -52,10 +48,6 @@ PLACES: dict[str, tuple[float, float]] = {
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 STILL = "it does not move"
 NOTHING = "I see no shape I know."
-
-SUPERSAMPLING = 4
-CLEAR_CONTRAST = 105.0
-"""Least distance in RGB between a shape's colour and the background: below it the eye hesitates."""
 
 
 def plural(shape: str) -> str:
@@ -77,17 +69,6 @@ class Question:
     frames: tuple[Image.Image, ...] = ()
 
 
-@dataclass(frozen=True)
-class Mark:
-    """Where something was drawn: its centre in pixels, and what it is."""
-
-    x: float
-    y: float
-    name: str
-    colour: str
-    way: str = ""
-
-
 @dataclass
 class Scene:
     """What was drawn, and all that can be asked about it as (kind, text, answer)."""
@@ -99,145 +80,6 @@ class Scene:
     """What there is to see on every picture or frame: training looks at it, answering does not."""
     single: list[list[tuple[str, str, str]]] = field(default_factory=list)
     """What can be asked about each picture while it is the last one shown."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """A shape on the picture; centre and radius in pixels, turn in radians."""
-
-    shape: str
-    colour: str
-    x: float
-    y: float
-    radius: float
-    turn: float
-    paint: RGB
-
-    def moved(self, dx: float, dy: float) -> Item:
-        return Item(self.shape, self.colour, self.x + dx, self.y + dy, self.radius, self.turn, self.paint)
-
-    def mark(self, way: str = "") -> Mark:
-        return Mark(self.x, self.y, self.shape, self.colour, way)
-
-    def touches(self, other: Item, gap: float = 3.0) -> bool:
-        return math.hypot(self.x - other.x, self.y - other.y) < self.radius + other.radius + gap
-
-
-# --- drawing ---
-
-
-def _polygon(shape: str, turn: float) -> list[tuple[float, float]]:
-    """Corners in the unit circle."""
-    if shape == "square":
-        angles = [math.pi / 4 + i * math.pi / 2 for i in range(4)]
-        points = [(math.cos(a), math.sin(a)) for a in angles]
-    elif shape == "triangle":
-        angles = [-math.pi / 2 + i * 2 * math.pi / 3 for i in range(3)]
-        points = [(math.cos(a), math.sin(a)) for a in angles]
-    elif shape == "star":
-        angles = [-math.pi / 2 + i * math.pi / 5 for i in range(10)]
-        points = [
-            (math.cos(a) * (1, 0.42)[i % 2], math.sin(a) * (1, 0.42)[i % 2]) for i, a in enumerate(angles)
-        ]
-    else:
-        a, b = 0.95, 0.31
-        points = [(-b, -a), (b, -a), (b, -b), (a, -b), (a, b), (b, b), (b, a), (-b, a), (-b, b), (-a, b)]
-        points += [(-a, -b), (-b, -b)]
-    cos, sin = math.cos(turn), math.sin(turn)
-    return [(x * cos - y * sin, x * sin + y * cos) for x, y in points]
-
-
-def draw_item(canvas: Image.Image, item: Item) -> None:
-    """Pastes one shape with smooth edges."""
-    left, top = math.floor(item.x - item.radius) - 1, math.floor(item.y - item.radius) - 1
-    side = math.ceil(2 * item.radius) + 3
-    mask = Image.new("L", (side * SUPERSAMPLING, side * SUPERSAMPLING))
-    pen = ImageDraw.Draw(mask)
-    cx, cy = (item.x - left) * SUPERSAMPLING, (item.y - top) * SUPERSAMPLING
-    r = item.radius * SUPERSAMPLING
-    if item.shape in ("circle", "ring"):
-        pen.ellipse((cx - r, cy - r, cx + r, cy + r), fill=255)
-        if item.shape == "ring":
-            hole = 0.55 * r
-            pen.ellipse((cx - hole, cy - hole, cx + hole, cy + hole), fill=0)
-    else:
-        pen.polygon([(cx + r * x, cy + r * y) for x, y in _polygon(item.shape, item.turn)], fill=255)
-    canvas.paste(item.paint, (left, top), mask.reduce(SUPERSAMPLING))
-
-
-def _muted(rng: random.Random) -> np.ndarray:
-    """A background colour: any hue, never as vivid as a shape."""
-    grey = rng.uniform(45, 215)
-    return np.clip([grey + rng.uniform(-38, 38) for _ in range(3)], 0, 255)
-
-
-def draw_background(rng: random.Random, size: Size) -> tuple[Image.Image, list[np.ndarray]]:
-    """A plain, shaded, striped, chequered or noisy background, and the colours that it is made of."""
-    width, height = size
-    first = _muted(rng)
-    second = np.clip(first + [rng.uniform(-34, 34) for _ in range(3)], 0, 255)
-    style = rng.choice(("solid", "gradient", "stripes", "checks", "noise", "blotches"))
-    if style == "solid":
-        return Image.new("RGB", size, tuple(int(v) for v in first)), [first]
-    y, x = np.ogrid[0:height, 0:width]
-    if style == "gradient":
-        angle = rng.uniform(0, 2 * math.pi)
-        ramp = x * (math.cos(angle) / width) + y * (math.sin(angle) / height)
-        mix = (ramp - ramp.min()) / max(float(np.ptp(ramp)), 1e-6)
-    elif style == "stripes":
-        angle, period = rng.uniform(0, math.pi), rng.uniform(6, 30)
-        mix = ((x * math.cos(angle) + y * math.sin(angle)) % period < period / 2).astype(np.float32)
-    elif style == "checks":
-        cell = rng.randint(4, 20)
-        mix = ((x // cell + y // cell) % 2).astype(np.float32)
-    else:
-        dice = np.random.default_rng(rng.getrandbits(32))
-        if style == "noise":
-            mix = dice.random((height, width), dtype=np.float32)
-        else:
-            coarse = Image.fromarray(dice.integers(0, 256, (5, 5), dtype=np.uint8))
-            mix = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC), dtype=np.float32) / 255
-    pixels = first + mix[..., None].astype(np.float32) * (second - first).astype(np.float32)
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)), [first, second, (first + second) / 2]
-
-
-def _clear_colours(backdrop: Sequence[np.ndarray]) -> list[str]:
-    return [
-        name
-        for name, value in COLOURS.items()
-        if all(float(np.linalg.norm(np.asarray(value) - colour)) > CLEAR_CONTRAST for colour in backdrop)
-    ]
-
-
-def _backdrop(rng: random.Random, size: Size, colours: int) -> tuple[Image.Image, list[str]]:
-    """A background on which at least so many colours stand out, and those colours in random order."""
-    while True:
-        canvas, backdrop = draw_background(rng, size)
-        clear = _clear_colours(backdrop)
-        if len(clear) >= colours:
-            rng.shuffle(clear)
-            return canvas, clear
-
-
-def _paint(rng: random.Random, colour: str) -> RGB:
-    r, g, b = (min(255, max(0, v + rng.randint(-10, 10))) for v in COLOURS[colour])
-    return r, g, b
-
-
-def _item(rng: random.Random, shape: str, colour: str, x: float, y: float, radius: float) -> Item:
-    return Item(shape, colour, x, y, radius, rng.uniform(-0.25, 0.25), _paint(rng, colour))
-
-
-def _side(rng: random.Random, low: int, high: int) -> int:
-    """Mostly small sides: the smaller of two draws."""
-    return min(rng.randint(low, high), rng.randint(low, high))
-
-
-def _size(rng: random.Random, size: Size | None, low: int, high: int) -> Size:
-    return size or (_side(rng, low, high), _side(rng, low, high))
-
-
-# --- scenes ---
 
 
 def _name(item: Item, items: Sequence[Item], rng: random.Random) -> str:
@@ -261,9 +103,9 @@ def at(place: str) -> str:
 
 def objects_scene(rng: random.Random, size: Size | None = None, count: int | None = None) -> Scene:
     """One to four shapes, each in a corner or the centre: colour, shape, position, describe."""
-    width, height = _size(rng, size, 56, 224)
+    width, height = size_or_drawn(rng, size, 56, 224)
     count = count or rng.choice((1, 1, 2, 2, 3, 3, 4))
-    canvas, colours = _backdrop(rng, (width, height), count)
+    canvas, colours = backdrop(rng, (width, height), count)
     chosen = rng.sample(list(PLACES), count)
     places = [place for place in PLACES if place in chosen]
     least = min(width, height)
@@ -272,7 +114,7 @@ def objects_scene(rng: random.Random, size: Size | None = None, count: int | Non
     for place, colour in zip(places, colours, strict=False):
         x, y = ((v + rng.uniform(-0.06, 0.06)) for v in PLACES[place])
         radius = max(7.0, rng.uniform(0.11, largest) * least)
-        items.append(_item(rng, rng.choice(SHAPES), colour, x * width, y * height, radius))
+        items.append(make_item(rng, rng.choice(SHAPES), colour, x * width, y * height, radius))
     for item in items:
         draw_item(canvas, item)
 
@@ -307,7 +149,7 @@ def objects_scene(rng: random.Random, size: Size | None = None, count: int | Non
 def _scatter(rng: random.Random, size: Size, wanted: Sequence[str]) -> tuple[Image.Image, list[Item]]:
     """Shapes of random colours at random places, none touching another. Leaves none out."""
     width, height = size
-    canvas, colours = _backdrop(rng, size, 3)
+    canvas, colours = backdrop(rng, size, 3)
     colours = colours[: rng.randint(1, 3)]
     least = min(size)
     while True:
@@ -317,7 +159,7 @@ def _scatter(rng: random.Random, size: Size, wanted: Sequence[str]) -> tuple[Ima
                 radius = rng.uniform(max(7.5, 0.075 * least), max(9.0, 0.115 * least))
                 x = rng.uniform(radius + 1, width - radius - 1)
                 y = rng.uniform(radius + 1, height - radius - 1)
-                item = _item(rng, shape, rng.choice(colours), x, y, radius)
+                item = make_item(rng, shape, rng.choice(colours), x, y, radius)
                 if not any(item.touches(other) for other in items):
                     items.append(item)
                     break
@@ -335,7 +177,7 @@ def _room(size: Size, most: int) -> int:
 
 def count_scene(rng: random.Random, size: Size | None = None) -> Scene:
     """Nought to six shapes of a kind among others: count."""
-    size = _size(rng, size, 84, 224)
+    size = size_or_drawn(rng, size, 84, 224)
     most = _room(size, 7)
     kinds = rng.sample(SHAPES, 3)
     main = rng.randint(0, min(6, most))
@@ -361,7 +203,7 @@ def count_scene(rng: random.Random, size: Size | None = None) -> Scene:
 
 def compare_scene(rng: random.Random, size: Size | None = None, second: Size | None = None) -> Scene:
     """Two pictures with nought to four shapes of one kind in each: compare."""
-    sizes = [_size(rng, size, 84, 168), _size(rng, second or size, 84, 168)]
+    sizes = [size_or_drawn(rng, size, 84, 168), size_or_drawn(rng, second or size, 84, 168)]
     kind, other = rng.sample(SHAPES, 2)
     counts = [rng.randint(0, 4), rng.randint(0, 4)]
     if rng.random() < 0.25:
@@ -391,73 +233,21 @@ def compare_scene(rng: random.Random, size: Size | None = None, second: Size | N
     return Scene(images=[canvas for canvas, _ in drawn], questions=ask, marks=marks)
 
 
-SEGMENTS = {
-    "0": "abcdef", "1": "bc", "2": "abged", "3": "abgcd", "4": "fgbc",
-    "5": "afgcd", "6": "afgedc", "7": "abc", "8": "abcdefg", "9": "abcdfg",
-}  # fmt: skip
-SEGMENT_LINES = {
-    "a": (0, 0, 1, 0), "b": (1, 0, 1, 1), "c": (1, 1, 1, 2), "d": (0, 2, 1, 2),
-    "e": (0, 1, 0, 2), "f": (0, 0, 0, 1), "g": (0, 1, 1, 1),
-}  # fmt: skip
-
-
-@lru_cache(maxsize=64)
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size=size)
-
-
-def _segment_mask(digits: str, thick: float) -> Image.Image:
-    """Digits as a pocket calculator shows them, 160 high."""
-    thickness, wide, tall, step = round(160 * thick), 70, 160, 112
-    mask = Image.new("L", (step * len(digits) - step + wide + thickness, tall + thickness))
-    pen = ImageDraw.Draw(mask)
-    for i, digit in enumerate(digits):
-        for segment in SEGMENTS[digit]:
-            x0, y0, x1, y1 = SEGMENT_LINES[segment]
-            half = thickness // 2
-            box = (x0 * wide + i * step, y0 * tall // 2, x1 * wide + i * step, y1 * tall // 2)
-            pen.rectangle((box[0], box[1], box[2] + 2 * half, box[3] + 2 * half), fill=255)
-    return mask
-
-
-def _digits_mask(rng: random.Random, digits: str) -> tuple[Image.Image, list[float]]:
-    """The number in some typeface, tightly cut, and the middle of each digit as a share of the width."""
-    face = rng.choice(("plain", "bold", "segments", "pixels"))
-    if face == "segments":
-        mask = _segment_mask(digits, rng.uniform(0.11, 0.17))
-        middles = [112 * i + 45.0 for i in range(len(digits))]
-    elif face == "pixels":
-        small = ImageFont.load_default_imagefont()
-        box = small.getbbox(digits)
-        mask = Image.new("L", (int(box[2]), int(box[3])))
-        ImageDraw.Draw(mask).text((0, 0), digits, fill=255, font=small)
-        mask = mask.resize((mask.width * 12, mask.height * 12), Image.Resampling.NEAREST)
-        middles = [mask.width * (i + 0.5) / len(digits) for i in range(len(digits))]
-    else:
-        size, stroke = 120, 0 if face == "plain" else rng.randint(4, 8)
-        box = _font(size).getbbox(digits, stroke_width=stroke)
-        mask = Image.new("L", (int(box[2]) + 2, int(box[3]) + 2))
-        ImageDraw.Draw(mask).text((0, 0), digits, fill=255, font=_font(size), stroke_width=stroke)
-        middles = [mask.width * (i + 0.5) / len(digits) for i in range(len(digits))]
-    box = mask.getbbox() or (0, 0, *mask.size)
-    return mask.crop(box), [(middle - box[0]) / (box[2] - box[0]) for middle in middles]
-
-
 def number_scene(rng: random.Random, size: Size | None = None) -> Scene:
     """A number of one to three digits: number."""
-    size = _size(rng, size, 56, 196)
+    size = size_or_drawn(rng, size, 56, 196)
     width, height = size
-    canvas, colours = _backdrop(rng, size, 1)
+    canvas, colours = backdrop(rng, size, 1)
     length = min(rng.choice((1, 2, 2, 3, 3, 3)), width // 28)
     digits = str(rng.randint(10 ** (length - 1) if length > 1 else 0, 10**length - 1))
-    mask, middles = _digits_mask(rng, digits)
+    mask, middles = digits_mask(rng, digits)
     fit = min(0.9 * width / mask.width, 0.85 * height / mask.height)
     tall = min(fit * mask.height, max(24.0, rng.uniform(0.4, 0.85) * height), 90.0)
     scale = tall / mask.height
     box = max(1, round(mask.width * scale)), max(1, round(mask.height * scale))
     mask = mask.resize(box, Image.Resampling.BOX)
     left, top = rng.randint(2, max(2, width - box[0] - 2)), rng.randint(2, max(2, height - box[1] - 2))
-    canvas.paste(_paint(rng, colours[0]), (left, top), mask)
+    canvas.paste(paint(rng, colours[0]), (left, top), mask)
     text = rng.choice(
         (
             "What number is this?",
@@ -489,10 +279,10 @@ def motion_scene(
 
     One with a single shape is also described.
     """
-    size = _size(rng, size, 56, 140)
+    size = size_or_drawn(rng, size, 56, 140)
     length = frames or rng.choice((4, 4, 5, 6, 6, 7, 8))
     count = count or rng.choice((1, 2))
-    canvas, colours = _backdrop(rng, size, count)
+    canvas, colours = backdrop(rng, size, count)
     ways: list[str] = []
     items: list[Item] = []
     travels: list[tuple[float, float]] = []
@@ -511,7 +301,7 @@ def motion_scene(
                 rng.uniform(radius + 1 + max(0.0, -span), s - radius - 1 - max(0.0, span))
                 for span, s in zip(spans, size, strict=True)
             ]
-            item = _item(rng, shapes[i], colours[i], start[0], start[1], radius)
+            item = make_item(rng, shapes[i], colours[i], start[0], start[1], radius)
             ends = [item.moved(spans[0] * t / 7, spans[1] * t / 7) for t in range(8)]
             if items:
                 others = [items[0].moved(travels[0][0] * t / 7, travels[0][1] * t / 7) for t in range(8)]
@@ -575,7 +365,7 @@ def pair_scene(rng: random.Random, size: Size | None = None, second: Size | None
 
 def nothing_scene(rng: random.Random, size: Size | None = None) -> Scene:
     """A picture without any shape that the models know, which they are asked about all the same: nothing."""
-    size = _size(rng, size, 56, 224)
+    size = size_or_drawn(rng, size, 56, 224)
     canvas = draw_background(rng, size)[0] if rng.random() < 0.2 else draw_clutter(rng, size)
     shape, colour = rng.choice(SHAPES), rng.choice(list(COLOURS))
     asked = (

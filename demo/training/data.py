@@ -8,8 +8,9 @@ from functools import lru_cache
 import numpy as np
 import torch
 from batch import Batch, Tokens, collate
+from drawing import COLOURS, SHAPES, Size
 from family import Family, Plan
-from scenes import COLOURS, PLACES, SHAPES, SMALL_TALK, Scene, Size, at, make_scene, with_article
+from scenes import PLACES, SMALL_TALK, Scene, at, make_scene, with_article
 from tokenizers import Tokenizer
 from wordings import reworded
 

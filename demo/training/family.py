@@ -12,11 +12,12 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from batch import Tokens
+from drawing import Mark, Size
 from export import write
 from hints import THINGS, TINTS, WAYS
 from network import Network
 from safetensors.torch import load_file
-from scenes import Mark, Scene, Size
+from scenes import Scene
 from tokenizers import Tokenizer
 from torch import Tensor
 

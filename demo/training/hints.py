@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from scenes import COLOURS, DIRECTIONS, SHAPES, STILL, plural
+from drawing import COLOURS, SHAPES
+from scenes import DIRECTIONS, STILL, plural
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 

@@ -26,8 +26,9 @@ from tokenizers import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from drawing import COLOURS, SHAPES
 from family import CHECKPOINTS
-from scenes import COLOURS, PLACES, SCENES, SHAPES, SMALL_TALK, TRAINING_SEEDS, make_scene, plural
+from scenes import PLACES, SCENES, SMALL_TALK, TRAINING_SEEDS, make_scene, plural
 
 QWEN_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from batch import Tokens
 from decoder import TextSettings
+from drawing import Size
 from export import CLIP_PREPROCESSOR
 from family import Encode, Family, Plan, View, patch_hints
 from network import Network, Seen
 from PIL import Image
-from scenes import Scene, Size
+from scenes import Scene
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from towers import CLIP_MEAN, CLIP_STD, PATCH, Tower, normalise

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from batch import Tokens
 from decoder import TextSettings
+from drawing import Mark, Size
 from family import Box, ChatMLFamily, Encode, Plan, View, patch_hints
 from network import Network, Seen
 from PIL import Image
-from scenes import Mark, Scene, Size
+from scenes import Scene
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from towers import PATCH, Tower, normalise

@@ -19,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from batch import Tokens
 from decoder import TextSettings
+from drawing import Size
 from family import Encode, Family, Plan, View, patch_hints
 from network import Network, Seen
 from PIL import Image
 from safetensors.torch import load_file
-from scenes import Scene, Size
+from scenes import Scene
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from towers import CLIP_MEAN, CLIP_STD, PATCH, Tower, normalise

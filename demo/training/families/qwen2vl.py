@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from batch import Tokens
 from decoder import TextSettings, rotate_half
+from drawing import Size
 from family import ChatMLFamily, Encode, Plan, View, patch_hints
 from network import Network, Seen
 from PIL import Image
-from scenes import Scene, Size
+from scenes import Scene
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from towers import CLIP_MEAN, CLIP_STD, PATCH, TowerMLP, normalise
