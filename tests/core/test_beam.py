@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -166,6 +167,25 @@ def test_a_beam_as_wide_as_the_tree_finds_the_best_of_all() -> None:
     every = sorted(product(range(2), repeat=3), key=lambda tokens: -total(tokens))
     assert [tuple(s.tokens) for s in output.sequences] == every
     assert [s.cum_logprob for s in output.sequences] == pytest.approx([total(tokens) for tokens in every])
+
+
+@pytest.mark.parametrize("number", [0, 1, 3, 7])
+def test_every_token_is_told_with_what_it_was_chosen_from(number: int) -> None:
+    model, eos = TableModel(9, seed=8), [1, 2]
+    plain = BeamSearchParams(beam_width=3, max_tokens=5)
+    [output] = search(TableEngine(model), replace(plain, logprobs=number), eos=eos)
+    [same] = search(TableEngine(model), plain, eos=eos)
+    assert [s.tokens for s in output.sequences] == [s.tokens for s in same.sequences]
+    assert all(s.logprobs is None for s in same.sequences)
+    for sequence in output.sequences:
+        assert sequence.logprobs is not None
+        chosen = [step[token].logprob for token, step in zip(sequence.tokens, sequence.logprobs, strict=True)]
+        assert sum(chosen) == pytest.approx(sequence.cum_logprob)
+        for place, step in enumerate(sequence.logprobs):
+            values = model.logprobs([0, 0, *sequence.tokens[:place]])
+            best = sorted(range(9), key=lambda token: -values[token])[:number]
+            assert set(step) == {*best, sequence.tokens[place]}
+            assert {token: entry.logprob for token, entry in step.items()} == {t: values[t] for t in step}
 
 
 def test_ignored_eos_does_not_end() -> None:

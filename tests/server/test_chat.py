@@ -180,6 +180,19 @@ def test_beam_search(client: openai.OpenAI, llm: LLM) -> None:
     assert texts == [sequence.text for sequence in expected.sequences]
 
 
+def test_beam_search_tells_log_probabilities(client: openai.OpenAI, llm: LLM) -> None:
+    asked = {"n": 2, "use_beam_search": True, "max_tokens": 6}
+    answer = ask(client, PICTURES, **asked, logprobs=True, top_logprobs=3)
+    prompt = rendered(llm, PICTURES)
+    [expected] = llm.beam_search([prompt], BeamSearchParams(beam_width=2, max_tokens=6))
+    for choice, sequence in zip(answer.choices, expected.sequences, strict=True):
+        told = [entry.logprob for entry in choice.logprobs.content]
+        assert len(told) == len(sequence.tokens)
+        assert sum(told) == pytest.approx(sequence.cum_logprob, abs=1e-3)
+        assert all(len(entry.top_logprobs) == 3 for entry in choice.logprobs.content)
+    assert all(choice.logprobs is None for choice in ask(client, PICTURES, **asked).choices)
+
+
 def test_logprobs(client: openai.OpenAI) -> None:
     answer = ask(client, HELLO, logprobs=True, top_logprobs=3, max_tokens=5)
     entries = answer.choices[0].logprobs.content

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import openai
+import pytest
 
 from tests.server.in_thread import Running
 
@@ -31,8 +32,9 @@ def test_samples_of_several_prompts_are_numbered(client: openai.OpenAI) -> None:
     assert len({choice.text for choice in answer.choices}) == 4
 
 
-def test_streamed_is_not_streamed(client: openai.OpenAI) -> None:
-    options = {**OPTIONS, "prompt": ["Hello", "Two"], "logprobs": 2}
+@pytest.mark.parametrize("echo", [False, True])
+def test_streamed_is_not_streamed(client: openai.OpenAI, echo: bool) -> None:
+    options = {**OPTIONS, "prompt": ["Hello", "Two"], "logprobs": 2, "echo": echo}
     whole = client.completions.create(**options)
     chunks = list(client.completions.create(**options, stream=True, stream_options={"include_usage": True}))
     assert chunks[-1].choices == []
@@ -44,6 +46,7 @@ def test_streamed_is_not_streamed(client: openai.OpenAI) -> None:
         logprobs = [c.logprobs for c in own if c.logprobs is not None]
         assert [t for entry in logprobs for t in entry.tokens] == choice.logprobs.tokens
         assert [t for entry in logprobs for t in entry.token_logprobs] == choice.logprobs.token_logprobs
+        assert [t for entry in logprobs for t in entry.top_logprobs] == choice.logprobs.top_logprobs
         assert [t for entry in logprobs for t in entry.text_offset] == [
             offset - choice.logprobs.text_offset[0] for offset in choice.logprobs.text_offset
         ]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opsin.api.hermes import HermesTools
-from opsin.server.answers.tools import parse_answer
+from opsin.server.answers.tools import deltas, parse_answer
 
 FORM = HermesTools()
 
@@ -112,3 +112,24 @@ def test_pieces_make_no_difference(text: str, data: st.DataObject) -> None:
     whole, whole_calls = parse_answer(FORM, text)
     assert found == whole
     assert list(zip(names, arguments)) == [(c.function.name, c.function.arguments) for c in whole_calls]
+
+
+def test_a_chunk_has_one_entry_a_call() -> None:
+    """Clients that add up by position, not by index, would lose pieces otherwise."""
+    parser = FORM.parser(None)
+    sent = deltas(parser.push(f"{CALL}\n{CALL}"))
+    assert [(entry.index, entry.function.name) for entry in sent] == [(0, "f"), (1, "f")]
+    assert [entry.function.arguments for entry in sent] == [ARGUMENTS, ARGUMENTS]
+
+
+@given(data=st.data())
+def test_however_it_is_cut_a_chunk_names_no_call_twice(data: st.DataObject) -> None:
+    text, parser, whole = f"{CALL}\n{CALL}", FORM.parser(None), {0: "", 1: ""}
+    while text:
+        size = data.draw(st.integers(1, len(text)))
+        piece, text = text[:size], text[size:]
+        sent = deltas(parser.push(piece))
+        assert len({entry.index for entry in sent}) == len(sent)
+        for entry in sent:
+            whole[entry.index] += entry.function.arguments
+    assert whole == {0: ARGUMENTS, 1: ARGUMENTS}

@@ -212,12 +212,14 @@ class BeamSearchParams:
         max_tokens: longest continuation.
         ignore_eos: beams do not end at an end-of-sequence id.
         length_penalty: a finished beam's score is its log-probability / length ** length_penalty.
+        logprobs: return the log-probabilities of this many best tokens at every step, and of the chosen one.
     """
 
     beam_width: Annotated[int, Range(1, MAX_LOGPROBS // 2)]
     max_tokens: Positive = 16
     ignore_eos: bool = False
     length_penalty: float = 1.0
+    logprobs: Annotated[int, Range(0, MAX_LOGPROBS)] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)

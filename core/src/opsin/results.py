@@ -205,6 +205,7 @@ class BeamSearchSequence:
         cum_logprob: sum of the tokens' log-probabilities.
         score: ``cum_logprob / len(tokens) ** length_penalty``; sequences are ordered by it.
         finish_reason: ``"stop"`` at an end-of-sequence id, ``"length"`` at the limit.
+        logprobs: for each token itself and the best ones, by id; None unless they were asked for.
     """
 
     tokens: list[int]
@@ -212,6 +213,7 @@ class BeamSearchSequence:
     cum_logprob: float
     score: float
     finish_reason: Literal["stop", "length"]
+    logprobs: list[dict[int, Logprob]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

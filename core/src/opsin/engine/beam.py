@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from itertools import count
+from itertools import count, islice
 from typing import NamedTuple, Protocol
 
 from opsin.api import ProcessedPrompt, Tokenizer
@@ -87,11 +87,15 @@ def beam_search(
 
 
 class _Beam(NamedTuple):
-    """A continuation, its log-probability, and whether it has ended."""
+    """A continuation, its log-probability, whether it has ended, and what each step chose from.
+
+    ``steps`` has nothing unless log-probabilities are asked for.
+    """
 
     tokens: tuple[int, ...]
     cum_logprob: float
     ended: bool = False
+    steps: tuple[Mapping[int, Logprob], ...] = ()
 
 
 class BeamSearch:
@@ -119,7 +123,8 @@ class BeamSearch:
     @property
     def one_token(self) -> SamplingParams:
         """The parameters to ask for the next token of a beam."""
-        num_candidates = min(self._params.beam_width + len(self._ends), MAX_LOGPROBS)
+        wanted = max(self._params.beam_width + len(self._ends), self._params.logprobs or 0)
+        num_candidates = min(wanted, MAX_LOGPROBS)
         return SamplingParams(max_tokens=1, temperature=0, logprobs=num_candidates)
 
     def prompts(self) -> list[ProcessedPrompt]:
@@ -142,14 +147,16 @@ class BeamSearch:
 
     def _advance(self) -> bool:
         """Choose the next beams. Returns whether one of them can become a result."""
-        candidates = [
-            _Beam((*beam.tokens, token), beam.cum_logprob + entry.logprob, token in self._ends)
-            for index, beam in enumerate(self._beams)
-            for token, entry in self._next_tokens[index].items()
-            if entry.logprob > float("-inf")
-        ]
+        candidates = []
+        for index, beam in enumerate(self._beams):
+            step = self._next_tokens.pop(index)
+            steps = beam.steps if self._params.logprobs is None else (*beam.steps, step)
+            candidates += [
+                _Beam((*beam.tokens, token), beam.cum_logprob + entry.logprob, token in self._ends, steps)
+                for token, entry in step.items()
+                if entry.logprob > float("-inf")
+            ]
         candidates.sort(key=lambda beam: -beam.cum_logprob)  # stable: equals stay in the beams' order
-        self._next_tokens.clear()
         width = self._params.beam_width
         length = len(self._beams[0].tokens) + 1
         last = length == self._max_tokens
@@ -175,6 +182,16 @@ class BeamSearch:
         best_length = self._max_tokens if penalty > 0 else length + 1
         return self._beams[0].cum_logprob / math.pow(best_length, penalty) > self._score(self._results[-1])
 
+    def _logprobs(self, beam: _Beam) -> list[dict[int, Logprob]] | None:
+        """For each token of a beam itself and the best ones, as many as are asked for."""
+        number = self._params.logprobs
+        if number is None:
+            return None
+        return [
+            {token: step[token], **dict(islice(step.items(), number))}
+            for token, step in zip(beam.tokens, beam.steps, strict=True)
+        ]
+
     def output(self, tokenizer: Tokenizer) -> BeamSearchOutput:
         """The results with their text."""
         if self.error is not None:
@@ -190,6 +207,7 @@ class BeamSearch:
                     cum_logprob=beam.cum_logprob,
                     score=self._score(beam),
                     finish_reason="stop" if beam.ended else "length",
+                    logprobs=self._logprobs(beam),
                 )
             )
         return BeamSearchOutput(sequences=sequences)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opsin.api import ToolFormat, ToolParser, ToolPieces
-from opsin.results import CompletionOutput
+from opsin.results import CompletionOutput, RequestOutput
 from opsin.server.answers.generation import Job, Sent, streamed, usage
 from opsin.server.answers.logprobs import chat_logprobs, prompt_logprobs
 from opsin.server.answers.sampling import decoding
@@ -130,7 +130,9 @@ class _Chat(Job[ChatChunkChoice, ChatChunk]):
             chunk.prompt_token_ids = list(self.prompts[0].token_ids)
         return chunk
 
-    def new_choices(self, number: int, sample: CompletionOutput) -> Iterator[ChatChunkChoice]:
+    def new_choices(
+        self, number: int, _: RequestOutput, sample: CompletionOutput
+    ) -> Iterator[ChatChunkChoice]:
         sent, index = self.sent[number, sample.index], sample.index
         if sent.ended:
             return

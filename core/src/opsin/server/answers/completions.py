@@ -11,7 +11,7 @@ from functools import cached_property
 
 from opsin.results import CompletionOutput, RequestOutput
 from opsin.server.answers.generation import Job, Sent, streamed, usage
-from opsin.server.answers.logprobs import completion_logprobs, prompt_logprobs
+from opsin.server.answers.logprobs import Entries, completion_logprobs, prompt_logprobs
 from opsin.server.answers.sampling import decoding
 from opsin.server.http.errors import bad_request
 from opsin.server.schema.prompts import CompletionRequest
@@ -114,7 +114,9 @@ class _Completion(Job[CompletionChoice, Completion]):
             choices=choices,
         )
 
-    def new_choices(self, number: int, sample: CompletionOutput) -> Iterator[CompletionChoice]:
+    def new_choices(
+        self, number: int, output: RequestOutput, sample: CompletionOutput
+    ) -> Iterator[CompletionChoice]:
         sent = self.sent[number, sample.index]
         if sent.ended:
             return
@@ -123,9 +125,13 @@ class _Completion(Job[CompletionChoice, Completion]):
         ids = sent.new_ids(sample) if self.request.return_token_ids else []
         text, tokens = sent.advance(sample)
         logprobs = None
-        if tokens and self.request.logprobs is not None:
-            logprobs = completion_logprobs(tokens, self.request.logprobs, sent.offset)
-            sent.offset += sum(map(len, logprobs.tokens))
+        if self.request.logprobs is not None:
+            before, unpredicted = self._scored_prompt(output) if first else ((), "")
+            if before or tokens:
+                logprobs = completion_logprobs(
+                    [*before, *tokens], self.request.logprobs, sent.offset, unpredicted=unpredicted
+                )
+                sent.offset += sum(map(len, logprobs.tokens))
         if not (echo or text or logprobs or ids or sample.finish_reason):
             return
         choice = CompletionChoice(
@@ -155,11 +161,9 @@ class _Completion(Job[CompletionChoice, Completion]):
             )
         logprobs = None
         if request.logprobs is not None and sample.logprobs is not None:
-            before = output.prompt_logprobs or () if request.echo else ()
+            before, unpredicted = self._scored_prompt(output)
             logprobs = completion_logprobs(
-                [*before, *sample.logprobs],
-                request.logprobs,
-                unpredicted=self._decode(output.prompt_token_ids[:1]) if before else "",
+                [*before, *sample.logprobs], request.logprobs, unpredicted=unpredicted
             )
         choice = CompletionChoice(
             index=number * self.num_samples + sample.index,
@@ -174,6 +178,12 @@ class _Completion(Job[CompletionChoice, Completion]):
             choice.prompt_token_ids = list(output.prompt_token_ids)
             choice.token_ids = list(sample.token_ids)
         return choice
+
+    def _scored_prompt(self, output: RequestOutput) -> tuple[Sequence[Entries | None], str]:
+        """With `echo` the prompt's log-probabilities, and its first token's text: nothing predicts that."""
+        if not self.request.echo or not output.prompt_logprobs:
+            return (), ""
+        return output.prompt_logprobs, self._decode(output.prompt_token_ids[:1])
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self.serving.frontend.tokenizer.decode(list(ids), skip_special_tokens=False)

@@ -93,7 +93,7 @@ class Job(ABC, Generic[ChoiceT, ChunkT]):
         return self.id if given is None else f"{self.id.partition('-')[0]}-{given}"
 
     @abstractmethod
-    def new_choices(self, number: int, sample: CompletionOutput) -> Iterable[ChoiceT]:
+    def new_choices(self, number: int, output: RequestOutput, sample: CompletionOutput) -> Iterable[ChoiceT]:
         """What is new of a sample of prompt ``number``; it counts as sent from now on."""
 
     @abstractmethod
@@ -147,7 +147,9 @@ class Job(ABC, Generic[ChoiceT, ChunkT]):
         arrived = time.monotonic()
         found = await self.serving.engine.beam_search(prompt, beams, request_id)
         samples = [
-            CompletionOutput(index, beam.text, beam.tokens, beam.cum_logprob, None, beam.finish_reason)
+            CompletionOutput(
+                index, beam.text, beam.tokens, beam.cum_logprob, beam.logprobs, beam.finish_reason
+            )
             for index, beam in enumerate(found.sequences[: self.num_samples])
         ]
         times = RequestMetrics(arrived, finished_time=time.monotonic())
@@ -174,7 +176,7 @@ async def streamed(
             latest[number] = output
             so_far = usage(output) if options is not None and options.continuous_usage_stats else None
             for sample in output.outputs:
-                for choice in job.new_choices(number, sample):
+                for choice in job.new_choices(number, output, sample):
                     yield chunk([choice], so_far)
     if options is not None and options.include_usage:
         yield chunk([], usage(*latest.values()))

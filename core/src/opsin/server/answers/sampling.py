@@ -57,7 +57,7 @@ def decoding(
     restricts = structured or request.stop or request.bad_words or request.allowed_token_ids
     if restricts or request.prompt_logprobs is not None:
         raise bad_request(
-            "use_beam_search goes without constraints, stop strings and log-probabilities", "use_beam_search"
+            "use_beam_search goes without constraints, stop strings and prompt_logprobs", "use_beam_search"
         )
     try:
         beams = BeamSearchParams(
@@ -65,11 +65,10 @@ def decoding(
             max_tokens=max_tokens if max_tokens is not None else 2**31,
             ignore_eos=bool(request.ignore_eos),
             length_penalty=1.0 if request.length_penalty is None else request.length_penalty,
+            logprobs=logprobs,
         )
     except ConfigError as error:
         raise bad_request(str(error), "use_beam_search") from None
-    if logprobs is not None:
-        raise bad_request("use_beam_search gives no log-probabilities", "logprobs")
     return params, beams
 
 

@@ -35,18 +35,19 @@ def max_calls(request: ChatRequest) -> int | None:
 
 
 def deltas(pieces: ToolPieces) -> list[ToolCallDelta]:
-    """Pieces of calls as a stream sends them."""
-    return [
-        ToolCallDelta(index=piece.index, function=FunctionCallDelta(arguments=piece.arguments))
-        if piece.name is None
-        else ToolCallDelta(
-            index=piece.index,
-            id=f"call_{uuid.uuid4().hex[:24]}",
-            type="function",
-            function=FunctionCallDelta(name=piece.name, arguments=piece.arguments),
-        )
-        for piece in pieces.calls
-    ]
+    """Pieces of calls as a stream sends them: one entry a call, as clients expect of a chunk."""
+    made: list[ToolCallDelta] = []
+    for piece in pieces.calls:
+        if piece.name is not None:
+            function = FunctionCallDelta(name=piece.name, arguments=piece.arguments)
+            name = f"call_{uuid.uuid4().hex[:24]}"
+            made.append(ToolCallDelta(index=piece.index, id=name, type="function", function=function))
+        elif made and made[-1].index == piece.index:
+            made[-1].function.arguments += piece.arguments
+        else:
+            function = FunctionCallDelta(arguments=piece.arguments)
+            made.append(ToolCallDelta(index=piece.index, function=function))
+    return made
 
 
 def parse_answer(form: ToolFormat, text: str, most: int | None = None) -> tuple[str, list[ToolCall]]:

@@ -65,8 +65,6 @@ class CompletionRequest(SamplingRequest):
     def _consistent_completion(self) -> CompletionRequest:
         if self.max_tokens == 0 and (not self.echo or self.stream):
             raise field_error("max_tokens", "max_tokens=0 needs echo=true and stream=false")
-        if self.stream and self.echo and self.logprobs is not None:
-            raise field_error("echo", "echo with logprobs is not available with stream=true")
         return self
 
 
