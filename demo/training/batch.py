@@ -24,7 +24,7 @@ class Batch:
     shapes: list[Any]
     """For each of `pixels` what its family has to know of how the picture was cut."""
     places: list[Tensor]
-    """Where the features of each go: (batch, tokens)."""
+    """Where the features of each go: (batch, times shown, tokens)."""
     ids: Tensor
     positions: Tensor
     branches: Tensor
@@ -110,6 +110,7 @@ def collate(
         targets[row, :n] = torch.tensor(s.targets)
         weights[row, :n] = torch.tensor(s.weights)
         positions[:, row, :n] = torch.tensor(s.positions, dtype=torch.float32).t()
-    places = [torch.tensor([s.places[i] for s in made]) for i in range(len(pixels))]
+    # A conversation that shows its pictures once a branch has them one after the other, again and again.
+    places = [torch.tensor([s.places[i :: len(pixels)] for s in made]) for i in range(len(pixels))]
     kinds = [s.kinds for s in made]
     return Batch(pixels, shapes, places, ids, positions, branches, targets, weights, kinds, name, hints)

@@ -8,6 +8,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from batch import Batch, Tokens, collate
+from camera import Camera
 from drawing import COLOURS, SHAPES, Size
 from family import Family, Plan
 from scenes import PLACES, SMALL_TALK, Scene, at, make_scene, with_article
@@ -23,8 +24,12 @@ SYSTEMS = (
     "Be concise.",
     "You are a friendly assistant. Always answer in English.",
 )
-SHARES = {"tree": 70, "turns": 10, "text first": 17, "greeted": 3}
+SHARES = {"tree": 70, "turns": 10, "greeted": 3}
 """How often a conversation has which form, where the family has it."""
+TEXT_FIRST = 0.35
+"""The share of batches whose questions stand before their pictures, where the family can have them there."""
+PHOTOGRAPHS = 0.6
+"""How often a picture without a shape is a photograph, if there are any."""
 
 
 def told(rng: random.Random) -> tuple[str, str]:
@@ -52,10 +57,18 @@ def as_planned(name: str, plan: Plan, sizes: list[Size]) -> tuple[list[Size], di
 class BatchMaker:
     """Draws batches; one batch holds one kind of scene, cut in one way."""
 
-    def __init__(self, family: Family, words: Tokenizer, seeds: tuple[int, int], patches: int) -> None:
+    def __init__(
+        self,
+        family: Family,
+        words: Tokenizer,
+        seeds: tuple[int, int],
+        patches: int,
+        camera: Camera | None = None,
+    ) -> None:
         self.family = family
         self.seeds = seeds
         self.patches = patches
+        self.camera = camera
         self.encode = lru_cache(maxsize=50_000)(lambda text: words.encode(text, add_special_tokens=False).ids)
         self.end = words.token_to_id(family.end)
 
@@ -64,12 +77,12 @@ class BatchMaker:
         s.answer(self.encode(answer), self.end)
 
     def conversation(
-        self, scene: Scene, plan: Plan, rng: random.Random, branches: int, plain: bool
+        self, scene: Scene, plan: Plan, rng: random.Random, branches: int, plain: bool, text_first: bool
     ) -> Tokens:
         """One scene's conversation tree. `plain` leaves out the rarer forms."""
         s, family = Tokens(), self.family
-        shares = [SHARES[form] for form in family.forms]
-        form = "tree" if plain else rng.choices(family.forms, shares)[0]
+        forms = [form for form in family.forms if form in SHARES]
+        form = "tree" if plain else rng.choices(forms, [SHARES[form] for form in forms])[0]
         system = None if plain or rng.random() < 0.85 else rng.choice(SYSTEMS)
         family.begin(s, self.encode, system)
         asked = rng.sample(scene.questions, min(branches, len(scene.questions)))
@@ -79,6 +92,16 @@ class BatchMaker:
         if not plain:
             asked = [(kind, reworded(kind, text, rng), answer) for kind, text, answer in asked]
         numbered = not plain and rng.random() < 0.05
+        if text_first:
+            fork = s.next
+            asked = [asked[i % len(asked)] for i in range(branches)]
+            s.kinds = [f"{kind} (text first)" for kind, _, _ in asked]
+            for i, (_, question, answer) in enumerate(asked):
+                s.branch, s.next = i + 1, fork
+                family.open_turn(s, self.encode, question)
+                family.show(s, self.encode, plan, numbered)
+                self._turn(s, "", answer, pictured=True)
+            return s
         if scene.single and not plain and rng.random() < 0.4:
             for i, questions in enumerate(scene.single):
                 if i:
@@ -88,13 +111,6 @@ class BatchMaker:
                 family.open_turn(s, self.encode)
                 family.show(s, self.encode, plan, numbered, only=i)
                 self._turn(s, reworded(kind, question, rng), answer, pictured=True)
-            return s
-        if form == "text first":
-            kind, question, answer = asked[0]
-            s.kinds = [kind]
-            family.open_turn(s, self.encode, question)
-            family.show(s, self.encode, plan, numbered)
-            self._turn(s, "", answer, pictured=True)
             return s
         if form == "greeted":
             self._turn(s, *rng.choice(list(SMALL_TALK.items())), pictured=False)
@@ -133,16 +149,21 @@ class BatchMaker:
             return self.talk(rng, count or 16)
         plan = self.family.draw(name, rng)
         patches = self.family.patches(plan)
+        text_first = not plain and "text first" in self.family.forms and rng.random() < TEXT_FIRST
         count = count or min(64, max(6, self.patches // (patches + 48)))
         branches = 8 if plain else {"motion": 4, "number": 3, "film": 2, "nothing": 3}.get(name, 5)
+        if text_first:  # every branch has the pictures once more, of the same number in each conversation
+            count, branches = max(6, count * 2 // 3), min(branches, 2)
         made, views = [], []
         for _ in range(count):
             seed = rng.randrange(*self.seeds)
             sizes = [self.family.size_for(shape, name, rng) for shape in plan.shapes]
             sizes, options = as_planned(name, plan, sizes)
             scene = make_scene(name, seed, sizes[0], **options)
+            if name == "nothing" and self.camera and rng.random() < PHOTOGRAPHS:
+                scene.images[0] = self.camera.picture(rng, sizes[0])
             views.append(self.family.look(scene, plan, sizes))
-            made.append(self.conversation(scene, plan, rng, branches, plain))
+            made.append(self.conversation(scene, plan, rng, branches, plain, text_first))
         beside = list(zip(*views, strict=True))
         pixels = [torch.from_numpy(np.stack([view.pixels for view in column])) for column in beside]
         hints = [torch.from_numpy(np.stack([view.hints for view in column])) for column in beside]

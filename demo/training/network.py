@@ -68,13 +68,13 @@ class Network(nn.Module):
         """
         words = self.text.embed_tokens
         x = words(batch.ids)
-        rows = torch.arange(len(x))[:, None]
+        rows = torch.arange(len(x))[:, None, None]
         views = [self.see(pixels, shape) for pixels, shape in zip(batch.pixels, batch.shapes, strict=True)]
         for seen, places in zip(views, batch.places, strict=True):
-            x = x.index_put((rows, places), seen.features)
+            x = x.index_put((rows, places), seen.features[:, None].expand(-1, places.shape[1], -1, -1))
         x, early = self.text(x, batch.positions, attention_bias(batch.branches))
         if hinted is not None:
-            states = [early[rows, places] for places in batch.places]
+            states = [early[rows[:, 0], places[:, -1]] for places in batch.places]
             hinted(views, states, batch.hints, words.weight)
         chosen = batch.targets >= 0
         return x[chosen] @ words.weight.t(), batch.targets[chosen], batch.weights[chosen]

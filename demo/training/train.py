@@ -24,6 +24,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from batch import Batch
+from camera import Camera
 from data import BatchMaker
 from families import FAMILIES
 from hints import HintHeads, hint_words
@@ -34,13 +35,15 @@ from towers import Tower
 from warm import warm_start
 
 
-def draw_forever(name: str, folder: Path, seed: int, patches: int, weights: object, queue: object) -> None:
+def draw_forever(
+    name: str, folder: Path, photographs: Path | None, seed: int, patches: int, weights: object, queue: object
+) -> None:
     """Body of the drawing process: pictures are drawn while the trainer computes."""
     os.nice(5)
     torch.set_num_threads(1)
     family, rng = FAMILIES[name], random.Random(seed)
     words = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    maker = BatchMaker(family, words, TRAINING_SEEDS, patches)
+    maker = BatchMaker(family, words, TRAINING_SEEDS, patches, Camera(photographs) if photographs else None)
     parent = os.getppid()
     while os.getppid() == parent:
         batch = maker.batch(rng.choices(list(family.scenes), list(weights))[0], rng)
@@ -142,6 +145,18 @@ def main() -> None:
     parser.add_argument(
         "--state", type=Path, default=Path("training-state.pt"), help="where the state is kept"
     )
+    parser.add_argument(
+        "--photographs",
+        type=Path,
+        help="folder of photographs: pictures without a shape, beside those of noise",
+    )
+    parser.add_argument(
+        "--more",
+        nargs="+",
+        default=[],
+        metavar="SCENE=TIMES",
+        help="scenes that shall come so much more often",
+    )
     parser.add_argument("--folder", type=Path, help="where the checkpoint is exported")
     args = parser.parse_args()
     family = FAMILIES[args.family]
@@ -183,15 +198,26 @@ def main() -> None:
         torch._dynamo.config.cache_size_limit = 64  # noqa: SLF001 (the setting has no public name)
         for block in model.blocks():
             block.compile(dynamic=True)
-    scenes = list(family.scenes)
+    shares = dict(family.scenes)
+    for scene, times in (more.split("=") for more in args.more):
+        shares[scene] *= float(times)
+    scenes = list(shares)
     maker, rng = BatchMaker(family, words, VALIDATION_SEEDS, args.patches), random.Random(0)
-    checks = [maker.batch(name, rng, 32, plain=i < 4) for name in scenes if name != "talk" for i in range(6)]
+    checks = [maker.batch(name, rng, 32, plain=i < 3) for name in scenes if name != "talk" for i in range(6)]
     checks.append(maker.batch("talk", rng, 16))
-    weights = multiprocessing.Array(c_double, list(family.scenes.values()))
+    weights = multiprocessing.Array(c_double, list(shares.values()))
     if args.resume:
-        weights[:] = list(scene_weights(model, checks, family.scenes).values())
+        weights[:] = list(scene_weights(model, checks, shares).values())
     queue: multiprocessing.Queue = multiprocessing.Queue(maxsize=24)
-    order = (family.name, folder, args.seed * 1_000_003 + step, args.patches, weights, queue)
+    order = (
+        family.name,
+        folder,
+        args.photographs,
+        args.seed * 1_000_003 + step,
+        args.patches,
+        weights,
+        queue,
+    )
     artist = multiprocessing.Process(target=draw_forever, args=order, daemon=True)
     artist.start()
 
@@ -244,7 +270,7 @@ def main() -> None:
             scores = validate(model, checks)
             table = ", ".join(f"{kind} {100 * share:.1f}" for kind, (share, _) in scores.items())
             print(f"{minutes:6.1f} min VALIDATION {table}", flush=True)
-            weights[:] = list(scene_weights(model, checks, family.scenes).values())
+            weights[:] = list(scene_weights(model, checks, shares).values())
             state = {
                 "model": model.state_dict(),
                 "heads": heads.state_dict(),
