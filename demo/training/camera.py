@@ -1,8 +1,8 @@
 """Photographs out of a folder, as pictures without any shape that the models know.
 
 `clutter.py` puts such pictures together from noise; real ones teach more. Any folder of photographs will
-do, but for those of scikit-image and scikit-learn, which are the test. A file with transparent parts is a thing
-that was cut out: it is laid on a background.
+do, but for those of scikit-image and scikit-learn, which are the test. A file with transparent parts is a
+thing that was cut out: it is laid on a background.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ Importing this package is cheap: every public name is imported when it is first 
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
     from opsin.results import CompletionOutput, PoolingRequestOutput, RequestOutput, ScoringRequestOutput
 
 __version__ = "0.1.0"
+
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+    # How long OpenMP's threads spin before they sleep, read when torch is loaded. Its own 300,000 turns are
+    # milliseconds that a busy neighbour's core is waited for: docs/decisions/0024-cpu-threads.md.
+    os.environ["GOMP_SPINCOUNT"] = "3000"
 
 _HOME = {
     "LLM": "opsin.llm",
