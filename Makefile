@@ -68,7 +68,7 @@ test: $(STAMP) ## the tests, without those that take minutes
 	@$(PY) -m pytest
 
 test-full: $(STAMP) ## all tests but those in a browser or with older transformers
-	@$(PY) -m pytest -m "not bench and not browser and not resaved and not ray"
+	@$(PY) -m pytest -m "not browser and not resaved and not ray"
 
 test-browser: $(STAMP) ## the playground page in a real browser (needs Chromium; CHROMIUM=PATH)
 	@command -v "$(CHROMIUM)" >/dev/null || { \
@@ -117,7 +117,7 @@ test-floor: ## core, models and plugins under Python 3.10 and torch 2.5.0 (into 
 	  -e ./core[serve] $(addprefix -e ,$(wildcard plugins/* demo/checkpoints/*)) $(FLOOR_TOOLS)
 	@echo "== left out: $(FLOOR_LEFT_OUT); $(FLOOR_JPEG)"
 	@OMP_WAIT_POLICY=passive $(FLOOR) -m pytest $(FLOOR_TESTS) \
-	  $(addprefix --ignore=,$(FLOOR_LEFT_OUT)) -k "not ($(FLOOR_JPEG))" -m "not slow and not ray and not bench and not browser and not resaved"
+	  $(addprefix --ignore=,$(FLOOR_LEFT_OUT)) -k "not ($(FLOOR_JPEG))" -m "not slow and not ray and not browser and not resaved"
 
 dist: $(STAMP) ## wheels and source distributions of all packages into dist/, checked
 	@rm -rf dist; $(PY) tools/packages.py dist dist

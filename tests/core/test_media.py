@@ -4,7 +4,10 @@ import base64
 import io
 import struct
 import sys
+import threading
+import time
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
@@ -18,7 +21,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 
 from opsin.config import MediaLimits
 from opsin.errors import ConfigError, MediaError
@@ -186,9 +189,25 @@ def test_nothing_is_fetched_and_files_only_where_they_may_be_read(tmp_path: Path
             video_item(source, local_files=False)
 
 
-def test_one_lazily_opened_picture_may_be_used_by_many_threads() -> None:
+def test_one_lazily_opened_picture_is_decoded_by_one_thread_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decode, inside, most = ImageFile.ImageFile.load, Counter[int](), 0
+
+    def slow(image: ImageFile.ImageFile) -> Any:
+        nonlocal most
+        inside[threading.get_ident()] += 1
+        most = max(most, sum(depth > 0 for depth in list(inside.values())))
+        time.sleep(0.01)
+        try:
+            return decode(image)
+        finally:
+            inside[threading.get_ident()] -= 1
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", slow)
     with Image.open(GOLDEN / "coffee_320x213.png") as image, ThreadPoolExecutor(8) as pool:
         digests = set(pool.map(lambda _: image_item(image).digest, range(16)))
+    assert most == 1
     assert digests == {image_item(GOLDEN / "coffee_320x213.png").digest}
 
 
