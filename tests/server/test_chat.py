@@ -109,6 +109,8 @@ def test_a_stream_is_server_sent_events(server: Running) -> None:
     body = {"messages": HELLO, "stream": True, "max_tokens": 3}
     response = server.post("/v1/chat/completions", body)
     assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.headers["x-accel-buffering"] == "no", "nginx would hold the pieces back"
+    assert response.headers["cache-control"] == "no-cache"
     events = response.text.split("\n\n")
     assert events[-1] == ""
     assert events[-2] == "data: [DONE]"

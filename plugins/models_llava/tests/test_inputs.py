@@ -255,6 +255,17 @@ def test_geometry_is_transformers(height: int, width: int, pinpoints: list[tuple
     assert torch.equal(seen, unpad_image(features, size)[0])
 
 
+@pytest.mark.parametrize("size", [(88, 99), (99, 88), (55, 176), (176, 55), (47, 1128), (1128, 47)])
+def test_sizes_at_which_rounding_decides(size: tuple[int, int]) -> None:
+    """Whole rows come or go with the last bit of a ratio: with the hub's crops, patches and candidates."""
+    canvas = select_best_resolution(size, DEFAULT_PINPOINTS)
+    grid = Grid.of(size, best_resolution(size, DEFAULT_PINPOINTS), crop=336, side=24)
+    assert (grid.rows, grid.columns) == (canvas[0] // 336, canvas[1] // 336)
+    features = torch.arange(grid.rows * grid.columns * 24**2).view(1, grid.rows * 24, grid.columns * 24)
+    seen = features[0, grid.top : grid.top + grid.height, grid.left : grid.left + grid.width]
+    assert torch.equal(seen, unpad_image(features, size)[0])
+
+
 @given(height=st.integers(1, 500), width=st.integers(1, 500))
 def test_turning_a_picture_turns_its_grid(height: int, width: int) -> None:
     """With candidates that come in pairs; a tie between two of them goes to the first, hence the assume."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from itertools import groupby
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from opsin import LLM, SamplingParams
 from opsin.errors import CheckpointError, MediaError, RequestError
@@ -203,6 +205,28 @@ def test_tags_must_be_one_to_n_each_once(llm: LLM, prompt: str, words: str) -> N
     for options in ({}, {"tokenize_whole_prompt": True}):
         with pytest.raises(RequestError, match=words):
             llm.generate({**ask(*PICTURES), "prompt": prompt, "mm_processor_kwargs": options}, ONE_TOKEN)
+
+
+def test_eleven_numbered_pictures_stand_where_their_tags_are() -> None:
+    """`<|image_1|>` begins as `<|image_10|>` does; every picture has its own number of tokens."""
+    sizes = [(300 + 60 * number, 300) for number in range(11)]
+    pictures = [Image.new("RGB", size, (20 * number, 0, 90)) for number, size in enumerate(sizes)]
+    prompt = "".join(f"<|image_{number}|> and" for number in range(1, 12))
+    settings: dict[str, Any] = {"kv_cache_memory": 2**26, "mm_processor_kwargs": {"num_crops": 4}}
+    with LLM(str(GOLDEN / "model"), limit_mm_per_prompt={"image": 11}, **settings) as llm:
+        made = [
+            process(llm, {"prompt": p, "multi_modal_data": {"image": [image]}})
+            for p, image in (("<|image_1|> and", image) for image in pictures)
+        ]
+        whole = process(llm, {"prompt": prompt, "multi_modal_data": {"image": pictures}})
+    own = [one.token_ids.count(644) for one in made]
+    runs = [
+        len(list(run))
+        for is_picture, run in groupby(whole.token_ids, lambda token: token == 644)
+        if is_picture
+    ]
+    assert runs == own
+    assert len(set(own)) > 2, "else it would not show"
 
 
 def test_options_are_checked_and_unknown_ones_refused(llm: LLM) -> None:
