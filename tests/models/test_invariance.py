@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -104,16 +105,42 @@ def test_prefix_cache_changes_nothing(llm: LLM, family: str, expected: list[list
 
 
 def test_preemption_changes_nothing(family: str, expected: list[list[int]]) -> None:
+    with load(family, **_too_little_cache(family)) as tight:
+        assert tokens(tight, requests(family, 32)) == expected
+        assert tight.engine.stats().num_preemptions > 0, "this load was meant to be too much"
+
+
+def test_preemption_loses_no_log_probability_of_a_prompt(family: str) -> None:
+    asked = [(prompt, replace(params, prompt_logprobs=0)) for prompt, params in requests(family, 32)]
+
+    def told(llm: LLM) -> list[list[float]]:
+        outputs = llm.generate([p for p, _ in asked], [params for _, params in asked], use_tqdm=False)
+        found = []
+        for output in outputs:
+            assert output.prompt_logprobs is not None
+            places = zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)
+            found.append([place[token].logprob for place, token in places if place is not None])
+            assert len(found[-1]) == len(output.prompt_token_ids) - 1
+        return found
+
+    with load(family) as roomy:
+        expected = told(roomy)
+    with load(family, **_too_little_cache(family)) as tight:
+        found = told(tight)
+        assert tight.engine.stats().num_preemptions > 0, "this load was meant to be too much"
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-4)
+
+
+def _too_little_cache(family: str) -> dict[str, int]:
+    """Settings with which 32 requests push each other out of the KV cache."""
     with load(family) as roomy:
         per_block = roomy.engine.resolved.block_size * _bytes_per_token(roomy)
         longest = max(
             len(roomy.engine.frontend.processor.process(prompt).token_ids) + (params.max_tokens or 0)
             for prompt, params in requests(family, 32)
         )
-    blocks = longest // 16 + 6
-    with load(family, kv_cache_memory=blocks * per_block, max_model_len=longest + 1) as tight:
-        assert tokens(tight, requests(family, 32)) == expected
-        assert tight.engine.stats().num_preemptions > 0, "this load was meant to be too much"
+    return {"kv_cache_memory": (longest // 16 + 6) * per_block, "max_model_len": longest + 1}
 
 
 def _bytes_per_token(llm: LLM) -> int:

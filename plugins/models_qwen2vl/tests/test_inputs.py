@@ -190,3 +190,23 @@ def test_positions_of_the_papers_layout() -> None:
         [0, 1, 2, 3, 4, 2, 3, 4, 5, 6],
     ]
     assert positions.delta == -3, "token 10 stands at 7"
+
+
+@pytest.mark.parametrize("shape", [(5, 2, 2), (7, 1, 3), (2, 4, 1), (3, 3, 3)])
+def test_what_follows_a_video_comes_after_its_longest_side_be_it_time(shape: tuple[int, int, int]) -> None:
+    """The paper's rule: one after the largest position so far. transformers 5 forgets the time axis here."""
+    steps, rows, columns = shape
+    count = steps * rows * columns
+    video = PlacedMedia(
+        modality="video",
+        key="0",
+        mapped=MappedMedia(num_embeds=count, geometry=(steps, 2 * rows, 2 * columns)),
+        start=1,
+        is_embed=[True] * count,
+    )
+    positions = mrope_positions(CONFIG, [0] * (count + 3), [video])
+    places = [(t, h, w) for t in range(steps) for h in range(rows) for w in range(columns)]
+    assert positions.prompt[:, 1:-2].T.tolist() == [[1 + t, 1 + h, 1 + w] for t, h, w in places]
+    after = 1 + max(shape)
+    assert positions.prompt[:, -2:].tolist() == [[after, after + 1]] * 3
+    assert positions.delta == after + 2 - (count + 3)
