@@ -74,12 +74,19 @@ def test_tokenize_expands_pictures(server: Running) -> None:
     assert tokens["tokens"].count(572) > 10, "<|image_pad|>"
 
 
-def test_metrics(server: Running) -> None:
-    before = metrics(server)
+@pytest.fixture
+def fresh() -> Iterator[Running]:
+    with running(golden_config()) as started:
+        yield started
+
+
+def test_metrics(fresh: Running) -> None:
+    """Exact numbers, so of a server that has seen nothing yet."""
+    before = metrics(fresh)
     messages = user(image(data_url(picture((56, 84), "teal"))), text("?"))
     body = {"messages": messages, "max_tokens": 5, "ignore_eos": True}
-    answers = [server.post(CHAT, body).json()["usage"] for _ in range(2)]
-    after = metrics(server)
+    answers = [fresh.post(CHAT, body).json()["usage"] for _ in range(2)]
+    after = metrics(fresh)
 
     def grew(name: str) -> float:
         return after[f"opsin:{name}"] - before.get(f"opsin:{name}", 0)
