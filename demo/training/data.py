@@ -77,7 +77,13 @@ class BatchMaker:
         s.answer(self.encode(answer), self.end)
 
     def conversation(
-        self, scene: Scene, plan: Plan, rng: random.Random, branches: int, plain: bool, text_first: bool
+        self,
+        scene: Scene,
+        plan: Plan,
+        rng: random.Random,
+        branches: int,
+        plain: bool,
+        text_first: bool = False,
     ) -> Tokens:
         """One scene's conversation tree. `plain` leaves out the rarer forms."""
         s, family = Tokens(), self.family
