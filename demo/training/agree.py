@@ -29,8 +29,20 @@ from opsin import LLM, SamplingParams
 
 
 @torch.no_grad()
-def difference(family: Family, network: Network, words: Tokenizer, llm: LLM, name: str, seed: int) -> float:
-    """Of the five likeliest first tokens of the answer to one question about one scene."""
+def difference(
+    family: Family,
+    network: Network,
+    words: Tokenizer,
+    llm: LLM,
+    name: str,
+    seed: int,
+    text_first: bool = False,
+) -> float:
+    """Of the five likeliest first tokens of the answer to one question about one scene.
+
+    `text_first`: the question stands before the pictures. It is then asked in two branches, and the second is
+    looked at, whose pictures are shown for the second time.
+    """
     rng = random.Random(seed)
     plan = family.draw(name, rng)
     sizes = [family.size_for(shape, name, rng) for shape in plan.shapes]
@@ -38,22 +50,33 @@ def difference(family: Family, network: Network, words: Tokenizer, llm: LLM, nam
     scene = make_scene(name, VALIDATION_SEEDS[0] + seed, sizes[0], **drawn)
     views = family.look(scene, plan, sizes)
     del scene.questions[1:]
-    tokens = BatchMaker(family, words, VALIDATION_SEEDS, 1).conversation(scene, plan, rng, 1, plain=True)
+    branches = 2 if text_first else 1
+    maker = BatchMaker(family, words, VALIDATION_SEEDS, 1)
+    tokens = maker.conversation(scene, plan, rng, branches, plain=True, text_first=text_first)
     pixels = [torch.from_numpy(view.pixels.copy())[None] for view in views]
     hints = [torch.from_numpy(view.hints)[None] for view in views]
     logits, targets, _ = network(collate(name, [tokens], pixels, [view.shape for view in views], hints))
-    ours = logits[0].log_softmax(-1)
+    learned = len(targets) // branches
+    ours = logits[-learned].log_softmax(-1)
 
     question = Question(*scene.questions[0], tuple(scene.images), tuple(scene.frames))
     first = SamplingParams(temperature=0, max_tokens=1, logprobs=5)
     output = llm.chat(
-        conversation(question), first, use_tqdm=False, mm_processor_kwargs=dict(family.options)
+        conversation(question, text_first), first, use_tqdm=False, mm_processor_kwargs=dict(family.options)
     )[0]
-    prompt = tokens.ids[: len(tokens.ids) - len(targets) + 1]
+    seen = [
+        token for token, branch in zip(tokens.ids, tokens.branches, strict=True) if branch in (0, branches)
+    ]
+    prompt = seen[: len(seen) - learned + 1]
     if list(output.prompt_token_ids) != prompt:
         raise SystemExit(f"{name} {seed}: opsin's prompt is {output.prompt_token_ids}, training's {prompt}")
     theirs = output.outputs[0].logprobs[0]
     return max(abs(float(ours[token]) - value.logprob) for token, value in theirs.items())
+
+
+def orders(family: Family) -> list[bool]:
+    """Whether questions may stand before their pictures: no, and where the family has it, yes."""
+    return [False, True] if "text first" in family.forms else [False]
 
 
 def main() -> None:
@@ -75,8 +98,10 @@ def main() -> None:
         llm = LLM(folder, dtype="float32", trust_remote_code=True)
         for name in family.scenes:
             if name != "talk":
-                apart = [difference(family, network, words, llm, name, seed) for seed in range(args.scenes)]
-                print(f"{name:8} {max(apart):.1e}")
+                for order in orders(family):
+                    scenes = range(args.scenes)
+                    apart = max(difference(family, network, words, llm, name, i, order) for i in scenes)
+                    print(f"{name:8} {'text first' if order else '':10} {apart:.1e}")
 
 
 if __name__ == "__main__":

@@ -25,8 +25,11 @@ class Camera:
         ]
         if not files:
             raise SystemExit(f"--photographs {folder}: there is no JPEG or PNG file")
-        self._whole = [path for path in files if Image.open(path).mode not in ("RGBA", "LA")]
-        self._cut_out = [path for path in files if path not in set(self._whole)]
+        self._whole: list[Path] = []
+        self._cut_out: list[Path] = []
+        for path in files:
+            with Image.open(path) as picture:
+                (self._cut_out if picture.has_transparency_data else self._whole).append(path)
         self._open = lru_cache(maxsize=256)(lambda path: Image.open(path).convert("RGBA"))
 
     def picture(self, rng: random.Random, size: Size) -> Image.Image:

@@ -85,7 +85,10 @@ class BatchMaker:
         plain: bool,
         text_first: bool = False,
     ) -> Tokens:
-        """One scene's conversation tree. `plain` leaves out the rarer forms."""
+        """One scene's conversation tree. `plain` leaves out the rarer forms.
+
+        `text_first`: so many branches, each with the pictures behind it; too few questions are asked again.
+        """
         s, family = Tokens(), self.family
         forms = [form for form in family.forms if form in SHARES]
         form = "tree" if plain else rng.choices(forms, [SHARES[form] for form in forms])[0]

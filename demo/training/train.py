@@ -199,7 +199,9 @@ def main() -> None:
         for block in model.blocks():
             block.compile(dynamic=True)
     shares = dict(family.scenes)
-    for scene, times in (more.split("=") for more in args.more):
+    for scene, _, times in (more.partition("=") for more in args.more):
+        if scene not in shares:
+            raise SystemExit(f"--more {scene}: {args.family} learns {', '.join(shares)}")
         shares[scene] *= float(times)
     scenes = list(shares)
     maker, rng = BatchMaker(family, words, VALIDATION_SEEDS, args.patches), random.Random(0)

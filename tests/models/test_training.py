@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 import shutil
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer
 
 from opsin import LLM
@@ -16,7 +18,8 @@ from opsin import LLM
 sys.path.insert(0, str(Path(__file__).parents[2] / "demo"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "demo/training"))
 
-from agree import difference
+from agree import difference, orders
+from camera import Camera
 from data import BatchMaker
 from families import FAMILIES
 from hints import HintHeads, hint_words
@@ -43,9 +46,9 @@ def test_a_network_of_random_weights_says_what_opsin_says(name: str, tmp_path: P
         for scene in family.scenes:
             if scene == "talk":
                 continue
-            for seed in range(3):
-                apart = difference(family, network, words, llm, scene, seed)
-                assert apart < APART.get(name, 1e-4), (scene, seed)
+            for seed, text_first in product(range(3), orders(family)):
+                apart = difference(family, network, words, llm, scene, seed, text_first)
+                assert apart < APART.get(name, 1e-4), (scene, seed, text_first)
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
@@ -67,3 +70,21 @@ def test_a_step_lowers_the_loss_of_its_batch(name: str) -> None:
         loss.backward()
         optimiser.step()
     assert losses[2] < losses[1] < losses[0]
+
+
+def test_a_camera_takes_pictures_of_a_folder(tmp_path: Path) -> None:
+    """Parts of whole photographs, and what was cut out on backgrounds; in the size that is asked for."""
+    Image.new("RGB", (64, 48), (250, 0, 0)).save(tmp_path / "red.png")
+    Image.new("RGBA", (40, 20), (0, 250, 0, 128)).save(tmp_path / "green.png")
+    palette = Image.new("P", (8, 8))
+    palette.save(tmp_path / "palette.png", transparency=0)
+    (tmp_path / "notes.txt").write_text("no picture")
+    camera, rng = Camera(tmp_path), random.Random(2)
+    taken = [camera.picture(rng, (56, 84)) for _ in range(40)]
+    assert {picture.size for picture in taken} == {(56, 84)}
+    assert {picture.mode for picture in taken} == {"RGB"}
+    assert any(picture.getextrema() == ((250, 250), (0, 0), (0, 0)) for picture in taken), "the photograph"
+    assert len({picture.tobytes() for picture in taken}) > 10
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match="no JPEG or PNG"):
+        Camera(tmp_path / "empty")
