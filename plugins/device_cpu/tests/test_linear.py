@@ -8,17 +8,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from opsin_device_cpu import half
+from opsin_device_cpu import half, linear
 from opsin_device_cpu.half import Float16Copies, float16_exponent
 from opsin_device_cpu.linear import (
     MAX_FEW_BFLOAT16_ROWS,
     MAX_FEW_ROWS,
     PACK_MIN_BYTES,
     LinearPreparer,
+    onednn_takes_bfloat16,
 )
 
 OUT, IN = 704, 768  # more than PACK_MIN_BYTES in both dtypes, and no power of two
 PLENTY = 2**30
+INSTRUCTIONS = (False, True) if onednn_takes_bfloat16() else (False,)
+"""Ways that this processor allows: with AVX2 alone oneDNN packs and multiplies no bfloat16."""
 
 
 def random_weight() -> torch.Tensor:
@@ -32,7 +35,7 @@ def random_weight() -> torch.Tensor:
             (torch.float32, torch.bfloat16),
             (False, True),
             (0, PLENTY),
-            (False, True),
+            INSTRUCTIONS,
             (False, True),
             (1, 3, 5, MAX_FEW_ROWS, MAX_FEW_ROWS + 1, 70, MAX_FEW_BFLOAT16_ROWS + 1),
         )
@@ -55,6 +58,17 @@ def test_all_ways_agree(
     torch.testing.assert_close(got.double(), expected, rtol=limit, atol=limit)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 4, 70])
+def test_bfloat16_where_onednn_has_none(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """What a processor with AVX2 alone does, on any: oneDNN is not called."""
+    monkeypatch.setattr(linear, "onednn_takes_bfloat16", lambda: False)
+    monkeypatch.setattr(linear, "_onednn", lambda *_: pytest.fail("oneDNN was called"))
+    weight, x = random_weight().bfloat16(), torch.randn(rows, IN).bfloat16()
+    prepare = LinearPreparer(Float16Copies(0, 1), bfloat16_instructions=False)
+    got = prepare(weight, None, None, keep_weight=True, few_rows=False)(x)
+    torch.testing.assert_close(got.double(), F.linear(x.double(), weight.double()), rtol=2**-8, atol=2**-8)
+
+
 def test_a_copy_is_made_only_without_loss_and_within_the_budget() -> None:
     def copies(weight: torch.Tensor, budget: int) -> int:
         preparer = LinearPreparer(Float16Copies(budget, 2), bfloat16_instructions=False)
@@ -73,10 +87,11 @@ def test_a_copy_is_made_only_without_loss_and_within_the_budget() -> None:
 def test_no_copy_without_need() -> None:
     copies = Float16Copies(PLENTY, 1)
     coarse = random_weight().bfloat16()
-    for instructions in (False, True):
+    for instructions in INSTRUCTIONS:
         preparer = LinearPreparer(copies, bfloat16_instructions=instructions)
         preparer(coarse.float(), None, None, keep_weight=False, few_rows=False)
-    preparer(coarse, None, None, keep_weight=False, few_rows=True)  # reads two bytes a weight as it is
+    if True in INSTRUCTIONS:
+        preparer(coarse, None, None, keep_weight=False, few_rows=True)  # reads two bytes a weight as it is
     assert copies.bytes_left == PLENTY
 
 
@@ -84,10 +99,10 @@ def test_a_weight_with_many_rows_is_packed_in_parts(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(half, "PART_ELEMENTS", 100 * IN)
     weight = random_weight().bfloat16().float()
     bias, x = torch.arange(OUT).float(), torch.randn(2, 3, IN)
-    linear = Float16Copies(PLENTY, 2).linear(weight, bias)
-    assert linear is not None
-    torch.testing.assert_close(linear(x), F.linear(x, weight, bias))
-    torch.testing.assert_close(linear(x[0, 0]), F.linear(x[0, 0], weight, bias))
+    copy = Float16Copies(PLENTY, 2).linear(weight, bias)
+    assert copy is not None
+    torch.testing.assert_close(copy(x), F.linear(x, weight, bias))
+    torch.testing.assert_close(copy(x[0, 0]), F.linear(x[0, 0], weight, bias))
 
 
 @pytest.mark.parametrize("largest", [1e-20, 0.3, 1.0, 70_000.0, 1e30])

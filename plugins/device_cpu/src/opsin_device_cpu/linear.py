@@ -34,7 +34,7 @@ MAX_FEW_BFLOAT16_ROWS = 256
 """Without bfloat16 instructions: up to here a float16 copy is faster than widening the weight."""
 
 MAX_NATIVE_BFLOAT16_ROWS = 12
-"""Without them and without a copy: up to here oneDNN's bfloat16 product is."""
+"""Without them and without a copy: up to here oneDNN's bfloat16 product is, where it has one."""
 
 WIDEN_ELEMENTS = 2**22
 """A bfloat16 weight is widened in tiles of this many elements (16 MiB of float32)."""
@@ -84,8 +84,12 @@ class LinearPreparer:
         native = narrow and self._bfloat16_instructions
         few = self._half(weight, bias, activation) if few_rows and not native else None
         if narrow and not native:
-            limit = MAX_NATIVE_BFLOAT16_ROWS if few is None else MAX_FEW_BFLOAT16_ROWS
-            few = few or _onednn(weight, bias, activation)
+            if few is not None:
+                limit = MAX_FEW_BFLOAT16_ROWS
+            elif onednn_takes_bfloat16():
+                few, limit = _onednn(weight, bias, activation), MAX_NATIVE_BFLOAT16_ROWS
+            else:
+                few, limit = _torch(weight, bias, activation), MAX_GEMV_ROWS
             return _by_rows(few, limit, _widened(weight, bias, activation), weight.shape[1])
         if not keep_weight:
             many = _onednn(_pack(weight), bias, activation)
@@ -100,6 +104,11 @@ class LinearPreparer:
         if copy is None or dtype == torch.float32:
             return copy and then(copy, activation)
         return then(lambda x: copy(x.float()).to(dtype), activation)
+
+
+def onednn_takes_bfloat16() -> bool:
+    """Whether oneDNN multiplies bfloat16 on this processor, if slowly: it refuses with AVX2 alone."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _by_rows(few: LinearFn, max_few: int, many: LinearFn, in_features: int) -> LinearFn:
