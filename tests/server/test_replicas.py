@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import re
@@ -12,12 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import psutil
 import pytest
 import requests
 from hypothesis import given
 from hypothesis import strategies as st
 
+from opsin.server.replicas.host import ReplicaClient
 from opsin.server.replicas.routing import affinity, choose
 from opsin.server.replicas.totals import Totals
 from tests.models.golden import GOLDEN
@@ -115,6 +118,20 @@ def test_counts_survive_the_replica_that_counted() -> None:
         "opsin_replica:kv_cache_usage_perc 0": 0.5,
         "opsin_replica:kv_cache_usage_perc 1": 0.5,
     }
+
+
+def test_a_replica_that_ended_before_its_request_was_sent_is_lost_like_any_other() -> None:
+    """Its client is closed by then: whoever asks, for answers or metrics, has one kind of error to expect."""
+
+    async def ask() -> None:
+        client = ReplicaClient(base_url="http://replica")
+        await client.aclose()
+        with pytest.raises(httpx2.HTTPError, match="has ended"):
+            await client.get("/metrics")
+        with pytest.raises(httpx2.HTTPError, match="has ended"):
+            await client.send(client.build_request("POST", CHAT, content=b"{}"), stream=True)
+
+    asyncio.run(ask())
 
 
 # ---- Processes -----------------------------------------------------------------------------------

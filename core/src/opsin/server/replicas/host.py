@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
 import httpx2
 
@@ -38,6 +38,16 @@ _END_S = 5.0
 _RETRY_LOADING_S = 5
 
 
+class ReplicaClient(httpx2.AsyncClient):
+    """A client whose process may end between the choice of a replica and the request to it."""
+
+    async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
+        """As of any client; when closed an `httpx2.HTTPError`, as if the process ended a moment later."""
+        if self.is_closed:
+            raise httpx2.ConnectError("the replica has ended", request=request)
+        return await super().send(request, **options)
+
+
 class Replica:
     """One process, its connection pool, and how many requests it has.
 
@@ -52,7 +62,7 @@ class Replica:
     def __init__(self, job: Job) -> None:
         self.number, self.load = job.number, 0
         self.ready = self.was_ready = False
-        self.client = httpx2.AsyncClient(
+        self.client = ReplicaClient(
             transport=httpx2.AsyncHTTPTransport(
                 uds=job.socket, limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64)
             ),
